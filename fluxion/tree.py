@@ -1,0 +1,95 @@
+"""The picture of a tree: one line per node, the format of Refiners' repr."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(slots=True)
+class Node:
+    """One line of the picture, and the lines below it.
+
+    Attributes:
+        text: What the node prints.
+        class_name: Class of the module: siblings of one class are numbered.
+        shape: Equal for two nodes exactly when their subtrees print the same.
+        key: The child's key in its parent.
+    """
+
+    text: str
+    class_name: str
+    shape: int
+    key: str = ""
+    children: list[Node] = field(default_factory=list)
+
+
+def label(module: nn.Module) -> str:
+    """The line of one module, without its children."""
+    tag = getattr(type(module), "_tag", "")
+    if tag and module._show_only_tag():  # type: ignore[operator]
+        return f"({tag})"
+    if hasattr(type(module), "_label"):
+        text = module._label()  # type: ignore[operator]
+    else:
+        text = f"{type(module).__name__}({' '.join(module.extra_repr().split())})"
+    return f"({tag}) {text}" if tag else text
+
+
+def build(module: nn.Module, key: str = "", *, _shapes: dict[object, int] | None = None) -> Node:
+    """The picture of a module and of everything below it, plain `torch.nn` modules included."""
+    shapes: dict[object, int] = {} if _shapes is None else _shapes
+    children = []
+    for name, child in module._modules.items():
+        if child is not None:
+            children.append(build(child, name, _shapes=shapes))
+    text, class_name = label(module), type(module).__name__
+    identity = (text, class_name, tuple(child.shape for child in children))
+    return Node(text, class_name, shapes.setdefault(identity, len(shapes)), key, children)
+
+
+def fold(node: Node) -> Node:
+    """Replace each run of successive siblings that print the same by one, marked `(xN)`."""
+    folded: list[Node] = []
+    counts: list[int] = []
+    for child in node.children:
+        if folded and folded[-1].shape == child.shape:
+            counts[-1] += 1
+        else:
+            folded.append(child)
+            counts.append(1)
+    for child, count in zip(folded, counts, strict=True):
+        if count > 1:
+            child.text += f" (x{count})"
+        fold(child)
+    node.children = folded
+    return node
+
+
+def lines(node: Node, depth: int = -1) -> list[tuple[str, Node]]:
+    """Every printed line of a picture with the node it shows, `depth` levels deep, or all when negative."""
+    out: list[tuple[str, Node]] = []
+
+    def visit(node: Node, text: str, indent: str, branch: str, depth: int) -> None:
+        if depth == 0 and node.children:
+            out.append((f"{indent}{branch}{text} ...", node))
+            return
+        out.append((f"{indent}{branch}{text}", node))
+        indent += "│   " if branch == "├── " else "    "
+        siblings = Counter(child.class_name for child in node.children)
+        seen: Counter[str] = Counter()
+        for position, child in enumerate(node.children, start=1):
+            seen[child.class_name] += 1
+            number = f" #{seen[child.class_name]}" if siblings[child.class_name] > 1 else ""
+            corner = "└── " if position == len(node.children) else "├── "
+            visit(child, child.text + number, indent, corner, max(depth - 1, -1))
+
+    visit(node, node.text, "", "", depth)
+    return out
+
+
+def render(module: nn.Module, depth: int = -1) -> str:
+    """The tree below a module as text, `depth` levels deep, or all of it when negative."""
+    return "\n".join(line for line, _ in lines(fold(build(module)), depth))

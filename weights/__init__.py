@@ -1,0 +1,37 @@
+"""The bytes: tensors in safetensors files and on the Hugging Face Hub, and the file grammars of adapters."""
+
+from weights.adapter_file import AdapterFile, LayerWeights
+from weights.adapter_io import read_adapter, write_adapter
+from weights.errors import (
+    FileFormatError,
+    FileWriteError,
+    HubAccessError,
+    HubConflictError,
+    HubConnectionError,
+    HubError,
+    SourceNotFoundError,
+    WeightsError,
+)
+from weights.files import TensorFiles, save
+from weights.files import open_tensors as open  # noqa: A004
+from weights.hub import download, publish
+
+__all__ = [
+    "AdapterFile",
+    "FileFormatError",
+    "FileWriteError",
+    "HubAccessError",
+    "HubConflictError",
+    "HubConnectionError",
+    "HubError",
+    "LayerWeights",
+    "SourceNotFoundError",
+    "TensorFiles",
+    "WeightsError",
+    "download",
+    "open",
+    "publish",
+    "read_adapter",
+    "save",
+    "write_adapter",
+]

@@ -1,0 +1,57 @@
+"""Adapters in files, whatever the format: recognised when read, chosen when written."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from weights.adapter_file import AdapterFile
+from weights.errors import FileFormatError
+from weights.formats import FORMATS
+from weights.sources import locate
+
+
+def read_adapter(
+    source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> AdapterFile:
+    """Read an adapter; its format is recognised.
+
+    Args:
+        source: A folder, a file in it, or a Hub id (`"user/repo"`, `"user/repo@revision"`).
+        revision: Branch, tag or commit, for a Hub id.
+        token: The Hub token; by default the one `hf auth login` has stored.
+
+    Raises:
+        SourceNotFoundError: There is no such file or folder.
+        FileFormatError: No known format, or the file is not sound, or says something that is not supported: nothing
+            in it is dropped silently.
+        HubError: The Hub failed.
+    """
+    patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
+    path = locate(source, revision=revision, token=token, patterns=patterns)
+    for known in FORMATS.values():
+        if known.recognise(path):
+            return known.read(path)
+    raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")
+
+
+def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: str = "peft") -> Path:
+    """Write an adapter: whole or not at all, and the same input gives the same bytes.
+
+    Args:
+        adapter_file: What to write.
+        path: For `"peft"`, the folder; it is made if need be, and a `README.md` already in it is kept.
+        format: `"peft"`.
+
+    Returns:
+        The path as given.
+
+    Raises:
+        FileFormatError: The format is unknown, or cannot hold the adapter.
+        FileWriteError: The system refused to write.
+    """
+    if format not in FORMATS:
+        raise FileFormatError(f"{format!r} is no known format; choose from {', '.join(FORMATS)}.")
+    path = Path(path)
+    FORMATS[format].write(adapter_file, path)
+    return path

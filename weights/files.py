@@ -1,0 +1,213 @@
+"""Tensors in safetensors files: a lazy read-only mapping, and a careful save."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights.atomic import write_files
+from weights.errors import FileFormatError, SourceNotFoundError
+from weights.header import DTYPES, METADATA_KEY, Header, Slot, Stamp, check_name, read_header
+from weights.sources import locate
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_INDEX = ".safetensors.index.json"
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors by name over one safetensors file or several, each read from the disk when it is asked for.
+
+    A tensor is a fresh copy in memory: changing it changes no file, and a file cut short later raises an error
+    instead of killing the process, as a memory map would.
+
+    Attributes:
+        metadata: The text metadata of the file, or of the index of a sharded folder.
+    """
+
+    def __init__(self, headers: Mapping[Path, Header], metadata: Mapping[str, str]) -> None:
+        self.metadata = dict(metadata)
+        self._places = {
+            name: (path, header.stamp, slot) for path, header in headers.items() for name, slot in header.slots.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            KeyError: There is no tensor of this name.
+            FileFormatError: The file was changed or cut short since it was opened.
+        """
+        return _read_tensor(*self._places[name], name=name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # the inherited one would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        files = sorted({str(path) for path, _, _ in self._places.values()})
+        return f"<{len(self)} tensors in {', '.join(files) or 'no file'}>"
+
+
+def open_tensors(
+    source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> TensorFiles:
+    """Open tensors for reading; exported as `weights.open`.
+
+    Args:
+        source: A safetensors file, a folder with one or with shards and their `*.safetensors.index.json`, or a Hub
+            id (`"user/repo"`, `"user/repo@revision"`).
+        revision: Branch, tag or commit, for a Hub id.
+        token: The Hub token; by default the one `hf auth login` has stored.
+
+    Raises:
+        SourceNotFoundError: There is no such file or folder, or no safetensors file in it.
+        FileFormatError: A file is not sound safetensors, or the shards do not fit their index.
+        HubError: The Hub failed.
+    """
+    patterns = ["*.safetensors", f"*{_INDEX}"]
+    path = locate(source, revision=revision, token=token, patterns=patterns)
+    if not path.is_dir():
+        return _open_file(path)
+    indexes = sorted(path.glob(f"*{_INDEX}"))
+    found = indexes or sorted(path.glob("*.safetensors"))
+    if not found:
+        raise SourceNotFoundError(f"{path} holds no safetensors file; check the folder.")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise FileFormatError(f"{path} holds several sets of tensors ({names}); give the path of one of the files.")
+    return _open_shards(indexes[0]) if indexes else _open_file(found[0])
+
+
+def save(
+    tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a safetensors file: whole or not at all, synced, by the umask, same input same bytes.
+
+    Tensors may be anywhere in memory, strided and shared (each name gets its own copy). Where `path` is a symbolic
+    link, the file it points to is replaced.
+
+    Returns:
+        The path as given.
+
+    Raises:
+        FileFormatError: A name, a value or the metadata cannot be stored.
+        FileWriteError: The system refused to write; the old file is untouched.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileFormatError(f"{path} is a folder; give the name of a file in it.")
+    write_files({path: encode(tensors, metadata)})
+    return path
+
+
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, in chunks; the input is checked before the first.
+
+    Raises:
+        FileFormatError: A name, a value or the metadata cannot be stored.
+    """
+    for name, tensor in tensors.items():
+        _check_storable(name, tensor)
+    if any(not isinstance(text, str) for item in (metadata or {}).items() for text in item):
+        raise FileFormatError("Metadata must be texts by text; convert the other values with str or json.dumps.")
+    # Widest types first, which keeps every tensor aligned; then by name, which makes the bytes reproducible.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    fields: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        fields[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return _chunks(text, [tensors[name] for name in names])
+
+
+def _open_file(path: Path) -> TensorFiles:
+    header = read_header(path)
+    return TensorFiles({path: header}, header.metadata)
+
+
+def _open_shards(index: Path) -> TensorFiles:
+    """Open the shards an index names.
+
+    The index is `{"metadata": {...}, "weight_map": {tensor name: file name}}`, as transformers writes it.
+    """
+    try:
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        places = {str(name): str(shard) for name, shard in fields["weight_map"].items()}
+        metadata = {str(key): str(value) for key, value in fields.get("metadata", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(f"{index} is not an index of safetensors shards; fetch or save it again.") from error
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        # Only a bare name: anything else could lead out of the folder.
+        if PurePath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise FileFormatError(f"{index} names {shard!r} as a shard, which is not the name of a file beside it.")
+    headers = {index.with_name(shard): read_header(index.with_name(shard)) for shard in shards}
+    held = [(name, path.name) for path, header in headers.items() for name in header.slots]
+    wrong = sorted({name for name, _ in set(held) ^ set(places.items())})
+    if wrong:
+        names = ", ".join(wrong[:5])
+        raise FileFormatError(f"{index} and its shards disagree about {len(wrong)} tensors ({names}); fetch them again.")
+    return TensorFiles(headers, metadata)
+
+
+def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
+    content = bytearray(slot.stop - slot.start)
+    try:
+        with path.open("rb") as file:
+            file.seek(slot.start)
+            count = file.readinto(content)
+            changed = Stamp.of(file) != stamp
+    except OSError as error:
+        raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
+    if changed or count != len(content):
+        raise FileFormatError(f"{path} has changed since it was opened; open it again.")
+    if not content:
+        return torch.empty(slot.shape, dtype=slot.dtype)
+    if slot.dtype is torch.bool and torch.frombuffer(content, dtype=torch.uint8).max() > 1:
+        raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
+    return torch.frombuffer(content, dtype=slot.dtype).reshape(slot.shape)
+
+
+def _check_storable(name: Any, tensor: Any) -> None:
+    if not isinstance(name, str):
+        raise FileFormatError(f"{name!r} is not a text; name every tensor with one.")
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise FileFormatError(f"{error}; choose another.") from error
+    if not isinstance(tensor, Tensor):
+        raise FileFormatError(f"{name!r} is a {type(tensor).__name__}, not a tensor; save tensors only.")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        raise FileFormatError(f"{name!r} is a sparse, nested or meta tensor; make it an ordinary one before saving.")
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise FileFormatError(f"{name!r} has the type {tensor.dtype}, which safetensors cannot hold; convert it.")
+
+
+def _chunks(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in tensors:
+        if tensor.numel():
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            # By address, because NumPy is not required here and has no bfloat16. `plain` lives until the next chunk.
+            size = plain.numel() * plain.itemsize
+            yield memoryview((ctypes.c_ubyte * size).from_address(plain.data_ptr()))

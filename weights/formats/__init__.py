@@ -1,0 +1,29 @@
+"""The grammars of adapter files: one module each, tried in the order of `FORMATS` when reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from weights.adapter_file import AdapterFile
+from weights.formats import peft
+
+
+class Format(Protocol):
+    """What a module of this package offers."""
+
+    FILES: Sequence[str]
+    """Globs of the files it reads, for a download."""
+
+    def recognise(self, path: Path) -> bool:
+        """Whether the file or folder at `path` looks like this format; it may still prove unsound."""
+
+    def read(self, path: Path) -> AdapterFile:
+        """Read the file or folder at `path`; raises FileFormatError where it is not sound or not supported."""
+
+    def write(self, adapter: AdapterFile, path: Path) -> None:
+        """Write `adapter` at `path`; raises FileFormatError where the format cannot hold it."""
+
+
+FORMATS: Mapping[str, Format] = {"peft": peft}

@@ -1,0 +1,176 @@
+"""The header of a safetensors file: eight bytes of length, then JSON with every tensor's type, shape and place.
+
+The format is https://github.com/huggingface/safetensors#format. The official reader accepts more than it
+promises (duplicate keys, unknown fields, names such as `../../etc/passwd`), so a header is checked here in full
+before anything is read through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+
+from weights.errors import FileFormatError, SourceNotFoundError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+METADATA_KEY = "__metadata__"
+MAX_HEADER_BYTES = 25_000_000  # the Hub's own limit; a header of this size takes a second to parse
+_MAX_DIMENSIONS = 64  # what torch can index
+_MAX_DIMENSION = 2**40
+
+_SIGNATURES = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull` or download it",
+    b"PK\x03\x04": "a zip archive, as torch.save writes; convert it to safetensors",
+    b"\x80": "a pickle; convert it to safetensors",
+    b"GGUF": "a GGUF file; convert it to safetensors",
+    b"<": "an HTML page; download the file itself, not the page about it",
+}
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells one state of a file from another."""
+
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Stamp:
+        """The stamp of an open file."""
+        status = os.fstat(file.fileno())
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's type, shape and place: bytes `start` to `stop`, counted from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header."""
+
+    slots: Mapping[str, Slot]
+    metadata: Mapping[str, str]
+    stamp: Stamp
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of the safetensors file at `path`.
+
+    Raises:
+        SourceNotFoundError: The file does not exist or cannot be opened.
+        FileFormatError: It is not a sound safetensors file; the message says what it looks like, or what is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            stamp = Stamp.of(file)
+            text = _header_text(path, file, stamp.size)
+    except OSError as error:
+        raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; check the path.") from error
+    try:
+        fields = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        metadata = _checked_metadata(fields.pop(METADATA_KEY, {}))
+        first_byte = 8 + len(text)
+        slots = {name: _checked_slot(name, value, first_byte) for name, value in fields.items()}
+        _check_tiling(slots, first_byte, stamp.size)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors too
+        raise FileFormatError(f"{path} is not a sound safetensors file: {error}; fetch or save it again.") from error
+    return Header(slots, metadata, stamp)
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError unless `name` is safe as a tensor's name."""
+    if not name or name == METADATA_KEY or not name.isprintable() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name!r} is not allowed as a tensor's name")
+
+
+def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
+    """The JSON of the header, or a FileFormatError that says what the file is instead."""
+    start = file.read(64)
+    length = int.from_bytes(start[:8], "little")
+    if size < 10 or length > min(size - 8, MAX_HEADER_BYTES) or start[8:9] != b"{":
+        looks = (text for signature, text in _SIGNATURES.items() if start.lstrip().startswith(signature))
+        found = next(looks, "something else, cut short, or has too large a header; check where it came from")
+        raise FileFormatError(f"{path} is not a safetensors file: it is {found if size else 'empty; fetch it again'}.")
+    file.seek(8)
+    return file.read(length)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key occurs twice in its header")
+    return fields
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"its {METADATA_KEY} is not a table of texts")
+    return metadata
+
+
+def _checked_slot(name: str, fields: Any, first_byte: int) -> Slot:
+    check_name(name)
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} does not have exactly the fields dtype, shape and data_offsets")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has a malformed shape or malformed offsets")
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name!r} has the type {fields['dtype']!r}, which is not supported")
+    dtype = DTYPES[fields["dtype"]]
+    # Strides multiply the non-zero sizes, so these must not overflow even where the tensor is empty.
+    absurd = len(shape) > _MAX_DIMENSIONS or any(size >= _MAX_DIMENSION for size in shape)
+    if absurd or math.prod(size or 1 for size in shape) >= 2**63:
+        raise ValueError(f"tensor {name!r} has an absurd shape")
+    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name!r} does not have as many bytes as its shape {shape} needs")
+    return Slot(dtype, tuple(shape), first_byte + offsets[0], first_byte + offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_tiling(slots: Mapping[str, Slot], first_byte: int, size: int) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    end = first_byte
+    for slot in sorted(slots.values(), key=lambda slot: (slot.start, slot.stop)):
+        if slot.start != end:
+            raise ValueError("its tensors overlap or leave holes")
+        end = slot.stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, but it has {size} bytes")
