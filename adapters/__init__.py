@@ -1,0 +1,42 @@
+"""The surgery: adapters for any PyTorch model, injected, toggled, weighed, merged and ejected without a trace.
+
+Example:
+    >>> import adapters
+    >>> style = adapters.inject(model, adapters.LoRA(rank=16), targets="**.attn.*", name="style")
+    >>> style.scale = 0.5
+    >>> with adapters.use(model):  # none: the base model
+    ...     model(x)
+    >>> style.eject()
+"""
+
+from adapters.activation import use
+from adapters.adapted import Adapted
+from adapters.adapter import Adapter
+from adapters.errors import (
+    AdapterError,
+    LayerMismatchError,
+    PatchNameError,
+    PatchStateError,
+    TargetError,
+)
+from adapters.method import Branch, Method
+from adapters.methods import LoRA
+from adapters.patch import Patch, inject, load, patches
+
+__all__ = [
+    "Adapted",
+    "Adapter",
+    "AdapterError",
+    "Branch",
+    "LayerMismatchError",
+    "LoRA",
+    "Method",
+    "Patch",
+    "PatchNameError",
+    "PatchStateError",
+    "TargetError",
+    "inject",
+    "load",
+    "patches",
+    "use",
+]

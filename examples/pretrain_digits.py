@@ -49,9 +49,7 @@ def pretrain(digits: data.Digits) -> model.DigitClassifier:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=STEPS)
     for _ in range(STEPS):
         rows = torch.randint(len(digits.train_labels), (BATCH_SIZE,))
-        loss = nn.functional.cross_entropy(
-            classifier(jitter(digits.train_images[rows])), digits.train_labels[rows]
-        )
+        loss = nn.functional.cross_entropy(classifier(jitter(digits.train_images[rows])), digits.train_labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

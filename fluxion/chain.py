@@ -45,6 +45,7 @@ class Chain(ContextModule):
 
     _modules: dict[str, nn.Module]  # type: ignore[assignment]
     _tag = "CHAIN"
+    _may_repeat = False
 
     def __init__(self, *args: nn.Module | Iterable[nn.Module]) -> None:
         """
@@ -451,7 +452,7 @@ class Chain(ContextModule):
             parent = module.parent
             if id(module) in chains:
                 raise ChainValueError(f"{_short(module)} is given twice: use structural_copy() for the second use.")
-            if isinstance(module, Chain):
+            if not module._may_repeat:
                 chains.add(id(module))
             elif parent is self:
                 continue  # A leaf may be used twice by one parent.
@@ -480,17 +481,20 @@ class Chain(ContextModule):
             places.clear()
 
     def _put(self, key: str, module: nn.Module, old_module_parent: Chain | None = None) -> None:
-        old = self._modules[key]
-        if module is old:
-            return
-        self._check([module])
-        self._modules[key] = module
+        if module is not self._modules[key]:
+            self._check([module])
+            old = self._swap(key, module)
+            _link(module, self)
+            self._unlink(old, old_module_parent)
+
+    def _swap(self, key: str, module: nn.Module) -> nn.Module:
+        """Put a module in a slot and return the old one, without checks and without touching parent links."""
+        old, self._modules[key] = self._modules[key], module
         places: dict[int, str] = self.__dict__["_places"]
         places.pop(id(old), None)
-        if places.setdefault(id(module), key) != key:
+        if places and places.setdefault(id(module), key) != key:
             places.clear()  # Used twice: which use comes first is found out when it is asked for.
-        _link(module, self)
-        self._unlink(old, old_module_parent)
+        return old
 
     def _take(self, key: str) -> nn.Module:
         module = self._modules.pop(key)
@@ -507,7 +511,7 @@ class Chain(ContextModule):
         """Give a module that left another parent, or none, unless it is still here or never was ours."""
         if not isinstance(module, ContextModule) or module.parent is not self:
             return
-        if isinstance(module, Chain) or not any(child is module for child in self):
+        if not (module._may_repeat and any(child is module for child in self)):
             module._set_parent(parent)
 
     def __str__(self) -> str:

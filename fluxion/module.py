@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fluxion.chain import Chain
 
 BasicType = str | float | int | bool
-_T = TypeVar("_T")
 
 
 class Module(nn.Module):
@@ -92,6 +91,7 @@ class ContextModule(Module):
 
     _parent: weakref.ref[Chain] | None
     _can_refresh_parent: bool
+    _may_repeat: ClassVar[bool] = True  # Whether it may be used several times by its parent.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,7 +166,8 @@ class ContextModule(Module):
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_parent": None, "_can_refresh_parent": True}
+        state = cast(dict[str, Any], super().__getstate__())  # type: ignore[no-untyped-call]
+        return {**state, "_parent": None, "_can_refresh_parent": True}
 
     def __copy__(self) -> Self:
         return self.structural_copy()

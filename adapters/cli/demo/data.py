@@ -7,11 +7,12 @@ UCI Machine Learning Repository (1998), https://doi.org/10.24432/C50P49, license
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import load
+
+import weights
 
 FILE_NAME = "digits.safetensors"
 TEST_SIZE = 397
@@ -32,7 +33,8 @@ def load_digits() -> Digits:
 
     Neighbours in the file resemble each other, so a contiguous tail is a harder test than a random sample.
     """
-    tensors = load(files(__package__).joinpath(FILE_NAME).read_bytes())
+    with as_file(files(__package__) / FILE_NAME) as path:
+        tensors = dict(weights.open(path))
     images = tensors["images"].unsqueeze(1).float() / 16  # stored as uint8 (1797, 8, 8), 0..16
     labels = tensors["labels"].long()
     return Digits(images[:-TEST_SIZE], labels[:-TEST_SIZE], images[-TEST_SIZE:], labels[-TEST_SIZE:])

@@ -1,10 +1,9 @@
 """The small pretrained digit classifier, written as a Chain."""
 
-from importlib.resources import files
-
-from safetensors.torch import load
+from importlib.resources import as_file, files
 
 import fluxion as fl
+import weights
 
 FILE_NAME = "digit_classifier.safetensors"
 
@@ -39,5 +38,6 @@ class DigitClassifier(fl.Chain):
 def load_model() -> DigitClassifier:
     """A new classifier with the packaged weights, in evaluation mode."""
     model = DigitClassifier()
-    model.load_state_dict(load(files(__package__).joinpath(FILE_NAME).read_bytes()))
+    with as_file(files(__package__) / FILE_NAME) as path:
+        model.load_state_dict(dict(weights.open(path)))
     return model.eval()

@@ -1,0 +1,83 @@
+"""Which patches act, and how strongly, in the current thread or async task."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import AdapterError
+
+if TYPE_CHECKING:
+    from adapters.patch import Patch
+
+Weights = Mapping["Patch", float]
+RowChoice = str | Mapping[str, float] | Sequence[str] | None
+
+
+class Rows:
+    """A choice for each row of a batch.
+
+    Attributes:
+        count: How many rows there are.
+        groups: For each distinct choice, its weights and the indices of its rows.
+        inverse: Where each row is found when the groups are put one after the other.
+    """
+
+    def __init__(self, choices: Sequence[Weights]) -> None:
+        self.count = len(choices)
+        indices: dict[frozenset[tuple[Patch, float]], list[int]] = {}
+        for index, weights in enumerate(choices):
+            indices.setdefault(frozenset(weights.items()), []).append(index)
+        self.groups: list[tuple[Weights, Tensor]] = [(dict(key), torch.tensor(rows)) for key, rows in indices.items()]
+        order = torch.cat([rows for _, rows in self.groups]) if self.groups else torch.empty(0, dtype=torch.long)
+        self.inverse = torch.argsort(order)
+
+
+# Patches that are not in the mapping follow their own `scale` and `enabled`.
+_chosen: ContextVar[Mapping[Patch, float | Rows] | None] = ContextVar("chosen", default=None)
+current = _chosen.get
+
+
+@contextlib.contextmanager
+def use(model: nn.Module, *names: str | Mapping[str, float], rows: Sequence[RowChoice] | None = None) -> Iterator[None]:
+    """In this block, and in this thread or async task only, let just these patches of a model act.
+
+    Args:
+        model: The patched model.
+        names: Names of patches, which act at their own scale, or one mapping of names to scales. Without names, and
+            without `rows`, no patch acts: the model is the base model.
+        rows: One choice for each row of the batch instead: a name, several names, a mapping, or None for the base.
+
+    Raises:
+        PatchNameError: The model has no patch of that name.
+        AdapterError: Both names and rows are given.
+    """
+    from adapters.patch import find, patches  # A patch needs this module to know whether it acts.
+
+    def weights(choice: RowChoice) -> dict[Patch, float]:
+        if choice is None:
+            return {}
+        if isinstance(choice, Mapping):
+            return {find(model, name): float(scale) for name, scale in choice.items()}
+        listed = [choice] if isinstance(choice, str) else choice
+        return {patch: patch.scale for patch in (find(model, name) for name in listed)}
+
+    if rows is not None:
+        if names:
+            raise AdapterError("Pass names for the whole batch or rows= for each row, not both.")
+        grouped = Rows([weights(choice) for choice in rows])
+        chosen: dict[Patch, float | Rows] = dict.fromkeys(patches(model).values(), grouped)
+    else:
+        chosen = dict.fromkeys(patches(model).values(), 0.0)
+        for choice in names:
+            chosen.update(weights(choice))
+    token = _chosen.set({**(_chosen.get() or {}), **chosen})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)

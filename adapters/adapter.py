@@ -1,0 +1,158 @@
+"""`Adapter`, the mixin of a chain that takes the place of a module and keeps that module inside."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, Generic, Self, TypeVar, cast
+
+from torch import nn
+
+import fluxion as fl
+from adapters.errors import PatchStateError, TargetError
+
+T = TypeVar("T", bound=nn.Module)
+Slot = tuple[nn.Module, str]
+"""A place in a model: a module, and the key of one of its children."""
+
+
+class Adapter(Generic[T]):
+    """Mixin for chains that adapt a target.
+
+    Example:
+        >>> class Scaled(fl.Chain, Adapter[fl.Linear]):
+        ...     def __init__(self, target: fl.Linear) -> None:
+        ...         with self.setup_adapter(target):
+        ...             super().__init__(target, fl.Multiply(2.0))
+        >>> adapter = Scaled(model.Linear).inject(model)
+        >>> adapter.eject()
+    """
+
+    _target: list[T]  # In a list, so that torch does not take it for a child.
+    _outside: list[tuple[weakref.ref[nn.Module], str]]  # The slots this adapter was put in.
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls, fl.Chain):
+            raise TypeError(f"The adapter {cls.__name__} must be a chain: class {cls.__name__}(fl.Chain, Adapter[T]).")
+
+    @property
+    def target(self) -> T:
+        """The module this adapter adapts."""
+        return self._target[0]
+
+    @contextlib.contextmanager
+    def setup_adapter(self, target: T) -> Iterator[None]:
+        """Call the constructor of the chain in this block: it may hold the target, which stays where it is."""
+        self._target, self._outside = [target], []
+        with target.no_parent_refresh() if isinstance(target, fl.ContextModule) else contextlib.nullcontext():
+            yield
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Where this adapter is: each module that holds it, and the key it has there. Empty when it is ejected."""
+        node = cast(fl.Chain, self)
+        slots = {(id(parent), key): (parent, key) for ref, key in self._outside if (parent := ref()) is not None}
+        if (chain := node.parent) is not None and node in chain:  # It may have been moved.
+            slots[id(chain), chain.key_of(node)] = (chain, chain.key_of(node))
+        return [(parent, key) for parent, key in slots.values() if parent._modules.get(key) is node]
+
+    def inject(self, parent: nn.Module | None = None) -> Self:
+        """Take the place of the target, in every place it has below `parent`.
+
+        Args:
+            parent: A module that holds the target, at any depth. It may be left out for a target that knows its
+                parent, such as a Chain.
+
+        Raises:
+            PatchStateError: The adapter is injected already.
+            TargetError: The target has no parent, or is not below the one given.
+        """
+        if parent is None and isinstance(self.target, fl.ContextModule):
+            parent = self.target.parent
+        if parent is None:
+            raise TargetError(f"{type(self.target).__name__} does not know its parent: pass it to inject(parent).")
+        slots = find_slots(parent, self.target)
+        if not slots:
+            raise TargetError(f"{type(self.target).__name__} is not below {type(parent).__name__}: pass its parent.")
+        return self._occupy(slots)
+
+    def _occupy(self, slots: list[Slot]) -> Self:
+        """Take these slots, which hold the target."""
+        node = cast(fl.Chain, self)
+        if self.slots:
+            raise PatchStateError(f"{type(self).__name__} is injected already: eject it first.")
+        self._outside = [(weakref.ref(parent), key) for parent, key in slots]
+        fill_slots(slots, node)
+        link_parent(self.target, find_slots(node, self.target))
+        return self
+
+    def eject(self) -> None:
+        """Give the place back to the target, or to the adapters that have been put around the target since.
+
+        Raises:
+            PatchStateError: The adapter is not injected.
+        """
+        node, slots = cast(fl.Chain, self), self.slots
+        if not slots:
+            raise PatchStateError(f"{type(self).__name__} is not injected.")
+        heir = self._heir()
+        if heir is not self.target:  # The adapter keeps its own target, to be injected again.
+            fill_slots(find_slots(node, heir), self.target, link=False)
+        fill_slots(slots, heir)
+        if isinstance(heir, Adapter):
+            heir._outside = [(weakref.ref(parent), key) for parent, key in slots]
+        for parent, _ in slots:
+            for holder in (parent, *(parent.get_parents() if isinstance(parent, fl.ContextModule) else ())):
+                if isinstance(holder, Adapter) and holder.target is node:
+                    holder._target = [heir]
+        self._outside = []
+        node._set_parent(None)
+
+    def _heir(self) -> nn.Module:
+        """What takes this adapter's place: the target, inside of the adapters that were injected below this one."""
+        top, heir = cast(fl.Chain, self), cast(nn.Module, self.target)
+        for parent, _ in find_slots(top, self.target):
+            node = parent if isinstance(parent, fl.Chain) else None
+            while node is not None and node is not top:
+                if isinstance(node, Adapter):
+                    heir = node
+                node = node.parent
+        return heir
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no slot of the original's. Where it is, is seen when its own model is looked at.
+        return {**cast(dict[str, Any], super().__getstate__()), "_outside": []}
+
+    def _pre_structural_copy(self) -> None:
+        if isinstance(self.target, fl.Chain):
+            raise PatchStateError(
+                f"{type(self).__name__} adapts a Chain, which a structural copy would share: eject it first."
+            )
+
+    def _post_structural_copy(self, source: Adapter[T]) -> None:
+        self._target, self._outside = [source.target], []
+
+
+def find_slots(root: nn.Module, module: nn.Module) -> list[Slot]:
+    """Every place of a module below `root`."""
+    parents = {id(parent): parent for _, parent in fl.walk(root, lambda found, _: found is module)}
+    return [(parent, key) for parent in parents.values() for key, child in parent._modules.items() if child is module]
+
+
+def fill_slots(slots: list[Slot], module: nn.Module, link: bool = True) -> None:
+    """Put a module in each of these slots, whatever kind of module they belong to."""
+    for parent, key in slots:
+        if isinstance(parent, fl.Chain):
+            parent._swap(key, module)
+        else:
+            parent._modules[key] = module
+    if link:
+        link_parent(module, slots)
+
+
+def link_parent(module: nn.Module, slots: list[Slot]) -> None:
+    """Make the first chain among these slots the parent of a module that knows its parent."""
+    if isinstance(module, fl.ContextModule):
+        module._set_parent(next((parent for parent, _ in slots if isinstance(parent, fl.Chain)), None))

@@ -1,0 +1,25 @@
+"""Errors of the surgery. Every one leaves the model as it was before the call."""
+
+from __future__ import annotations
+
+
+class AdapterError(ValueError):
+    """Base of every error this package raises by itself."""
+
+
+class TargetError(AdapterError):
+    """A pattern that matches nothing, or a layer that the method cannot adapt."""
+
+
+class PatchNameError(AdapterError, KeyError):
+    """A name that no patch has, or that one has already."""
+
+    __str__ = ValueError.__str__  # KeyError would print the repr.
+
+
+class PatchStateError(AdapterError, RuntimeError):
+    """A call that does not fit the state of a patch: merging it twice, ejecting what is not injected."""
+
+
+class LayerMismatchError(AdapterError):
+    """An adapter file that does not fit the model: layers that are missing, or tensors of another shape."""

@@ -1,0 +1,83 @@
+"""What a method is: hyperparameters, and how they become a branch beside a layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import fluxion as fl
+
+if TYPE_CHECKING:
+    from adapters.patch import Patch
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """The hyperparameters of an adapter. Subclasses are frozen dataclasses, one per file of `adapters.methods`.
+
+    Attributes:
+        key: The name of the method in files.
+        layers: The types of layers it can adapt.
+    """
+
+    key: ClassVar[str]
+    layers: ClassVar[tuple[type[nn.Module], ...]]
+
+    def supports(self, layer: nn.Module) -> bool:
+        """Whether this method can adapt that layer."""
+        return isinstance(layer, self.layers)
+
+    @abstractmethod
+    def build(self, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Branch:
+        """A branch for one layer, initialised so that it changes nothing yet.
+
+        Raises:
+            TargetError: The hyperparameters do not fit this layer.
+        """
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What a file needs to say besides the tensors."""
+        return asdict(self)
+
+
+class Branch(fl.Chain):
+    """The part of one patch at one layer: computes what it adds to the output of the layer, at scale 1.
+
+    The tensors are its parameters. A subclass states the same formula a second time as a change of the weight.
+    """
+
+    method: Method
+    patch: Patch
+
+    def adapt(self, weight: Tensor, scale: float) -> Tensor:
+        """The weight of a layer that computes what the layer of this weight and this branch compute together.
+
+        Args:
+            weight: In the precision to compute in, of the shape of the layer's weight. It is not changed.
+            scale: The strength, 1 for the method as its paper states it.
+        """
+        raise NotImplementedError
+
+    def run(self, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of a layer together with this branch.
+
+        Args:
+            layer: Computes the output without it.
+            scale: The strength, 1 for the method as its paper states it.
+            x: The input of the layer, with whatever else it takes.
+        """
+        output: Tensor = layer(x, *args, **kwargs)
+        return output + (self.forward(x) * scale).to(output.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors under the names that files give them."""
+        return {name.removesuffix(".weight"): parameter for name, parameter in self.named_parameters()}
+
+    def _label(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.method.hyperparameters().items() if value)
+        return f"{self.patch.name}({settings})"

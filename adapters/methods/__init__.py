@@ -1,0 +1,11 @@
+"""The methods, one per file: formula, initialisation, names of the tensors."""
+
+from collections.abc import Mapping
+
+from adapters.method import Method
+from adapters.methods.lora import LoRA
+
+METHODS: Mapping[str, type[Method]] = {method.key: method for method in (LoRA,)}
+"""Every method by the name that files give it."""
+
+__all__ = ["METHODS", "LoRA"]

@@ -1,0 +1,551 @@
+"""`Patch`, a named set of adapters in one model, and the calls that make one."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+import fluxion as fl
+import weights
+from adapters.adapted import Adapted
+from adapters.adapter import Slot, find_slots
+from adapters.errors import LayerMismatchError, PatchNameError, PatchStateError, TargetError
+from adapters.method import Branch, Method
+from adapters.methods import METHODS
+from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
+
+_numbers = itertools.count()
+_known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
+
+
+@dataclass
+class Place:
+    """Where a branch belongs: the path of a layer, and while the branch is out of the model, the layer itself.
+
+    The layer and what holds it are not kept alive.
+    """
+
+    path: str
+    branch: Branch
+    layer: weakref.ref[nn.Module] | None
+    slots: list[tuple[weakref.ref[nn.Module], str]]
+
+    @classmethod
+    def of(cls, layer: Layer, branch: Branch) -> Place:
+        place = cls(layer.path, branch, None, [])
+        place.remember(layer.module, layer.slots)
+        return place
+
+    def remember(self, layer: nn.Module, slots: list[Slot]) -> None:
+        self.layer, self.slots = weakref.ref(layer), [(weakref.ref(parent), key) for parent, key in slots]
+
+    @property
+    def node(self) -> Adapted | None:
+        """The node that holds the branch, while it is injected."""
+        return cast("Adapted | None", self.branch.parent)
+
+    @property
+    def target(self) -> nn.Module | None:
+        """The layer, or None when it is gone."""
+        return self.node.base if self.node is not None else self.layer() if self.layer is not None else None
+
+    def occupied(self) -> tuple[nn.Module, list[Slot]]:
+        """The layer and its slots, checked to be what they were.
+
+        Raises:
+            PatchStateError: The layer is no longer there.
+        """
+        layer = self.target
+        slots = [(parent, key) for ref, key in self.slots if (parent := ref()) is not None]
+        if layer is None or not slots:
+            raise PatchStateError(f"{self.path} is gone, with the model that the patch was made for.")
+        for parent, key in slots:
+            found = parent._modules.get(key)
+            if (found.base if isinstance(found, Adapted) else found) is not layer:
+                raise PatchStateError(f"{self.path} is not the layer any more that the patch was made for.")
+        return layer, slots
+
+    def attach(self, layer: nn.Module, slots: list[Slot]) -> None:
+        """Put the branch beside the layer, in the node that is there or in a new one."""
+        parent, key = slots[0]
+        found = parent._modules[key]
+        node = found if isinstance(found, Adapted) else Adapted(layer)._occupy(slots)
+        name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
+        while hasattr(node, name):
+            name += "_"
+        node.add_module(name, self.branch)
+        self.branch.train(layer.training)
+        self.layer, self.slots = None, []
+
+    def detach(self) -> None:
+        """Take the branch out, and the node too when it was the last one."""
+        if (node := self.node) is not None:
+            self.remember(node.base, node.slots)
+            node.remove(self.branch)
+            if not node.branches:
+                node.eject()
+
+
+class Patch:
+    """A named set of adapters in one model: what `inject` and `load` return.
+
+    Attributes:
+        name: Its name, unique in the model.
+        scale: How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
+        enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it is as quick.
+    """
+
+    def __init__(self, name: str, model: nn.Module, places: Sequence[Place], scale: float, freezes: bool) -> None:
+        self.name = name
+        self.scale = scale
+        self.enabled = True
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._places = list(places)
+        self._freezes = freezes
+        self._frozen: list[nn.Parameter] = []
+        self._number = -1
+        for place in places:
+            place.branch.patch = self
+
+    # What it is
+
+    @property
+    def model(self) -> nn.Module:
+        """The model this patch was made for.
+
+        Raises:
+            PatchStateError: It is gone.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise PatchStateError(f"The model of the patch {self.name!r} is gone.")
+        return model
+
+    @property
+    def targets(self) -> dict[str, nn.Module]:
+        """The layers it adapts by path."""
+        return {place.path: layer for place in self._places if (layer := place.target) is not None}
+
+    @property
+    def injected(self) -> bool:
+        """Whether its adapters are in the model."""
+        return self._number >= 0
+
+    @property
+    def merged(self) -> bool:
+        """Whether the layers themselves compute it."""
+        return any(item[0] is p.branch for p in self._places[:1] if (node := p.node) for item in node.merged)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its parameters, named by the path of the layer and the name of the tensor."""
+        for place in self._places:
+            for name, parameter in place.branch.named_parameters():
+                yield f"{place.path}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def num_parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors, detached, named as in `named_parameters`."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Replace the values of its tensors, all or none.
+
+        Raises:
+            LayerMismatchError: Names are missing or unexpected, or a shape differs.
+        """
+        own = dict(self.named_parameters())
+        problems = [f"missing {name}" for name in own.keys() - state_dict.keys()]
+        problems += [f"unexpected {name}" for name in state_dict.keys() - own.keys()]
+        problems += [
+            f"{name} has shape {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & state_dict.keys()
+            if state_dict[name].shape != own[name].shape
+        ]
+        _refuse(f"The tensors do not fit the patch {self.name!r}", problems)
+        merged = self.merged
+        if merged:
+            self.unmerge()
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state_dict[name])
+        if merged:
+            self.merge()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}
+
+    def _settle(self, model: nn.Module) -> None:
+        """Make a model its own, for the patch of a copied model: where its adapters are, and which came along."""
+        self._model = weakref.ref(model)
+        self._places = [place for place in self._places if place.node is not None]
+
+    def __str__(self) -> str:
+        rows = [("path", "method", "parameters")]
+        for place in self._places:
+            count = sum(parameter.numel() for parameter in place.branch.parameters())
+            rows.append((place.path, repr(place.branch.method), f"{count:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        state = "merged" if self.merged else "injected" if self.injected else "ejected"
+        title = f"Patch {self.name!r}: {state}, scale {self.scale:g}{'' if self.enabled else ', disabled'}"
+        total = f"{len(self._places)} layers, {self.num_parameters():,} parameters"
+        body = (f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows)
+        return "\n".join([title, *body, f"  {total}"])
+
+    def __repr__(self) -> str:
+        return f"<Patch {self.name!r}, {len(self._places)} layers, {self.num_parameters():,} parameters>"
+
+    # In and out of the model
+
+    def inject(self) -> Patch:
+        """Put its adapters back after `eject`.
+
+        Raises:
+            PatchStateError: It is injected already, or its layers are no longer in the model.
+            PatchNameError: Another patch of the model has its name by now.
+        """
+        if self.injected:
+            raise PatchStateError(f"The patch {self.name!r} is injected already.")
+        model = self.model
+        _check_name(model, self.name)
+        occupied = [(place, *place.occupied()) for place in self._places]
+        self._number = next(_numbers)
+        _known.clear()
+        with _all_or_nothing() as undo:
+            undo.callback(_known.clear)
+            undo.callback(setattr, self, "_number", -1)
+            for place, layer, slots in occupied:
+                undo.callback(place.detach)
+                place.attach(layer, slots)
+            if self._freezes:
+                self._freeze(model)
+        return self
+
+    def _freeze(self, model: nn.Module) -> None:
+        adapters = {id(parameter) for patch in patches(model).values() for parameter in patch.parameters()}
+        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def eject(self) -> None:
+        """Take its adapters out: the model is what it was before they came. A merged patch is unmerged first.
+
+        Raises:
+            PatchStateError: It is not injected.
+        """
+        self._require_injected()
+        if self.merged:
+            self.unmerge()
+        self._leave()
+
+    def _leave(self) -> None:
+        model = self.model
+        for place in self._places:
+            place.detach()
+        self._number = -1
+        _known.clear()
+        # What it froze thaws, unless another patch still wants the base frozen: then that one sees to it.
+        heir = next((patch for patch in patches(model).values() if patch._freezes), None)
+        if heir is not None:
+            heir._frozen += self._frozen
+        else:
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+        self._frozen = []
+
+    # In and out of the weights
+
+    def merge(self) -> None:
+        """Let the layers compute it at its present scale: no cost at run time. `unmerge` restores every bit.
+
+        Raises:
+            PatchStateError: It is not injected, or merged already.
+        """
+        self._require_injected()
+        if self.merged:
+            raise PatchStateError(f"The patch {self.name!r} is merged already.")
+        with _all_or_nothing() as undo:
+            for node, branch in self._nodes():
+                before = node.merged
+                node.merge([*before, (branch, self.scale)])
+                undo.callback(node.merge, before)
+
+    def unmerge(self) -> None:
+        """Undo `merge`. Every bit of the base is as before, whatever has been done to scales in between.
+
+        Raises:
+            PatchStateError: It is not merged.
+        """
+        if not self.merged:
+            raise PatchStateError(f"The patch {self.name!r} is not merged.")
+        with _all_or_nothing() as undo:
+            for node, branch in self._nodes():
+                before = node.merged
+                node.merge([item for item in before if item[0] is not branch])
+                undo.callback(node.merge, before)
+
+    def merge_and_eject(self) -> None:
+        """Fold it into the base model for good, at its present scale, and leave.
+
+        Raises:
+            PatchStateError: It is not injected.
+        """
+        self._require_injected()
+        with _all_or_nothing() as undo:
+            for node, branch in self._nodes():
+                own, before = node.own_weight, node.merged
+                rest = [item for item in before if item[0] is not branch]
+                node.merge(rest, own=node.folded(own, [(branch, self.scale)]))
+                undo.callback(node.merge, before, own)
+        self._leave()
+
+    def _nodes(self) -> Iterator[tuple[Adapted, Branch]]:
+        for place in self._places:
+            if (node := place.node) is not None:
+                yield node, place.branch
+
+    def _require_injected(self) -> None:
+        if not self.injected:
+            raise PatchStateError(f"The patch {self.name!r} is not injected: call inject() first.")
+
+    # To files
+
+    def adapter_file(self) -> weights.AdapterFile:
+        """What a file needs to say of this patch."""
+        content = {
+            place.path: weights.LayerWeights(
+                place.branch.method.key,
+                place.branch.method.hyperparameters(),
+                {name: tensor.detach() for name, tensor in place.branch.tensors().items()},
+            )
+            for place in self._places
+        }
+        return weights.AdapterFile(content, base_model=_base_model_name(self.model))
+
+    def save_pretrained(self, path: str | PathLike[str], format: str = "peft") -> Path:
+        """Write it to a folder: tensors, configuration and model card. Returns the folder.
+
+        Raises:
+            weights.WeightsError: The folder cannot be written, or the format cannot hold the patch.
+        """
+        return weights.write_adapter(self.adapter_file(), path, format=format)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish it in a repository of the Hugging Face Hub, in one commit. Returns the address of the commit.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist.
+            options: Of `weights.publish`: `private`, `revision`, `create_pr`, `token`, `commit_message`.
+
+        Raises:
+            weights.HubError: The Hub refused or cannot be reached; nothing was published.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return weights.publish(self.save_pretrained(folder), repo_id, **options)
+
+
+def inject(
+    model: nn.Module,
+    method: Method | Mapping[Pattern, Method],
+    targets: Patterns | None = None,
+    exclude: Patterns | None = None,
+    *,
+    name: str = "default",
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+    freeze_base: bool = True,
+) -> Patch:
+    """Put a new adapter of a method beside every layer that is targeted. At first nothing changes what is computed.
+
+    Args:
+        model: Any module: a Chain, a torch model, a transformers or diffusers model.
+        method: The method, or a mapping of patterns to methods.
+        targets: Which layers: a dotted suffix of whole names (`"q_proj"`, `"attn.q_proj"`), a glob (`*` within one
+            name, `**` across dots), a compiled regex (of the whole path), a type, `f(path, module) -> bool`, or a
+            list of these. None means every layer the method supports, except the output head.
+        exclude: Layers to leave out, chosen in the same ways.
+        name: The name of the patch, unique in the model.
+        scale: How strongly it acts.
+        dtype: The dtype of its tensors, by default that of each layer's weight.
+        device: Their device, by default that of each layer's weight.
+        seed: Makes the initial values the same each time, without touching torch's generators.
+        freeze_base: Turn `requires_grad` off for the parameters of the base, until the patch is ejected.
+
+    Raises:
+        TargetError: A pattern matches nothing, or a layer cannot be adapted by the method.
+        PatchNameError: The name is in use.
+    """
+    _check_name(model, name)
+    rules = as_rules(method, targets)
+    with _seeded(seed):
+        places = [
+            Place.of(layer, _build(chosen, layer, device, dtype))
+            for layer, chosen in select(model, rules, exclude, Method.supports)
+        ]
+    return Patch(name, model, places, scale, freeze_base).inject()
+
+
+def load(
+    model: nn.Module,
+    source: str | PathLike[str],
+    *,
+    name: str | None = None,
+    scale: float = 1.0,
+    revision: str | None = None,
+    strict: bool = True,
+    trainable: bool = False,
+) -> Patch:
+    """Put an adapter from a file into a model. The format of the file is recognised.
+
+    Args:
+        model: The base model.
+        source: A folder, a file, or the id of a repository on the Hub.
+        name: The name of the patch, by default the last part of the source.
+        scale: How strongly it acts.
+        revision: Branch, tag or commit, for a repository on the Hub.
+        strict: Raise when the file has layers that the model does not have. Otherwise they are left out.
+        trainable: Leave the tensors trainable and freeze the base.
+
+    Raises:
+        LayerMismatchError: The file does not fit the model: the message lists where.
+        PatchNameError: The name is in use.
+        weights.WeightsError: The source cannot be read.
+    """
+    name = name or Path(source).name or "default"
+    _check_name(model, name)
+    file = weights.read_adapter(source, revision=revision)
+    known = {path: layer for layer in layers(model) for path in layer.paths}
+    missing = [path for path in file.layers if path not in known]
+    if strict or len(missing) == len(file.layers):
+        _refuse(f"{source} is for another model", [f"there is no layer {path}" for path in missing])
+    places, problems = [], []
+    for path, content in file.layers.items():
+        if path in known:
+            try:
+                branch = _restore(known[path], content)
+            except (TargetError, LayerMismatchError) as problem:
+                problems.append(f"{path}: {problem}")
+            else:
+                places.append(Place.of(known[path], branch.requires_grad_(trainable)))
+    _refuse(f"{source} is for another model", problems)
+    return Patch(name, model, places, scale, freezes=trainable).inject()
+
+
+def patches(model: nn.Module) -> dict[str, Patch]:
+    """The patches that are injected in a model, by name, in the order of their injection."""
+    found = _known.get(model)
+    if found is None:
+        unique: dict[int, Patch] = {}
+        for node, _ in fl.walk(model, Adapted, recurse=True):
+            if not node.slots:  # A copy: it learns where it is.
+                node._outside = [(weakref.ref(parent), key) for parent, key in find_slots(model, node)]
+            unique.update({id(branch.patch): branch.patch for branch in node.branches})
+        for patch in unique.values():
+            if patch._model is None:
+                patch._settle(model)
+        _known[model] = found = {p.name: p for p in sorted(unique.values(), key=lambda patch: patch._number)}
+    return dict(found)
+
+
+def find(model: nn.Module, name: str) -> Patch:
+    """The patch of that name in a model.
+
+    Raises:
+        PatchNameError: There is none.
+    """
+    known = patches(model)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1) or list(known)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "it has no patches."
+        raise PatchNameError(f"The model has no patch {name!r}: {hint}")
+    return known[name]
+
+
+def _build(method: Method, layer: Layer, device: Any, dtype: torch.dtype | None) -> Branch:
+    weight = cast(Tensor, layer.module.weight)
+    return method.build(layer.module, torch.device(device or weight.device), dtype or weight.dtype)
+
+
+def _restore(layer: Layer, content: weights.LayerWeights) -> Branch:
+    """The branch of one layer as a file has it."""
+    method = METHODS[content.method](**content.hyperparameters)
+    if not method.supports(layer.module):
+        raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
+    branch = _build(method, layer, None, None)
+    own = branch.tensors()
+    problems = [
+        f"{key} is {_shape(content.tensors.get(key))} in the file, {_shape(own.get(key))} in the model"
+        for key in {**own, **content.tensors}
+        if _shape(content.tensors.get(key)) != _shape(own.get(key))
+    ]
+    if problems:
+        raise LayerMismatchError(", ".join(problems))
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(content.tensors[key])
+    return branch
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name:
+        raise PatchNameError("A patch needs a name that is not empty.")
+    if name in patches(model):
+        raise PatchNameError(f"The model has a patch {name!r} already: eject it, or choose another name=.")
+
+
+def _refuse(what: str, problems: Sequence[str]) -> None:
+    if problems:
+        shown = "; ".join(problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise LayerMismatchError(f"{what}: {shown}{more}.")
+
+
+def _base_model_name(model: nn.Module) -> str | None:
+    """Where a transformers or diffusers model says it came from."""
+    for holder in (model, getattr(model, "config", None)):
+        name = getattr(holder, "name_or_path", None) or getattr(holder, "_name_or_path", None)
+        if isinstance(name, str) and name:
+            return name
+    return None
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[contextlib.ExitStack]:
+    """Callbacks registered in this block are run, the last one first, when it raises."""
+    with contextlib.ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,186 @@
+"""Choosing layers: every layer of a model with its paths and places, and the patterns that select some of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from adapters.adapted import Adapted
+from adapters.adapter import Slot
+from adapters.errors import TargetError
+
+Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Iterable[Pattern]
+
+# Names that models give to the layer that makes the final scores.
+_HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "output_head"})
+
+
+@dataclass
+class Layer:
+    """A module of the base model.
+
+    Attributes:
+        module: The module itself, also where adapters are around it.
+        paths: Its dotted paths, several when it is shared.
+        slots: The modules that hold it, or its adapters, and the keys there.
+    """
+
+    module: nn.Module
+    paths: list[str] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        """The first path."""
+        return self.paths[0]
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every module below a model, in order, each once. What patches have added is left out."""
+    found: dict[int, Layer] = {}
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        prefix, parent = stack.pop()
+        inner: list[tuple[str, nn.Module]] = []
+        for key, child in parent._modules.items():
+            if child is None:
+                continue
+            path = prefix + key
+            base = child.base if isinstance(child, Adapted) else child
+            layer = found.setdefault(id(base), Layer(base))
+            layer.paths.append(path)
+            if not any(holder is parent and name == key for holder, name in layer.slots):
+                layer.slots.append((parent, key))
+            inner.append((path + ".", base))
+        stack.extend(reversed(inner))
+    return list(found.values())
+
+
+def select(
+    model: nn.Module,
+    rules: Mapping[Pattern | None, Any],
+    exclude: Patterns | None,
+    supports: Callable[[Any, nn.Module], bool],
+) -> list[tuple[Layer, Any]]:
+    """The layers that rules select, each with the value of the first rule whose pattern matches it.
+
+    Args:
+        model: The model whose layers are looked at.
+        rules: Patterns and their values. The pattern None matches every layer but the output head.
+        exclude: Patterns of layers to leave out.
+        supports: Whether a value, such as a method, can be applied to a module.
+
+    Raises:
+        TargetError: A pattern matches nothing, or a name selects a module that the value does not support.
+    """
+    everything = layers(model)
+    selectors = [(_Selector(pattern, model), value) for pattern, value in rules.items()]
+    excluded = [_Selector(pattern, model) for pattern in _as_list(exclude)]
+    chosen: list[tuple[Layer, Any]] = []
+    for layer in everything:
+        values = [(selector, value) for selector, value in selectors if selector.matches(layer)]
+        left_out = [selector for selector in excluded if selector.matches(layer)]
+        for selector in left_out:
+            selector.useful = True
+        if left_out or not values:
+            continue
+        selector, value = values[0]
+        if supports(value, layer.module):
+            chosen.append((layer, value))
+            for selector, _ in values:
+                selector.useful = True
+        elif selector.is_name:
+            raise TargetError(
+                f"{layer.path} is a {type(layer.module).__name__}, which {type(value).__name__} cannot adapt:"
+                " exclude it or choose another method."
+            )
+    for selector in (*(selector for selector, _ in selectors), *excluded):
+        if not selector.useful:
+            raise TargetError(selector.complaint(everything))
+    return chosen
+
+
+class _Selector:
+    """One pattern, and whether it was of any use."""
+
+    def __init__(self, pattern: Pattern | None, model: nn.Module) -> None:
+        self.pattern = pattern
+        self.useful = False
+        self.is_name = isinstance(pattern, str) and "*" not in pattern
+        self._matches = _matcher(pattern, model)
+
+    def matches(self, layer: Layer) -> bool:
+        return any(self._matches(path, layer.module) for path in layer.paths)
+
+    def complaint(self, everything: list[Layer]) -> str:
+        if self.pattern is None:
+            return "The model has no layer that the method supports besides its output head: name the targets."
+        matched = [layer for layer in everything if self.matches(layer)]
+        if matched:
+            return (
+                f"The pattern {self.pattern!r} selects no layer to adapt, only excluded or unsupported ones such as"
+                f" {matched[0].path} ({type(matched[0].module).__name__})."
+            )
+        paths = [layer.path for layer in everything]
+        names = sorted({*paths, *(path.rpartition(".")[2] for path in paths)})
+        near = difflib.get_close_matches(str(self.pattern), names, n=3, cutoff=0.5) or names[:3]
+        return f"The pattern {self.pattern!r} matches no layer; near it are {', '.join(map(repr, near))}."
+
+
+def _matcher(pattern: Pattern | None, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    if pattern is None:
+        head = _output_head(model)
+        return lambda path, module: module is not head and path.rpartition(".")[2] not in _HEAD_NAMES
+    if isinstance(pattern, str):
+        if "*" in pattern:
+            pattern = _glob(pattern)
+        else:
+            name, suffix = pattern, f".{pattern}"
+            return lambda path, module: path == name or path.endswith(suffix)
+    if isinstance(pattern, re.Pattern):
+        full = pattern.fullmatch
+        return lambda path, module: full(path) is not None
+    if isinstance(pattern, type):
+        kind = pattern
+        return lambda path, module: isinstance(module, kind)
+    if callable(pattern):
+        return pattern
+    raise TargetError(f"{pattern!r} is no pattern: use a name, a glob, a compiled regex, a type or f(path, module).")
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """`*` stands for anything within one name, `**` for anything; `**.` also for nothing, to reach the top level."""
+    parts = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*"}
+    return re.compile("".join(parts.get(part) or re.escape(part) for part in re.split(r"(\*\*\.|\*\*|\*)", pattern)))
+
+
+def _output_head(model: nn.Module) -> object:
+    """The layer that a transformers model calls its output embeddings, where there is one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head.base if isinstance(head, Adapted) else head
+
+
+def as_rules(method: Any, targets: Patterns | None) -> dict[Pattern | None, Any]:
+    """A method and its targets, or a mapping of patterns to methods, as one mapping."""
+    if isinstance(method, Mapping):
+        if targets is not None:
+            raise TargetError("Targets are given twice: in the mapping of patterns to methods and as targets=.")
+        return dict(method)
+    if targets is None:
+        return {None: method}
+    return dict.fromkeys(_as_list(targets), method)
+
+
+def _as_list(patterns: Patterns | None) -> list[Pattern]:
+    if patterns is None:
+        return []
+    if isinstance(patterns, (str, re.Pattern, type)) or callable(patterns):
+        return [patterns]
+    return list(patterns)
