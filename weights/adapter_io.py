@@ -11,9 +11,7 @@ from weights.formats import FORMATS
 from weights.sources import locate
 
 
-def read_adapter(
-    source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> AdapterFile:
+def read_adapter(source: str | PathLike[str], *, revision: str | None = None, token: str | None = None) -> AdapterFile:
     """Read an adapter; its format is recognised.
 
     Args:

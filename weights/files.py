@@ -60,9 +60,7 @@ class TensorFiles(Mapping[str, Tensor]):
         return f"<{len(self)} tensors in {', '.join(files) or 'no file'}>"
 
 
-def open_tensors(
-    source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> TensorFiles:
+def open_tensors(source: str | PathLike[str], *, revision: str | None = None, token: str | None = None) -> TensorFiles:
     """Open tensors for reading; exported as `weights.open`.
 
     Args:
@@ -90,9 +88,7 @@ def open_tensors(
     return _open_shards(indexes[0]) if indexes else _open_file(found[0])
 
 
-def save(
-    tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None
-) -> Path:
+def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file: whole or not at all, synced, by the umask, same input same bytes.
 
     Tensors may be anywhere in memory, strided and shared (each name gets its own copy). Where `path` is a symbolic
@@ -165,7 +161,9 @@ def _open_shards(index: Path) -> TensorFiles:
     wrong = sorted({name for name, _ in set(held) ^ set(places.items())})
     if wrong:
         names = ", ".join(wrong[:5])
-        raise FileFormatError(f"{index} and its shards disagree about {len(wrong)} tensors ({names}); fetch them again.")
+        raise FileFormatError(
+            f"{index} and its shards disagree about {len(wrong)} tensors ({names}); fetch them again."
+        )
     return TensorFiles(headers, metadata)
 
 

@@ -44,10 +44,11 @@ MAX_HEADER_BYTES = 25_000_000  # the Hub's own limit; a header of this size take
 _MAX_DIMENSIONS = 64  # what torch can index
 _MAX_DIMENSION = 2**40
 
-_SIGNATURES = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull` or download it",
+_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+_SIGNATURES: Mapping[bytes | tuple[bytes, ...], str] = {
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull` or download it",
     b"PK\x03\x04": "a zip archive, as torch.save writes; convert it to safetensors",
-    b"\x80": "a pickle; convert it to safetensors",
+    _PICKLES: "a pickle; convert it to safetensors",
     b"GGUF": "a GGUF file; convert it to safetensors",
     b"<": "an HTML page; download the file itself, not the page about it",
 }

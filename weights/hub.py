@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 
@@ -55,7 +56,6 @@ def download(
     patterns = list(allow_patterns or _SAFE_FILES)
     with _hub_errors(name):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import filter_repo_objects
 
         try:
             listing = _Listing.fetch(name, revision, token)
@@ -64,7 +64,7 @@ def download(
             if cached is None:
                 raise error
             return cached
-        wanted = list(filter_repo_objects(listing.hashes, allow_patterns=patterns))
+        wanted = [file for file in listing.hashes if any(fnmatch(file, pattern) for pattern in patterns)]
         if not wanted:
             raise HubError(f"{name} has no file like {', '.join(patterns)}; check that it is the right repository.")
         folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
@@ -154,9 +154,7 @@ class _Listing:
         from huggingface_hub import HfApi
 
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-        hashes = {
-            file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in info.siblings or []
-        }
+        hashes = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in info.siblings or []}
         return cls(info.sha or "", bool(info.private), hashes)
 
 
@@ -183,9 +181,7 @@ def _publishable(folder: Path) -> dict[str, Path]:
         raise SourceNotFoundError(f"{folder} is not a folder; save the adapter into one first.")
     relative = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {
-        name.as_posix(): path
-        for name, path in relative.items()
-        if not any(part.startswith(".") for part in name.parts)
+        name.as_posix(): path for name, path in relative.items() if not any(part.startswith(".") for part in name.parts)
     }
     tensors = [path for name, path in files.items() if name.endswith(".safetensors")]
     missing = [
@@ -241,8 +237,8 @@ def _translated(error: BaseException, repo_id: str) -> HubError:
         known = _known(cause, repo_id)
         if known is not None:
             return known
-        cause = cause.__cause__ or cause.__context__
-    return HubError(f"{repo_id}: {_first_line(error)}")
+        cause = cause.__cause__
+    return HubError(f"{repo_id}: the Hub's client failed with {type(error).__name__}: {_first_line(error)}")
 
 
 def _known(error: BaseException, repo_id: str) -> HubError | None:

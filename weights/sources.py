@@ -18,9 +18,7 @@ def is_repo_id(source: str) -> bool:
     return bool(_REPO_ID.fullmatch(source)) and not source.endswith(".safetensors") and not Path(source).exists()
 
 
-def locate(
-    source: str | PathLike[str], *, revision: str | None, token: str | None, patterns: Sequence[str]
-) -> Path:
+def locate(source: str | PathLike[str], *, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
     """The local path of `source`: itself where it exists, else a download of the files that match `patterns`.
 
     Raises:

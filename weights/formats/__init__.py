@@ -13,8 +13,9 @@ from weights.formats import peft
 class Format(Protocol):
     """What a module of this package offers."""
 
-    FILES: Sequence[str]
-    """Globs of the files it reads, for a download."""
+    @property
+    def FILES(self) -> Sequence[str]:  # noqa: N802 - a constant of the module
+        """Globs of the files it reads, for a download."""
 
     def recognise(self, path: Path) -> bool:
         """Whether the file or folder at `path` looks like this format; it may still prove unsound."""
