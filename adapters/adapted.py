@@ -19,6 +19,10 @@ Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
 
 
+# Layers known to compute a linear function of their weight and nothing else.
+_PLAIN_FORWARDS = frozenset({nn.Linear.forward, nn.Conv2d.forward})
+
+
 class Adapted(fl.Chain, Adapter[nn.Module]):
     """A layer together with the branches of the patches that target it.
 
@@ -60,6 +64,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and "input" in kwargs:  # What torch's layers call it.
+            args = (kwargs.pop("input"),)
         chosen = self._chosen()
         if isinstance(chosen, Rows):
             return self._run_rows(chosen, *args, **kwargs)
@@ -82,6 +88,9 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def _compose(self, active: Active) -> Callable[..., Any]:
         """The layer with these branches around it, each taking the ones before it for its layer."""
         run, rest = self._merged_part(active)
+        if rest and type(self.base).forward not in _PLAIN_FORWARDS:
+            # What the layer computes from its weight is its own affair, so it gets the weight it would be merged to.
+            return partial(self._run_with, adapted_weight(self.own_weight, active))
         for branch, scale in rest:
             run = partial(branch.run, run, scale)
         return run
@@ -165,7 +174,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_target" not in self.__dict__:
+            if "_target" not in self.__dict__ or name.startswith("__"):
                 raise
             return getattr(self.inner, name)
 

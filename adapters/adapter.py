@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Self, TypeVar, cast
 
 from torch import nn
@@ -15,6 +15,21 @@ from adapters.errors import PatchStateError, TargetError
 T = TypeVar("T", bound=nn.Module)
 Slot = tuple[nn.Module, str]
 """A place in a model: a module, and the key of one of its children."""
+
+
+class WeakSlots:
+    """Slots whose modules are not kept alive. A copy or a pickle of it is empty: a copied model has other slots."""
+
+    def __init__(self, slots: Iterable[Slot] = ()) -> None:
+        self._slots = [(weakref.ref(parent), key) for parent, key in slots]
+
+    def __iter__(self) -> Iterator[Slot]:
+        for ref, key in self._slots:
+            if (parent := ref()) is not None:
+                yield parent, key
+
+    def __reduce__(self) -> tuple[type[WeakSlots], tuple[()]]:
+        return WeakSlots, ()
 
 
 class Adapter(Generic[T]):
@@ -30,7 +45,7 @@ class Adapter(Generic[T]):
     """
 
     _target: list[T]  # In a list, so that torch does not take it for a child.
-    _outside: list[tuple[weakref.ref[nn.Module], str]]  # The slots this adapter was put in.
+    _outside: WeakSlots  # Where this adapter was put.
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,7 +60,7 @@ class Adapter(Generic[T]):
     @contextlib.contextmanager
     def setup_adapter(self, target: T) -> Iterator[None]:
         """Call the constructor of the chain in this block: it may hold the target, which stays where it is."""
-        self._target, self._outside = [target], []
+        self._target, self._outside = [target], WeakSlots()
         with target.no_parent_refresh() if isinstance(target, fl.ContextModule) else contextlib.nullcontext():
             yield
 
@@ -53,10 +68,10 @@ class Adapter(Generic[T]):
     def slots(self) -> list[Slot]:
         """Where this adapter is: each module that holds it, and the key it has there. Empty when it is ejected."""
         node = cast(fl.Chain, self)
-        slots = {(id(parent), key): (parent, key) for ref, key in self._outside if (parent := ref()) is not None}
-        if (chain := node.parent) is not None and node in chain:  # It may have been moved.
-            slots[id(chain), chain.key_of(node)] = (chain, chain.key_of(node))
-        return [(parent, key) for parent, key in slots.values() if parent._modules.get(key) is node]
+        slots = [(parent, key) for parent, key in self._outside if parent._modules.get(key) is node]
+        if not slots and (chain := node.parent) is not None:  # It was moved.
+            slots = [(chain, chain.key_of(node))]
+        return slots
 
     def inject(self, parent: nn.Module | None = None) -> Self:
         """Take the place of the target, in every place it has below `parent`.
@@ -83,7 +98,7 @@ class Adapter(Generic[T]):
         node = cast(fl.Chain, self)
         if self.slots:
             raise PatchStateError(f"{type(self).__name__} is injected already: eject it first.")
-        self._outside = [(weakref.ref(parent), key) for parent, key in slots]
+        self._outside = WeakSlots(slots)
         fill_slots(slots, node)
         link_parent(self.target, find_slots(node, self.target))
         return self
@@ -102,12 +117,12 @@ class Adapter(Generic[T]):
             fill_slots(find_slots(node, heir), self.target, link=False)
         fill_slots(slots, heir)
         if isinstance(heir, Adapter):
-            heir._outside = [(weakref.ref(parent), key) for parent, key in slots]
+            heir._outside = WeakSlots(slots)
         for parent, _ in slots:
             for holder in (parent, *(parent.get_parents() if isinstance(parent, fl.ContextModule) else ())):
                 if isinstance(holder, Adapter) and holder.target is node:
                     holder._target = [heir]
-        self._outside = []
+        self._outside = WeakSlots()
         node._set_parent(None)
 
     def _heir(self) -> nn.Module:
@@ -121,10 +136,6 @@ class Adapter(Generic[T]):
                 node = node.parent
         return heir
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is in no slot of the original's. Where it is, is seen when its own model is looked at.
-        return {**cast(dict[str, Any], super().__getstate__()), "_outside": []}
-
     def _pre_structural_copy(self) -> None:
         if isinstance(self.target, fl.Chain):
             raise PatchStateError(
@@ -132,7 +143,7 @@ class Adapter(Generic[T]):
             )
 
     def _post_structural_copy(self, source: Adapter[T]) -> None:
-        self._target, self._outside = [source.target], []
+        self._target, self._outside = [source.target], WeakSlots()
 
 
 def find_slots(root: nn.Module, module: nn.Module) -> list[Slot]:

@@ -29,8 +29,8 @@ class Method(ABC):
     layers: ClassVar[tuple[type[nn.Module], ...]]
 
     def supports(self, layer: nn.Module) -> bool:
-        """Whether this method can adapt that layer."""
-        return isinstance(layer, self.layers)
+        """Whether this method can adapt that layer: it is of the right type, and its weight is a plain parameter."""
+        return isinstance(layer, self.layers) and layer._parameters.get("weight") is not None
 
     @abstractmethod
     def build(self, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Branch:
@@ -72,6 +72,8 @@ class Branch(fl.Chain):
             x: The input of the layer, with whatever else it takes.
         """
         output: Tensor = layer(x, *args, **kwargs)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
         return output + (self.forward(x) * scale).to(output.dtype)
 
     def tensors(self) -> dict[str, Tensor]:

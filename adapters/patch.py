@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fluxion as fl
 import weights
 from adapters.adapted import Adapted
-from adapters.adapter import Slot, find_slots
+from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.errors import LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.method import Branch, Method
 from adapters.methods import METHODS
@@ -32,24 +32,21 @@ _known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
 
 @dataclass
 class Place:
-    """Where a branch belongs: the path of a layer, and while the branch is out of the model, the layer itself.
-
-    The layer and what holds it are not kept alive.
-    """
+    """Where a branch belongs: a layer, its path and its slots. The layer and what holds it are not kept alive."""
 
     path: str
     branch: Branch
     layer: weakref.ref[nn.Module] | None
-    slots: list[tuple[weakref.ref[nn.Module], str]]
+    slots: WeakSlots
 
     @classmethod
     def of(cls, layer: Layer, branch: Branch) -> Place:
-        place = cls(layer.path, branch, None, [])
+        place = cls(layer.path, branch, None, WeakSlots())
         place.remember(layer.module, layer.slots)
         return place
 
     def remember(self, layer: nn.Module, slots: list[Slot]) -> None:
-        self.layer, self.slots = weakref.ref(layer), [(weakref.ref(parent), key) for parent, key in slots]
+        self.layer, self.slots = weakref.ref(layer), WeakSlots(slots)
 
     @property
     def node(self) -> Adapted | None:
@@ -59,7 +56,9 @@ class Place:
     @property
     def target(self) -> nn.Module | None:
         """The layer, or None when it is gone."""
-        return self.node.base if self.node is not None else self.layer() if self.layer is not None else None
+        if (node := self.node) is not None:
+            return node.base
+        return None if self.layer is None else self.layer()
 
     def occupied(self) -> tuple[nn.Module, list[Slot]]:
         """The layer and its slots, checked to be what they were.
@@ -68,7 +67,7 @@ class Place:
             PatchStateError: The layer is no longer there.
         """
         layer = self.target
-        slots = [(parent, key) for ref, key in self.slots if (parent := ref()) is not None]
+        slots = list(self.slots)
         if layer is None or not slots:
             raise PatchStateError(f"{self.path} is gone, with the model that the patch was made for.")
         for parent, key in slots:
@@ -77,24 +76,30 @@ class Place:
                 raise PatchStateError(f"{self.path} is not the layer any more that the patch was made for.")
         return layer, slots
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "layer": None}
+
     def attach(self, layer: nn.Module, slots: list[Slot]) -> None:
         """Put the branch beside the layer, in the node that is there or in a new one."""
         parent, key = slots[0]
         found = parent._modules[key]
-        node = found if isinstance(found, Adapted) else Adapted(layer)._occupy(slots)
+        node = found if isinstance(found, Adapted) else Adapted(layer)
         name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
         while hasattr(node, name):
             name += "_"
         node.add_module(name, self.branch)
         self.branch.train(layer.training)
-        self.layer, self.slots = None, []
+        if node is not found:
+            node._occupy(slots)
 
     def detach(self) -> None:
         """Take the branch out, and the node too when it was the last one."""
         if (node := self.node) is not None:
-            self.remember(node.base, node.slots)
+            slots = node.slots
+            if slots:
+                self.remember(node.base, slots)
             node.remove(self.branch)
-            if not node.branches:
+            if slots and not node.branches:
                 node.eject()
 
 
@@ -458,7 +463,7 @@ def patches(model: nn.Module) -> dict[str, Patch]:
         unique: dict[int, Patch] = {}
         for node, _ in fl.walk(model, Adapted, recurse=True):
             if not node.slots:  # A copy: it learns where it is.
-                node._outside = [(weakref.ref(parent), key) for parent, key in find_slots(model, node)]
+                node._outside = WeakSlots(find_slots(model, node))
             unique.update({id(branch.patch): branch.patch for branch in node.branches})
         for patch in unique.values():
             if patch._model is None:

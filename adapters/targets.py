@@ -44,22 +44,22 @@ class Layer:
 def layers(model: nn.Module) -> list[Layer]:
     """Every module below a model, in order, each once. What patches have added is left out."""
     found: dict[int, Layer] = {}
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+    stack = _below(model, "")
     while stack:
-        prefix, parent = stack.pop()
-        inner: list[tuple[str, nn.Module]] = []
-        for key, child in parent._modules.items():
-            if child is None:
-                continue
-            path = prefix + key
-            base = child.base if isinstance(child, Adapted) else child
-            layer = found.setdefault(id(base), Layer(base))
-            layer.paths.append(path)
-            if not any(holder is parent and name == key for holder, name in layer.slots):
-                layer.slots.append((parent, key))
-            inner.append((path + ".", base))
-        stack.extend(reversed(inner))
+        path, parent, key, child = stack.pop()
+        module = child.base if isinstance(child, Adapted) else child
+        layer = found.setdefault(id(module), Layer(module))
+        layer.paths.append(path)
+        if not any(holder is parent and name == key for holder, name in layer.slots):
+            layer.slots.append((parent, key))
+        stack += _below(module, f"{path}.")
     return list(found.values())
+
+
+def _below(parent: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """The children of a module with their paths and slots, the last one first."""
+    children = reversed(parent._modules.items())
+    return [(prefix + key, parent, key, child) for key, child in children if child is not None]
 
 
 def select(

@@ -1,0 +1,489 @@
+"""Patches in and out of models: what they change, and that they leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import adapters
+import fluxion as fl
+from adapters import AdapterError, LoRA, PatchNameError, PatchStateError
+from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
+
+LORA = LoRA(rank=2, alpha=4)
+
+
+@pytest.fixture(params=BUILDERS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return build(request.param)
+
+
+def test_a_new_patch_changes_nothing_that_is_computed(case: Case) -> None:
+    before = case()
+    adapters.inject(case.model, LORA)
+    assert torch.equal(case(), before)
+
+
+def test_every_single_target_changes_the_output(case: Case) -> None:
+    before = case()
+    with torch.no_grad():
+        patch = adapters.inject(case.model, LORA)
+        paths = list(patch.targets)
+        patch.eject()
+        for path in paths:
+            single = adapters.inject(case.model, LORA, targets=lambda candidate, _, path=path: candidate == path)
+            perturb(single)
+            for training in (False, True):
+                case.model.train(training)
+                torch.manual_seed(0)
+                adapted = case.run(case.model, case.inputs)
+                with adapters.use(case.model):
+                    torch.manual_seed(0)
+                    base = case.run(case.model, case.inputs)
+                assert not torch.equal(adapted, base), (path, training)
+            case.model.eval()
+            single.eject()
+    assert torch.equal(case(), before)
+
+
+def test_ejected_model_is_what_it_was(case: Case) -> None:
+    before, output = snapshot(case.model), case()
+    first = adapters.inject(case.model, LORA, name="first")
+    second = adapters.inject(case.model, LoRA(rank=1), name="second")
+    perturb(first)
+    perturb(second, seed=2)
+    assert not torch.equal(case(), output)
+    first.merge()
+    first.eject()
+    second.eject()
+    assert snapshot(case.model) == before
+    assert torch.equal(case(), output)
+
+
+def test_nothing_keeps_an_ejected_patch_alive() -> None:
+    case = build("bert")
+    patch = adapters.inject(case.model, LORA)
+    gone = [weakref.ref(patch), *map(weakref.ref, patch.parameters())]
+    with adapters.use(case.model, "default"):
+        case()
+    patch.eject()
+    del patch
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_a_patch_does_not_keep_its_model_alive() -> None:
+    case = build("chain")
+    patch = adapters.inject(case.model, LORA)
+    patch.eject()
+    gone = weakref.ref(case.model)
+    del case
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(PatchStateError, match="gone"):
+        patch.inject()
+
+
+def test_eject_and_inject_again(case: Case) -> None:
+    before = snapshot(case.model)
+    first, second = (adapters.inject(case.model, LORA, name=name) for name in ("first", "second"))
+    perturb(first)
+    perturb(second, seed=2)
+    both = case()
+    first.eject()
+    assert not first.injected
+    alone = case()
+    assert not torch.equal(alone, both)
+    first.inject()
+    torch.testing.assert_close(case(), both)
+    second.eject()
+    first.eject()
+    assert snapshot(case.model) == before
+
+
+def test_scale_and_enabled(case: Case) -> None:
+    base = case()
+    patch = adapters.inject(case.model, LORA, scale=2.0)
+    perturb(patch)
+    full = case()
+    patch.scale = 0.0
+    assert torch.equal(case(), base)
+    patch.scale = 2.0
+    assert torch.equal(case(), full)
+    patch.enabled = False
+    assert torch.equal(case(), base)
+    with adapters.use(case.model, "default"):
+        assert torch.equal(case(), full)
+
+
+def test_scale_zero_does_not_compute() -> None:
+    case = build("plain")
+    base = case()
+    patch = adapters.inject(case.model, LORA, scale=0.0)
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            parameter.fill_(float("inf"))
+    assert torch.equal(case(), base)
+
+
+def test_use_selects_weighs_and_nests(case: Case) -> None:
+    base = case()
+    first, second = (adapters.inject(case.model, LORA, name=name) for name in ("first", "second"))
+    perturb(first)
+    perturb(second, seed=2)
+    both = case()
+    first.enabled = second.enabled = False
+    first.enabled = True
+    alone = case()
+    second.enabled = True
+    first.scale, second.scale = 0.7, 0.3
+    weighed = case()
+    first.scale = second.scale = 1.0
+    with adapters.use(case.model):
+        assert torch.equal(case(), base)
+        with adapters.use(case.model, "first"):
+            assert torch.equal(case(), alone)
+        assert torch.equal(case(), base)
+    with adapters.use(case.model, {"first": 0.7, "second": 0.3}):
+        assert torch.equal(case(), weighed)
+    with adapters.use(case.model, "first", "second"):
+        assert torch.equal(case(), both)
+    assert torch.equal(case(), both)
+
+
+def test_use_does_not_reach_other_models() -> None:
+    one, other = build("plain"), build("plain", seed=5)
+    for case in (one, other):
+        perturb(adapters.inject(case.model, LORA))
+    expected = other()
+    with adapters.use(one.model):
+        assert torch.equal(other(), expected)
+
+
+def test_use_is_restored_after_an_error() -> None:
+    case = build("plain")
+    perturb(adapters.inject(case.model, LORA))
+    expected = case()
+    with pytest.raises(RuntimeError, match="inside"), adapters.use(case.model):
+        raise RuntimeError("inside")
+    assert torch.equal(case(), expected)
+
+
+def test_each_row_of_a_batch_has_its_own_adapters(case: Case) -> None:
+    for seed, name in enumerate(("first", "second")):
+        perturb(adapters.inject(case.model, LORA, name=name), seed)
+    singles = []
+    for row, choice in enumerate(["first", None, {"first": 0.5, "second": 2.0}, "second"]):
+        names = () if choice is None else (choice,)
+        with adapters.use(case.model, *names):
+            singles.append(case()[row])
+    # Layers that torch's fused kernels read by their weight cannot tell rows apart, and say so.
+    with adapters.use(case.model, rows=["first", None, {"first": 0.5, "second": 2.0}, "second"]):
+        if case.name == "encoder":
+            with pytest.raises(AdapterError, match="read by its weight"):
+                case()
+            return
+        mixed = case()
+    torch.testing.assert_close(mixed, torch.stack(singles))
+
+
+def test_rows_must_fit_the_batch() -> None:
+    case = build("plain")
+    adapters.inject(case.model, LORA)
+    with adapters.use(case.model, rows=["default"] * 3), pytest.raises(AdapterError, match=r"3 rows.* batch of 4"):
+        case()
+    with pytest.raises(AdapterError, match="not both"), adapters.use(case.model, "default", rows=["default"]):
+        pass
+
+
+def test_threads_choose_for_themselves() -> None:
+    case = build("bert")
+    for seed in range(4):
+        perturb(adapters.inject(case.model, LORA, name=f"p{seed}"), seed)
+    expected = []
+    for seed in range(4):
+        with adapters.use(case.model, f"p{seed}"):
+            expected.append(case())
+    assert len({tuple(output.flatten().tolist()) for output in expected}) == 4
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            with adapters.use(case.model, f"p{number}"):
+                if not torch.equal(case(), expected[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_patches_are_listed_in_the_order_of_injection() -> None:
+    case = build("chain")
+    b = adapters.inject(case.model, LORA, name="b")
+    a = adapters.inject(case.model, LORA, targets="Conv2d", name="a")
+    assert list(adapters.patches(case.model).items()) == [("b", b), ("a", a)]
+    assert set(a.targets) == {"Residual.Conv2d", "Conv2d"}
+    b.eject()
+    assert list(adapters.patches(case.model)) == ["a"]
+    b.inject()
+    assert list(adapters.patches(case.model)) == ["a", "b"]
+
+
+def test_a_shared_layer_is_adapted_once_in_all_its_places() -> None:
+    case = build("plain")
+    patch = adapters.inject(case.model, LORA)
+    assert case.model.steps[0] is case.model.alias
+    assert isinstance(case.model.alias, adapters.Adapted)
+    assert list(patch.targets) == ["stem", "block.0", "steps.0", "steps.1"]
+    linear = fl.Linear(3, 3)
+    chain = fl.Chain(linear, fl.ReLU(), linear)
+    twice = adapters.inject(chain, LORA)
+    perturb(twice)
+    x = torch.randn(2, 3)
+    inner = chain[0]
+    assert chain[2] is inner
+    assert torch.equal(chain(x), inner(torch.relu(inner(x))))
+    twice.eject()
+    assert chain[0] is linear
+    assert chain[2] is linear
+
+
+def test_copies_have_patches_of_their_own(case: Case) -> None:
+    patch = adapters.inject(case.model, LORA)
+    perturb(patch)
+    adapted = case()
+    for clone in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
+        other = Case(case.name, clone, case.inputs, case.run)
+        assert torch.equal(other(), adapted)
+        twin = adapters.patches(clone)["default"]
+        assert twin is not patch
+        assert twin.model is clone
+        twin.enabled = False
+        assert not torch.equal(other(), adapted)
+        assert torch.equal(case(), adapted)
+        twin.eject()
+        assert not any(isinstance(module, adapters.Adapted) for module in clone.modules())
+        twin.inject()
+        twin.enabled = True
+        assert torch.equal(other(), adapted)
+
+
+def test_state_dict_keeps_every_base_key_and_loads_base_checkpoints(case: Case) -> None:
+    base = {key: value.clone() for key, value in case.model.state_dict().items()}
+    output = case()
+    patch = adapters.inject(case.model, LORA)
+    perturb(patch)
+    adapted = case()
+    patched = case.model.state_dict()
+    assert [key for key in patched if key in base] == list(base)
+    assert len(patched) > len(base)
+    with torch.no_grad():
+        for parameter in patch.targets.values():
+            parameter.weight.mul_(2)
+    case.model.load_state_dict(base)
+    assert torch.equal(case(), adapted)
+
+    bare = Case(case.name, build(case.name, seed=9).model, case.inputs, case.run)
+    result = bare.model.load_state_dict(patched, strict=False)
+    assert result.missing_keys == []
+    assert set(result.unexpected_keys) == patched.keys() - base.keys()
+    assert torch.equal(bare(), output)
+
+
+def test_loading_a_state_dict_still_names_what_is_wrong() -> None:
+    case = build("plain")
+    adapters.inject(case.model, LORA)
+    state = case.model.state_dict()
+    del state["stem.weight"], state["stem.lora_default.lora_A.weight"]
+    state["stem.other"] = torch.zeros(1)
+    result = case.model.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["stem.weight", "stem.lora_default.lora_A.weight"]
+    assert result.unexpected_keys == ["stem.other"]
+    state["steps.1.weight"] = torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match=r"size mismatch for steps\.1\.weight"):
+        case.model.load_state_dict(state, strict=False)
+
+
+def test_adapted_layers_answer_for_their_layer() -> None:
+    case = build("plain")
+    stem, weight, bias = case.model.stem, case.model.stem.weight, case.model.stem.bias
+    patch = adapters.inject(case.model, LORA)
+    node = case.model.stem
+    assert node.in_features == 6
+    assert node.bias is bias
+    with adapters.use(case.model):
+        assert node.weight is weight
+    perturb(patch)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(nn.functional.linear(x, node.weight, node.bias), node(x))
+    with pytest.raises(AttributeError, match="nonsense"):
+        node.nonsense  # noqa: B018
+    patch.eject()
+    assert case.model.stem is stem
+
+
+def test_the_base_is_frozen_and_thawed_exactly() -> None:
+    case = build("bert")
+    frozen = next(case.model.parameters())
+    frozen.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in case.model.parameters()]
+    first = adapters.inject(case.model, LORA, name="first")
+    second = adapters.inject(case.model, LORA, name="second")
+    trainable = {id(p) for p in case.model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for patch in (first, second) for p in patch.parameters()}
+    first.eject()
+    assert not any(p.requires_grad for p in set(case.model.parameters()) - set(second.parameters()))
+    second.eject()
+    assert [parameter.requires_grad for parameter in case.model.parameters()] == flags
+
+    free = adapters.inject(case.model, LORA, freeze_base=False)
+    assert [p.requires_grad for p in case.model.parameters() if p not in set(free.parameters())] == flags
+
+
+def test_training_moves_the_adapters_only(case: Case) -> None:
+    before = {key: value.clone() for key, value in case.model.state_dict().items()}
+    patch = adapters.inject(case.model, LORA)
+    case.model.train()
+    assert all(module.training for module in case.model.modules())
+    optimizer = torch.optim.Adam(patch.parameters(), lr=0.01)
+    with torch.no_grad():
+        target = torch.randn_like(case.run(case.model, case.inputs))
+    values = [parameter.clone() for parameter in patch.parameters()]
+    for _ in range(2):  # B is zero at first, so A moves from the second step on.
+        optimizer.zero_grad()
+        nn.functional.mse_loss(case.run(case.model, case.inputs), target).backward()
+        optimizer.step()
+    named = zip(values, patch.named_parameters(), strict=True)
+    assert [name for value, (name, parameter) in named if torch.equal(value, parameter)] == []
+    patch.eject()
+    after = case.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if "running" not in key)
+
+
+def test_adapters_follow_the_mode_dtype_and_seed() -> None:
+    case = build("plain")
+    case.model.to(torch.bfloat16)
+    patch = adapters.inject(case.model, LORA, seed=3)
+    assert {p.dtype for p in patch.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in case.model.modules())
+    values = patch.state_dict()
+    patch.eject()
+    state = torch.get_rng_state()
+    again = adapters.inject(case.model, LORA, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in values.items())
+    again.eject()
+    wide = adapters.inject(case.model, LORA, dtype=torch.float32)
+    perturb(wide)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert case.run(case.model, case.inputs.bfloat16()).dtype == torch.bfloat16
+
+
+def test_hot_swap_of_the_weights() -> None:
+    case = build("chain")
+    patch = adapters.inject(case.model, LORA)
+    perturb(patch)
+    expected, saved = case(), {key: value.clone() for key, value in patch.state_dict().items()}
+    perturb(patch, seed=7)
+    patch.merge()
+    assert not torch.allclose(case(), expected)
+    patch.load_state_dict(saved)
+    assert patch.merged
+    torch.testing.assert_close(case(), expected, rtol=1e-5, atol=1e-6)
+    saved["Conv2d.lora_A.weight"] = torch.zeros(1)
+    saved["Conv2d.lora_C.weight"] = saved.pop("Conv2d.lora_B.weight")
+    before = snapshot(case.model)
+    with pytest.raises(adapters.LayerMismatchError, match=r"missing Conv2d\.lora_B.*unexpected Conv2d\.lora_C.*shape"):
+        patch.load_state_dict(saved)
+    assert snapshot(case.model) == before
+
+
+def test_calls_that_do_not_fit_the_state_are_refused() -> None:
+    case = build("chain")
+    patch = adapters.inject(case.model, LORA)
+    before = snapshot(case.model)
+    for call, error in [
+        (lambda: adapters.inject(case.model, LORA), PatchNameError),
+        (lambda: adapters.inject(case.model, LORA, name=""), PatchNameError),
+        (patch.inject, PatchStateError),
+        (patch.unmerge, PatchStateError),
+        (adapters.use(case.model, "defualt").__enter__, PatchNameError),
+    ]:
+        with pytest.raises(error):
+            call()
+        assert snapshot(case.model) == before
+    patch.merge()
+    with pytest.raises(PatchStateError, match="merged already"):
+        patch.merge()
+    patch.eject()
+    for call in (patch.eject, patch.merge, patch.merge_and_eject):
+        with pytest.raises(PatchStateError, match="not injected"):
+            call()
+    with pytest.raises(PatchNameError, match="did you mean 'style'"), adapters.use(build_named("style"), "styel"):
+        pass
+
+
+def build_named(name: str) -> nn.Module:
+    case = build("chain")
+    adapters.inject(case.model, LORA, name=name)
+    return case.model
+
+
+def test_a_patch_cannot_go_back_where_its_layers_are_gone() -> None:
+    case = build("chain")
+    patch = adapters.inject(case.model, LORA)
+    patch.eject()
+    case.model.replace(case.model.Linear_1, fl.Linear(90, 8))
+    before = snapshot(case.model)
+    with pytest.raises(PatchStateError, match="Linear_1 is"):
+        patch.inject()
+    assert snapshot(case.model) == before
+    assert not patch.injected
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_a_failing_injection_changes_nothing(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build("bert")
+    before = snapshot(case.model)
+    attach, calls = adapters.Adapted.add_module, iter(range(100))
+
+    def failing(self: adapters.Adapted, name: str, module: nn.Module) -> None:
+        if next(calls) == fails_at:
+            raise MemoryError("simulated")
+        attach(self, name, module)
+
+    monkeypatch.setattr(adapters.Adapted, "add_module", failing)
+    with pytest.raises(MemoryError):
+        adapters.inject(case.model, LORA)
+    assert snapshot(case.model) == before
+    assert adapters.patches(case.model) == {}
+
+
+def test_printing() -> None:
+    case = build("chain")
+    patch = adapters.inject(case.model, LORA, targets="Linear_2", name="style")
+    assert str(patch).splitlines() == [
+        "Patch 'style': injected, scale 1",
+        "  path      method                                            parameters",
+        "  Linear_2  LoRA(rank=2, alpha=4, dropout=0.0, rslora=False)          26",
+        "  1 layers, 26 parameters",
+    ]
+    assert repr(case.model.Linear_2).splitlines() == [
+        "(ADAPTED)",
+        "    ├── Linear(in_features=8, out_features=5, device=cpu, dtype=float32)",
+        "    └── (LORA) style(rank=2, alpha=4)",
+        "        ├── Linear(in_features=8, out_features=2, device=cpu, dtype=float32) #1",
+        "        ├── Multiply(scale=2.0)",
+        "        └── Linear(in_features=2, out_features=5, device=cpu, dtype=float32) #2",
+    ]
