@@ -245,8 +245,11 @@ class Patch:
         return self
 
     def _freeze(self, model: nn.Module) -> None:
-        adapters = {id(parameter) for patch in patches(model).values() for parameter in patch.parameters()}
-        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
+        nodes = [node for node, _ in fl.walk(model, Adapted, recurse=True)]
+        ours = {id(parameter) for node in nodes for branch in node.branches for parameter in branch.parameters()}
+        # The weights that merged ones stand in for are base parameters too.
+        base = {id(p): p for p in (*model.parameters(), *(node.own_weight for node in nodes)) if id(p) not in ours}
+        self._frozen = [parameter for parameter in base.values() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
@@ -314,12 +317,16 @@ class Patch:
             PatchStateError: It is not injected.
         """
         self._require_injected()
+        folded: dict[int, nn.Parameter] = {}
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
                 own, before = node.own_weight, node.merged
-                rest = [item for item in before if item[0] is not branch]
-                node.merge(rest, own=node.folded(own, [(branch, self.scale)]))
+                new = node.folded(own, [(branch, self.scale)])
+                node.merge([item for item in before if item[0] is not branch], own=new)
                 undo.callback(node.merge, before, own)
+                folded[id(own)] = new
+        for patch in patches(self.model).values():
+            patch._frozen = [folded.get(id(parameter), parameter) for parameter in patch._frozen]
         self._leave()
 
     def _nodes(self) -> Iterator[tuple[Adapted, Branch]]:
@@ -439,19 +446,17 @@ def load(
     name = name or Path(source).name or "default"
     _check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
-    known = {path: layer for layer in layers(model) for path in layer.paths}
-    missing = [path for path in file.layers if path not in known]
-    if strict or len(missing) == len(file.layers):
-        _refuse(f"{source} is for another model", [f"there is no layer {path}" for path in missing])
-    places, problems = [], []
-    for path, content in file.layers.items():
-        if path in known:
-            try:
-                branch = _restore(known[path], content)
-            except (TargetError, LayerMismatchError) as problem:
-                problems.append(f"{path}: {problem}")
-            else:
-                places.append(Place.of(known[path], branch.requires_grad_(trainable)))
+    found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
+    missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
+    problems = [f"there is no layer {path}" for path in sorted(missing)]
+    places: list[Place] = []
+    for layer, path in found:
+        try:
+            branch = _restore(layer, file.layers[path])
+        except (TargetError, LayerMismatchError) as problem:
+            problems.append(f"{path}: {problem}")
+        else:
+            places.append(Place.of(layer, branch.requires_grad_(trainable)))
     _refuse(f"{source} is for another model", problems)
     return Patch(name, model, places, scale, freezes=trainable).inject()
 

@@ -181,6 +181,6 @@ def as_rules(method: Any, targets: Patterns | None) -> dict[Pattern | None, Any]
 def _as_list(patterns: Patterns | None) -> list[Pattern]:
     if patterns is None:
         return []
-    if isinstance(patterns, (str, re.Pattern, type)) or callable(patterns):
-        return [patterns]
-    return list(patterns)
+    if isinstance(patterns, Iterable) and not isinstance(patterns, (str, type)):
+        return list(patterns)
+    return [patterns]

@@ -351,6 +351,21 @@ def test_the_base_is_frozen_and_thawed_exactly() -> None:
     assert [p.requires_grad for p in case.model.parameters() if p not in set(free.parameters())] == flags
 
 
+def test_weights_that_merged_ones_stand_in_for_are_frozen_too() -> None:
+    case = build("chain")
+    before = snapshot(case.model)
+    first = adapters.inject(case.model, LORA, name="first", freeze_base=False)
+    perturb(first)
+    first.merge()
+    second = adapters.inject(case.model, LORA, name="second")
+    first.unmerge()
+    adapted = {id(parameter) for patch in (first, second) for parameter in patch.parameters()}
+    assert not any(p.requires_grad for p in case.model.parameters() if id(p) not in adapted)
+    second.eject()
+    first.eject()
+    assert snapshot(case.model) == before
+
+
 def test_training_moves_the_adapters_only(case: Case) -> None:
     before = {key: value.clone() for key, value in case.model.state_dict().items()}
     patch = adapters.inject(case.model, LORA)

@@ -1,0 +1,162 @@
+"""Patches in files and on the Hub: what is saved is what is loaded, here and in PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import adapters
+import weights
+from adapters import LayerMismatchError, LoRA, PatchNameError
+from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
+from tests.weights.conftest import hub, hub_home  # noqa: F401
+from tests.weights.hub_server import WRITER, HubServer
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_saved_and_loaded_into_a_fresh_model(name: str, tmp_path: Path) -> None:
+    case = build(name)
+    patch = adapters.inject(case.model, LoRA(rank=3, alpha=5, rslora=True))
+    perturb(patch)
+    expected = case()
+    assert patch.save_pretrained(tmp_path / "out") == tmp_path / "out"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+    fresh = build(name)
+    before = snapshot(fresh.model)
+    loaded = adapters.load(fresh.model, tmp_path / "out")
+    assert loaded.name == "out"
+    assert torch.equal(fresh(), expected)
+    assert list(loaded.state_dict()) == list(patch.state_dict())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.eject()
+    assert snapshot(fresh.model) == before
+
+    trainable = adapters.load(fresh.model, tmp_path / "out", name="mine", trainable=True, scale=0.0)
+    assert {id(p) for p in fresh.model.parameters() if p.requires_grad} == {id(p) for p in trainable.parameters()}
+
+
+def test_each_layer_keeps_its_own_rank_and_alpha(tmp_path: Path) -> None:
+    case = build("chain")
+    rules = {"Conv2d": LoRA(rank=3, alpha=1), "Linear_1": LoRA(rank=1, alpha=9), "Linear_2": LoRA(rank=2)}
+    patch = adapters.inject(case.model, rules)
+    perturb(patch)
+    expected = case()
+    patch.save_pretrained(tmp_path)
+    fresh = build("chain")
+    adapters.load(fresh.model, tmp_path)
+    assert torch.equal(fresh(), expected)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, (3, 2), stride=2, padding=1)
+        self.fc = nn.Linear(4 * 4 * 5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv(x)).flatten(1))
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().eval()
+
+
+def test_peft_loads_what_is_saved_here(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    patch = adapters.inject(model, {"conv": LoRA(rank=2, alpha=3), "fc": LoRA(rank=4, alpha=8)})
+    perturb(patch)
+    patch.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path).eval()
+    torch.testing.assert_close(theirs(x), model(x))
+    assert not torch.allclose(theirs(x), net()(x))
+
+
+def test_what_peft_saves_is_loaded_here(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["conv", "fc"], rank_pattern={"fc": 2}, alpha_pattern={"conv": 3}, bias="none"
+    )
+    theirs = peft.get_peft_model(net(), config).eval()
+    perturb(theirs)
+    base = net().state_dict()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" not in name:
+            parameter.data.copy_(base[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+    theirs.save_pretrained(tmp_path)
+    model, x = net(), torch.randn(2, 3, 8, 8)
+    adapters.load(model, tmp_path)
+    torch.testing.assert_close(model(x), theirs(x))
+    assert not torch.allclose(model(x), net()(x))
+
+
+def test_a_file_for_another_model_changes_nothing(tmp_path: Path) -> None:
+    source = net()
+    adapters.inject(source, LoRA(rank=2)).save_pretrained(tmp_path)
+    for model, message in [
+        (build("bert").model, "there is no layer conv; there is no layer fc"),
+        (nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "fc": nn.Linear(5, 5)}), r"conv: lora_A is .*2, 3, 3, 2.* in the"),
+        (nn.ModuleDict({"conv": nn.Conv2d(3, 4, (3, 2)), "fc": nn.GRU(5, 5)}), "fc: a GRU cannot have lora"),
+        (nn.ModuleDict({"conv": nn.Conv2d(3, 4, (3, 2))}), "there is no layer fc"),
+    ]:
+        before = snapshot(model)
+        with pytest.raises(LayerMismatchError, match=message):
+            adapters.load(model, tmp_path)
+        assert snapshot(model) == before
+    partial = nn.ModuleDict({"conv": nn.Conv2d(3, 4, (3, 2))})
+    assert list(adapters.load(partial, tmp_path, strict=False).targets) == ["conv"]
+
+
+def test_wrong_sources_change_nothing(tmp_path: Path) -> None:
+    model = net()
+    before = snapshot(model)
+    (tmp_path / "empty").mkdir()
+    other = net()
+    patch = adapters.inject(other, LoRA(rank=1))
+    patch.save_pretrained(tmp_path / "torn")
+    tensors = tmp_path / "torn" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-3])
+    for source in ("nowhere/", "empty", "torn"):
+        with pytest.raises(weights.WeightsError):
+            adapters.load(model, tmp_path / source)
+        assert snapshot(model) == before
+    patch.save_pretrained(tmp_path / "good")
+    adapters.load(model, tmp_path / "good", name="taken")
+    with pytest.raises(PatchNameError, match="'taken' already"):
+        adapters.load(model, tmp_path / "good", name="taken")
+
+
+def test_an_unwritable_folder_is_left_alone(tmp_path: Path) -> None:
+    model = net()
+    patch = adapters.inject(model, LoRA(rank=1))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(weights.WeightsError, match="file"):
+        patch.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_published_and_loaded_from_the_hub(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+    case = build("bert")
+    case.model.config.name_or_path = "someone/tiny-bert"
+    patch = adapters.inject(case.model, LoRA(rank=2), targets=["query", "value"], name="style")
+    perturb(patch)
+    expected = case()
+    address = patch.push_to_hub("me/style-lora", token=WRITER)
+    assert "me/style-lora" in address
+    fresh: Case = build("bert")
+    loaded = adapters.load(fresh.model, "me/style-lora")
+    assert loaded.name == "style-lora"
+    assert torch.equal(fresh(), expected)
+    card = (weights.download("me/style-lora") / "README.md").read_text()
+    assert "base_model: someone/tiny-bert" in card
+    config = json.loads((weights.download("me/style-lora") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny-bert"

@@ -1,0 +1,143 @@
+"""Choosing layers: the patterns, what they match, and what is said when they match nothing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from torch import nn
+
+import adapters
+import fluxion as fl
+from adapters import LoRA, TargetError
+from tests.adapters.models import build, snapshot
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.v_proj = nn.Linear(4, 4)
+        self.dropout = nn.Dropout()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.q_proj = nn.Conv2d(1, 1, 1)
+        self.norm = nn.LayerNorm(4)
+        self.gru = nn.GRU(4, 4)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.attn = Attention()
+        self.lm_head = nn.Linear(4, 4)
+
+
+EVERYTHING = [
+    "layers.0.attn.q_proj",
+    "layers.0.attn.v_proj",
+    "layers.0.q_proj",
+    "layers.1.attn.q_proj",
+    "layers.1.attn.v_proj",
+    "layers.1.q_proj",
+    "attn.q_proj",
+    "attn.v_proj",
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "expected"),
+    [
+        (None, None, EVERYTHING),
+        (None, "q_proj", [path for path in EVERYTHING if path.endswith("v_proj")]),
+        ("q_proj", None, [path for path in EVERYTHING if path.endswith("q_proj")]),
+        ("attn.q_proj", None, [path for path in EVERYTHING if path.endswith("attn.q_proj")]),
+        ("1.attn.q_proj", None, ["layers.1.attn.q_proj"]),
+        ("lm_head", None, ["lm_head"]),
+        (["v_proj", "lm_head"], "layers.0.**", ["layers.1.attn.v_proj", "attn.v_proj", "lm_head"]),
+        ("**.attn.*", None, [path for path in EVERYTHING if "attn." in path]),
+        ("layers.*.q_proj", None, ["layers.0.q_proj", "layers.1.q_proj"]),
+        ("layers.1.**", None, EVERYTHING[3:6]),
+        ("**_proj", None, EVERYTHING),
+        ("**.q*", None, [path for path in EVERYTHING if path.endswith("q_proj")]),
+        (re.compile(r"layers\.\d\.q_.*"), None, ["layers.0.q_proj", "layers.1.q_proj"]),
+        (nn.Conv2d, None, ["layers.0.q_proj", "layers.1.q_proj"]),
+        ([nn.Linear, nn.Conv2d], None, [*EVERYTHING, "lm_head"]),
+        (lambda path, module: module.out_features == 4 if path == "attn.q_proj" else False, None, ["attn.q_proj"]),
+    ],
+)
+def test_patterns(targets: object, exclude: object, expected: list[str]) -> None:
+    model = Net()
+    patch = adapters.inject(model, LoRA(rank=1), targets=targets, exclude=exclude)
+    assert list(patch.targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "message"),
+    [
+        ("q_porj", None, "'q_porj' matches no layer; near it are 'q_proj'"),
+        (["q_proj", "key"], None, "'key' matches no layer"),
+        ("proj", None, "'proj' matches no layer; near it are"),
+        ("q_proj", "v_porj", "'v_porj' matches no layer; near it are 'v_proj'"),
+        ("attn.*.x", None, "matches no layer"),
+        (re.compile("layers"), None, "selects no layer to adapt, .* such as layers"),
+        ("**.norm", None, r"unsupported ones such as layers\.0\.norm \(LayerNorm\)"),
+        ("norm", None, r"layers\.0\.norm is a LayerNorm, which LoRA cannot adapt"),
+        ("gru", None, r"layers\.0\.gru is a GRU, which LoRA cannot adapt"),
+        ("lm_head", "lm_head", "selects no layer to adapt"),
+        (3, None, "3 is no pattern"),
+    ],
+)
+def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: str) -> None:
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=message):
+        adapters.inject(model, LoRA(rank=1), targets=targets, exclude=exclude)
+    assert snapshot(model) == before
+
+
+def test_a_mapping_gives_layers_their_own_methods() -> None:
+    rules = {"attn.q_proj": LoRA(rank=2), nn.Conv2d: LoRA(rank=1), "**_proj": LoRA(rank=3)}
+    model = Net()
+    patch = adapters.inject(model, rules)
+    ranks = {name: len(value) for name, value in patch.state_dict().items() if "lora_A" in name}
+    assert ranks == {
+        f"{path}.lora_A.weight": 2 if path.endswith("attn.q_proj") else 1 if path.endswith("q_proj") else 3
+        for path in EVERYTHING
+    }
+    with pytest.raises(TargetError, match="twice"):
+        adapters.inject(Net(), rules, targets="q_proj")
+
+
+def test_a_layer_with_two_names_answers_to_both() -> None:
+    case = build("plain")
+    assert list(adapters.inject(case.model, LoRA(rank=1), targets="alias").targets) == ["steps.0"]
+
+
+def test_layers_inside_patches_are_not_targets() -> None:
+    model = fl.Chain(fl.Linear(3, 3), fl.Chain(fl.Linear(3, 3)))
+    adapters.inject(model, LoRA(rank=1), name="first")
+    second = adapters.inject(model, LoRA(rank=1), targets=nn.Linear, name="second")
+    assert list(second.targets) == ["Linear", "Chain.Linear"]
+
+
+def test_the_output_embeddings_of_transformers_are_left_out() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
+    assert not any("lm_head" in path for path in adapters.inject(llama, LoRA(rank=1)).targets)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(TargetError, match="no layer that the method supports besides its output head"):
+        adapters.inject(gpt, LoRA(rank=1))
+
+
+def test_methods_check_their_numbers() -> None:
+    for numbers in ({"rank": 0}, {"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}):
+        with pytest.raises(adapters.AdapterError, match=r"LoRA needs a .* not"):
+            LoRA(**numbers)
