@@ -1,1 +1,44 @@
-def main() -> None: ...
+"""The command `fluxion`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from adapters.cli.demo.command import demo
+
+# What a command needs beyond click it imports when it runs: asking for --help must not wait for torch.
+
+
+class Commands(click.Group):
+    """Commands that end expected errors in one clear line, and Ctrl-C with the shell's code for it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Aborted!", err=True)
+            ctx.exit(130)
+        except Exception as error:
+            if isinstance(error, _expected_errors()):
+                raise click.ClickException(" ".join(str(error).split())) from error
+            raise
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What can go wrong without a fault in the program; the messages say what to do."""
+    from adapters.errors import AdapterError
+    from fluxion.errors import ChainError
+    from weights.errors import WeightsError
+
+    return AdapterError, ChainError, WeightsError, OSError
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="fluxion-adapters", prog_name="fluxion")
+def main() -> None:
+    """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
+
+
+main.add_command(demo)

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.weights.conftest import hub, hub_home
+
+__all__ = ["hub", "hub_home"]
