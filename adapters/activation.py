@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from adapters.choice import Rows, choosing
 from adapters.errors import AdapterError
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
 
-Weights = Mapping["Patch", float]
 RowChoice = str | Mapping[str, float] | Sequence[str] | None
-
-
-class Rows:
-    """A choice for each row of a batch.
-
-    Attributes:
-        count: How many rows there are.
-        groups: For each distinct choice, its weights and the indices of its rows.
-        inverse: Where each row is found when the groups are put one after the other.
-    """
-
-    def __init__(self, choices: Sequence[Weights]) -> None:
-        self.count = len(choices)
-        indices: dict[frozenset[tuple[Patch, float]], list[int]] = {}
-        for index, weights in enumerate(choices):
-            indices.setdefault(frozenset(weights.items()), []).append(index)
-        self.groups: list[tuple[Weights, Tensor]] = [(dict(key), torch.tensor(rows)) for key, rows in indices.items()]
-        order = torch.cat([rows for _, rows in self.groups]) if self.groups else torch.empty(0, dtype=torch.long)
-        self.inverse = torch.argsort(order)
-
-
-# Patches that are not in the mapping follow their own `scale` and `enabled`.
-_chosen: ContextVar[Mapping[Patch, float | Rows] | None] = ContextVar("chosen", default=None)
-current = _chosen.get
 
 
 @contextlib.contextmanager
@@ -76,8 +50,5 @@ def use(model: nn.Module, *names: str | Mapping[str, float], rows: Sequence[RowC
         chosen = dict.fromkeys(patches(model).values(), 0.0)
         for choice in names:
             chosen.update(weights(choice))
-    token = _chosen.set({**(_chosen.get() or {}), **chosen})
-    try:
+    with choosing(chosen):
         yield
-    finally:
-        _chosen.reset(token)

@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import fluxion as fl
-from adapters.activation import Rows, current
 from adapters.adapter import Adapter
-from adapters.errors import AdapterError
+from adapters.choice import Rows, RowWeight, Weights, current
+from adapters.layers import is_plain, is_stored, read_weight, substitute
 from adapters.method import Branch
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
-
-
-# Layers known to compute a linear function of their weight and nothing else.
-_PLAIN_FORWARDS = frozenset({nn.Linear.forward, nn.Conv2d.forward})
 
 
 class Adapted(fl.Chain, Adapter[nn.Module]):
@@ -39,9 +35,11 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             super().__init__(layer)
         self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
         self.training = layer.training
-        # Weights merged into the layer: its own weight, to put back, and what has been folded in.
-        self._own_weight: list[nn.Parameter] = []
-        self._merged: Active = []
+        # By the name of the weight: what it is without any branch, the branches that are merged into it and how
+        # strongly, and the outcome where the layer cannot hold it as a parameter.
+        self._own: dict[str, Tensor] = {}
+        self._merged: dict[str, Active] = {}
+        self._computed: dict[str, Tensor] = {}
 
     @property
     def base(self) -> nn.Module:
@@ -68,7 +66,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             args = (kwargs.pop("input"),)
         chosen = self._chosen()
         if isinstance(chosen, Rows):
-            return self._run_rows(chosen, *args, **kwargs)
+            return chosen.run(self.base, self._of_row, args, kwargs)
         return self._compose(chosen)(*args, **kwargs)
 
     def _chosen(self) -> Active | Rows:
@@ -86,89 +84,109 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         return active
 
     def _compose(self, active: Active) -> Callable[..., Any]:
-        """The layer with these branches around it, each taking the ones before it for its layer."""
-        run, rest = self._merged_part(active)
-        if rest and type(self.base).forward not in _PLAIN_FORWARDS:
-            # What the layer computes from its weight is its own affair, so it gets the weight it would be merged to.
-            return partial(self._run_with, adapted_weight(self.own_weight, active))
-        for branch, scale in rest:
+        """The layer with these branches: around it where their updates add up in its output, else in its weights."""
+        run: Callable[..., Any] = self.inner
+        around = active
+        if self._merged or not all(branch.parameter == "weight" and is_plain(self.base) for branch, _ in active):
+            weights, around = self._weights(active)
+            if weights:
+                run = substitute(self.inner, self.base, weights)
+        for branch, scale in around:
             run = partial(branch.run, run, scale)
         return run
 
-    def _merged_part(self, active: Active) -> tuple[Callable[..., Any], Active]:
-        """What computes the branches that are merged, and the branches that remain to be computed."""
-        if not self._merged:
-            return self.inner, active
-        if active[: len(self._merged)] == self._merged:
-            return self.inner, active[len(self._merged) :]
-        # Something else is asked for than what is merged: compute with the layer's own weight.
-        return partial(self._run_with, self._own_weight[0]), active
+    def _weights(self, active: Active) -> tuple[dict[str, Tensor], Active]:
+        """Weights that the layer has to be given, and the branches that remain to be computed around it."""
+        weights: dict[str, Tensor] = {}
+        around: Active = []
+        for name in dict.fromkeys((*self._merged, *(branch.parameter for branch, _ in active))):
+            merged = self._merged.get(name, [])
+            wanted = [item for item in active if item[0].parameter == name]
+            rest = wanted[len(merged) :]
+            plain = name == "weight" and is_plain(self.base)
+            if wanted[: len(merged)] == merged and (plain or not rest):
+                around += rest
+                weights.update({name: self._computed[name]} if name in self._computed else {})
+            else:
+                weights[name] = adapted_weight(self.own_weight(name), wanted)
+        return weights, around
 
-    def _run_with(self, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        name = next(name for name, module in self.inner.named_modules() if module is self.base)
-        return torch.func.functional_call(self.inner, {f"{name}.weight".lstrip("."): weight}, args, kwargs)
+    def _of_row(self, weights: Weights) -> Callable[..., Any]:
+        """What computes the rows that made one choice."""
+        return self._compose([(branch, weights[branch.patch]) for branch in self.branches if weights.get(branch.patch)])
 
-    def _run_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.shape[0] != rows.count:
-            raise AdapterError(
-                f"rows= names {rows.count} rows, but a layer was given a batch of {x.shape[0]}: name each row once."
-            )
-        outputs = []
-        for weights, indices in rows.groups:
-            active = [(branch, weights[branch.patch]) for branch in self.branches if weights.get(branch.patch)]
-            outputs.append(self._compose(active)(x[indices.to(x.device)], *args, **kwargs))
-        return torch.cat(outputs)[rows.inverse.to(x.device)]
-
-    # The weight, for what reads it past `forward`
+    # The weights, for what reads them past `forward`, and merging
 
     @property
     def weight(self) -> Tensor:
-        """The weight that computes what this node computes: the layer's own one while no patch acts.
+        """The weight that computes what this node computes: the layer's own one while no patch acts."""
+        return self._effective("weight")
 
-        Raises:
-            AdapterError: Rows of a batch have different weights.
-        """
-        active = self._chosen()
-        if isinstance(active, Rows):
-            raise AdapterError("A layer that is read by its weight cannot have different adapters for each row.")
-        if active == self._merged:
-            return cast(Tensor, self.base.weight)
-        return adapted_weight(self.own_weight, active)
+    def _effective(self, name: str) -> Tensor:
+        chosen = self._chosen()
+        if isinstance(chosen, Rows):
+            return read_weight(self.base, name).detach().as_subclass(RowWeight)
+        active = [item for item in chosen if item[0].parameter == name]
+        if active == self._merged.get(name, []):
+            return self._computed[name] if name in self._computed else read_weight(self.base, name)
+        return adapted_weight(self.own_weight(name), active)
 
-    @property
-    def own_weight(self) -> nn.Parameter:
-        """The weight of the layer without any branch, merged or not."""
-        return self._own_weight[0] if self._own_weight else cast(nn.Parameter, self.base.weight)
+    def own_weight(self, name: str) -> Tensor:
+        """A weight of the layer without any branch, merged or not."""
+        return self._own[name] if name in self._own else read_weight(self.base, name)
 
-    @property
-    def merged(self) -> Active:
-        """The branches that the layer itself computes, and how strongly."""
-        return list(self._merged)
+    def merged(self, name: str) -> Active:
+        """The branches that the layer itself computes in a weight, and how strongly."""
+        return list(self._merged.get(name, []))
 
-    def merge(self, branches: Active, own: nn.Parameter | None = None) -> None:
-        """Let the layer itself compute these branches, and no others, from now on.
+    def is_merged(self, branch: Branch) -> bool:
+        """Whether the layer itself computes this branch."""
+        return any(item[0] is branch for item in self._merged.get(branch.parameter, []))
+
+    def kept(self) -> list[nn.Parameter]:
+        """The layer's own weights that merged ones stand in for."""
+        return [weight for weight in self._own.values() if isinstance(weight, nn.Parameter)]
+
+    def merge(self, name: str, branches: Active, own: Tensor | None = None) -> None:
+        """Let the layer itself compute these branches in a weight, and no others, from now on.
 
         The layer gets a new weight; its own one is kept aside unwritten, so that nothing has to be undone.
 
         Args:
+            name: The weight.
             branches: What to merge, and how strongly.
             own: Another weight to call the layer's own.
         """
-        own, place = (
-            self.own_weight if own is None else own,
-            {id(branch): place for place, branch in enumerate(self.branches)},
-        )
-        branches = sorted(branches, key=lambda item: place[id(item[0])])
-        self.base._parameters["weight"] = self.folded(own, branches) if branches else own
-        self._own_weight, self._merged = [own] if branches else [], branches
+        own = self.own_weight(name) if own is None else own
+        order = self.branches
+        branches = sorted(branches, key=lambda item: order.index(item[0]))
+        outcome = self.folded(own, branches) if branches else own
+        if is_stored(self.base, name):
+            self.base._parameters[name] = cast(nn.Parameter, outcome)
+            _set(self._own, name, own if branches else None)
+        else:  # Computed from others: it stays so, and the outcome is used instead.
+            _set(self._computed, name, outcome if branches else None)
+        _set(self._merged, name, branches or None)
 
     @staticmethod
-    def folded(own: nn.Parameter, branches: Active) -> nn.Parameter:
+    def folded(own: Tensor, branches: Active) -> nn.Parameter:
         """A weight with branches folded in, as a parameter of its own."""
         with torch.no_grad():
-            return nn.Parameter(adapted_weight(own, branches), requires_grad=own.requires_grad)
+            return nn.Parameter(adapted_weight(own, branches).contiguous(), requires_grad=own.requires_grad)
 
     # Transparency
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """This node, then the layer under this node's own name, so that its parameters keep their names."""
+        memo = set() if memo is None else memo
+        if remove_duplicate and self in memo:
+            return
+        memo.add(self)
+        yield prefix, self
+        first, *others = self._modules.items()
+        yield from first[1].named_modules(memo, prefix, remove_duplicate)
+        for key, child in others:
+            yield from child.named_modules(memo, f"{prefix}.{key}".lstrip("."), remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -176,6 +194,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         except AttributeError:
             if "_target" not in self.__dict__ or name.startswith("__"):
                 raise
+            if any(branch.parameter == name for branch in self.branches):
+                return self._effective(name)
             return getattr(self.inner, name)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -209,6 +229,13 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _set(table: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        table.pop(name, None)
+    else:
+        table[name] = value
 
 
 def _finish_loading(node: nn.Module, incompatible_keys: object) -> None:

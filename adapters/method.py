@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fluxion as fl
+from adapters.layers import Matrix
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
@@ -22,19 +23,23 @@ class Method(ABC):
 
     Attributes:
         key: The name of the method in files.
-        layers: The types of layers it can adapt.
     """
 
     key: ClassVar[str]
-    layers: ClassVar[tuple[type[nn.Module], ...]]
 
-    def supports(self, layer: nn.Module) -> bool:
-        """Whether this method can adapt that layer: it is of the right type, and its weight is a plain parameter."""
-        return isinstance(layer, self.layers) and layer._parameters.get("weight") is not None
+    def supports(self, layer: nn.Module, parameter: str) -> bool:
+        """Whether this method can adapt that weight of that layer."""
+        return Matrix.of(layer, parameter) is not None
 
     @abstractmethod
-    def build(self, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Branch:
-        """A branch for one layer, initialised so that it changes nothing yet.
+    def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
+        """A branch for one weight of a layer, initialised so that it changes nothing yet.
+
+        Args:
+            layer: The layer.
+            matrix: What its weight is as a matrix.
+            device: Where the tensors go.
+            dtype: Their dtype.
 
         Raises:
             TargetError: The hyperparameters do not fit this layer.
@@ -46,12 +51,21 @@ class Method(ABC):
 
 
 class Branch(fl.Chain):
-    """The part of one patch at one layer: computes what it adds to the output of the layer, at scale 1.
+    """The part of one patch at one weight of a layer.
 
-    The tensors are its parameters. A subclass states the same formula a second time as a change of the weight.
+    Called, it computes what it adds to the output of the layer, at scale 1; `adapt` states the same as a change of the
+    weight. The tensors are its parameters.
+
+    Attributes:
+        method: The hyperparameters.
+        matrix: What the weight is as a matrix.
+        parameter: The name of the weight in its layer.
+        patch: The patch it belongs to.
     """
 
     method: Method
+    matrix: Matrix
+    parameter: str
     patch: Patch
 
     def adapt(self, weight: Tensor, scale: float) -> Tensor:
@@ -72,7 +86,7 @@ class Branch(fl.Chain):
             x: The input of the layer, with whatever else it takes.
         """
         output: Tensor = layer(x, *args, **kwargs)
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dtype)
         return output + (self.forward(x) * scale).to(output.dtype)
 

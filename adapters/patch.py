@@ -22,6 +22,7 @@ import weights
 from adapters.adapted import Adapted
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.errors import LayerMismatchError, PatchNameError, PatchStateError, TargetError
+from adapters.layers import Matrix, is_stored, read_weight
 from adapters.method import Branch, Method
 from adapters.methods import METHODS
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
@@ -85,6 +86,8 @@ class Place:
         found = parent._modules[key]
         node = found if isinstance(found, Adapted) else Adapted(layer)
         name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
+        if self.branch.parameter != "weight":
+            name += f"_{self.branch.parameter}"
         while hasattr(node, name):
             name += "_"
         node.add_module(name, self.branch)
@@ -151,7 +154,8 @@ class Patch:
     @property
     def merged(self) -> bool:
         """Whether the layers themselves compute it."""
-        return any(item[0] is p.branch for p in self._places[:1] if (node := p.node) for item in node.merged)
+        branches = [place.branch for place in self._places[:1]]
+        return any(node.is_merged(branch) for node, branch in self._nodes() if branch in branches)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters, named by the path of the layer and the name of the tensor."""
@@ -248,7 +252,9 @@ class Patch:
         nodes = [node for node, _ in fl.walk(model, Adapted, recurse=True)]
         ours = {id(parameter) for node in nodes for branch in node.branches for parameter in branch.parameters()}
         # The weights that merged ones stand in for are base parameters too.
-        base = {id(p): p for p in (*model.parameters(), *(node.own_weight for node in nodes)) if id(p) not in ours}
+        base = {
+            id(p): p for p in (*model.parameters(), *(p for node in nodes for p in node.kept())) if id(p) not in ours
+        }
         self._frozen = [parameter for parameter in base.values() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -292,9 +298,9 @@ class Patch:
             raise PatchStateError(f"The patch {self.name!r} is merged already.")
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
-                before = node.merged
-                node.merge([*before, (branch, self.scale)])
-                undo.callback(node.merge, before)
+                before = node.merged(branch.parameter)
+                node.merge(branch.parameter, [*before, (branch, self.scale)])
+                undo.callback(node.merge, branch.parameter, before)
 
     def unmerge(self) -> None:
         """Undo `merge`. Every bit of the base is as before, whatever has been done to scales in between.
@@ -306,24 +312,29 @@ class Patch:
             raise PatchStateError(f"The patch {self.name!r} is not merged.")
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
-                before = node.merged
-                node.merge([item for item in before if item[0] is not branch])
-                undo.callback(node.merge, before)
+                before = node.merged(branch.parameter)
+                node.merge(branch.parameter, [item for item in before if item[0] is not branch])
+                undo.callback(node.merge, branch.parameter, before)
 
     def merge_and_eject(self) -> None:
         """Fold it into the base model for good, at its present scale, and leave.
 
         Raises:
-            PatchStateError: It is not injected.
+            PatchStateError: It is not injected, or a weight is computed from others and cannot be set.
         """
         self._require_injected()
+        for place in self._places:
+            if (node := place.node) is not None and not is_stored(node.base, place.branch.parameter):
+                raise PatchStateError(
+                    f"{place.path} computes its weight from others: remove its parametrization, or merge() instead."
+                )
         folded: dict[int, nn.Parameter] = {}
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
-                own, before = node.own_weight, node.merged
+                name, own, before = branch.parameter, node.own_weight(branch.parameter), node.merged(branch.parameter)
                 new = node.folded(own, [(branch, self.scale)])
-                node.merge([item for item in before if item[0] is not branch], own=new)
-                undo.callback(node.merge, before, own)
+                node.merge(name, [item for item in before if item[0] is not branch], own=new)
+                undo.callback(node.merge, name, before, own)
                 folded[id(own)] = new
         for patch in patches(self.model).values():
             patch._frozen = [folded.get(id(parameter), parameter) for parameter in patch._frozen]
@@ -492,14 +503,18 @@ def find(model: nn.Module, name: str) -> Patch:
 
 
 def _build(method: Method, layer: Layer, device: Any, dtype: torch.dtype | None) -> Branch:
-    weight = cast(Tensor, layer.module.weight)
-    return method.build(layer.module, torch.device(device or weight.device), dtype or weight.dtype)
+    weight, matrix = read_weight(layer.module, layer.parameter), Matrix.of(layer.module, layer.parameter)
+    branch = method.build(
+        layer.module, cast(Matrix, matrix), torch.device(device or weight.device), dtype or weight.dtype
+    )
+    branch.method, branch.matrix, branch.parameter = method, cast(Matrix, matrix), layer.parameter
+    return branch
 
 
 def _restore(layer: Layer, content: weights.LayerWeights) -> Branch:
     """The branch of one layer as a file has it."""
     method = METHODS[content.method](**content.hyperparameters)
-    if not method.supports(layer.module):
+    if not method.supports(layer.module, layer.parameter):
         raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
     branch = _build(method, layer, None, None)
     own = branch.tensors()

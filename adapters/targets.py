@@ -17,41 +17,63 @@ from adapters.errors import TargetError
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern]
 
+# The weights of an attention layer that are not modules.
+_PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
+
 # Names that models give to the layer that makes the final scores.
 _HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "output_head"})
 
 
 @dataclass
 class Layer:
-    """A module of the base model.
+    """A weight of the base model: `weight` of a module, or a parameter that is no module's `weight`.
 
     Attributes:
-        module: The module itself, also where adapters are around it.
-        paths: Its dotted paths, several when it is shared.
-        slots: The modules that hold it, or its adapters, and the keys there.
+        module: The module that holds it, itself also where adapters are around it.
+        parameter: The name of the parameter in the module.
+        paths: Its dotted paths: of the module, for a `weight`; several when the module is shared.
+        slots: The modules that hold the module, or its adapters, and the keys there.
+        owners: Modules made of several weights that this one belongs to, and their paths.
     """
 
     module: nn.Module
+    parameter: str
     paths: list[str] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    owners: list[tuple[str, nn.Module]] = field(default_factory=list)
 
     @property
     def path(self) -> str:
         """The first path."""
         return self.paths[0]
 
+    @property
+    def names(self) -> list[tuple[str, nn.Module]]:
+        """The paths a pattern may match, and the modules a type may match."""
+        return [*((path, self.module) for path in self.paths), *self.owners]
+
 
 def layers(model: nn.Module) -> list[Layer]:
-    """Every module below a model, in order, each once. What patches have added is left out."""
-    found: dict[int, Layer] = {}
+    """Every module below a model and every parameter of its own besides `weight`, in order, each once.
+
+    What patches have added is left out.
+    """
+    found: dict[tuple[int, str], Layer] = {}
     stack = _below(model, "")
     while stack:
         path, parent, key, child = stack.pop()
         module = child.base if isinstance(child, Adapted) else child
-        layer = found.setdefault(id(module), Layer(module))
-        layer.paths.append(path)
-        if not any(holder is parent and name == key for holder, name in layer.slots):
-            layer.slots.append((parent, key))
+        bare = [name for name, value in module._parameters.items() if value is not None and name != "weight"]
+        # Attention is a target by its parts.
+        for parameter in bare if isinstance(module, nn.MultiheadAttention) else ["weight", *bare]:
+            layer = found.setdefault((id(module), parameter), Layer(module, parameter))
+            layer.paths += [path if parameter == "weight" else f"{path}.{parameter}"]
+            if (parent, key) not in layer.slots:
+                layer.slots.append((parent, key))
+            if isinstance(module, nn.MultiheadAttention) and parameter in _PROJECTIONS:
+                layer.owners.append((path, module))
+            if isinstance(parent, nn.MultiheadAttention) and parameter == "weight":
+                layer.owners.append((path.rpartition(".")[0], parent))
         stack += _below(module, f"{path}.")
     return list(found.values())
 
@@ -66,7 +88,7 @@ def select(
     model: nn.Module,
     rules: Mapping[Pattern | None, Any],
     exclude: Patterns | None,
-    supports: Callable[[Any, nn.Module], bool],
+    supports: Callable[[Any, nn.Module, str], bool],
 ) -> list[tuple[Layer, Any]]:
     """The layers that rules select, each with the value of the first rule whose pattern matches it.
 
@@ -91,7 +113,7 @@ def select(
         if left_out or not values:
             continue
         selector, value = values[0]
-        if supports(value, layer.module):
+        if supports(value, layer.module, layer.parameter):
             chosen.append((layer, value))
             for selector, _ in values:
                 selector.useful = True
@@ -113,10 +135,15 @@ class _Selector:
         self.pattern = pattern
         self.useful = False
         self.is_name = isinstance(pattern, str) and "*" not in pattern
+        # A parameter that is no layer's weight is a target when it is named, not when it happens to be there.
+        named = isinstance(pattern, str) and "*" not in pattern.rpartition(".")[2]
+        self._reaches_parameters = named or isinstance(pattern, re.Pattern)
         self._matches = _matcher(pattern, model)
 
     def matches(self, layer: Layer) -> bool:
-        return any(self._matches(path, layer.module) for path in layer.paths)
+        if layer.parameter != "weight" and not layer.owners and not self._reaches_parameters:
+            return False
+        return any(self._matches(path, module) for path, module in layer.names)
 
     def complaint(self, everything: list[Layer]) -> str:
         if self.pattern is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.errors import AdapterError
+from adapters.layers import CONVOLUTIONS, Matrix, is_conv1d
 from adapters.method import Branch, Method
 
 
@@ -29,7 +30,6 @@ class LoRA(Method):
     """
 
     key = "lora"
-    layers = (nn.Linear, nn.Conv2d)
 
     rank: int = 8
     alpha: float | None = None
@@ -50,49 +50,53 @@ class LoRA(Method):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def build(self, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Branch:
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
         branch = LoRABranch()
-        branch.method = self
+        groups = getattr(layer, "groups", 1) if isinstance(layer, CONVOLUTIONS) else 1
+        down, up = self._factors(layer, matrix, groups, {"device": device, "dtype": dtype})
         if self.dropout:
             branch.append(fl.Dropout(self.dropout))
         if groups > 1:
             branch.append(GroupsToSamples(groups))
-        branch.add_module("lora_A", self._down(layer, device, dtype))
+        branch.add_module("lora_A", down)
         if groups > 1:
             branch.append(SamplesToGroups(groups))
         if self.scaling != 1:
             branch.append(fl.Multiply(self.scaling))  # Here, where there are only `rank` features.
-        branch.add_module("lora_B", self._up(layer, groups, device, dtype))
+        branch.add_module("lora_B", up)
         return branch
 
-    def _down(self, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """A, with the geometry of the layer, Kaiming-uniform as in the paper's code."""
-        if not isinstance(layer, nn.Conv2d):
-            return fl.Linear(cast(nn.Linear, layer).in_features, self.rank, bias=False, device=device, dtype=dtype)
-        # One A for all groups of a convolution: only so does the update have the shape of the weight.
-        geometry = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-        return fl.Conv2d(
-            layer.in_channels // layer.groups,
-            self.rank,
-            **geometry,
-            padding_mode=layer.padding_mode,
-            use_bias=False,
-            device=device,
-            dtype=dtype,
-        )
-
-    def _up(self, layer: nn.Module, groups: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """B, zero, so that nothing changes yet."""
-        up: fl.Linear | fl.Conv2d
-        if isinstance(layer, nn.Conv2d):
-            width, channels = self.rank * groups, layer.out_channels
-            up = fl.Conv2d(width, channels, 1, groups=groups, use_bias=False, device=device, dtype=dtype)
+    def _factors(
+        self, layer: nn.Module, matrix: Matrix, groups: int, where: dict[str, Any]
+    ) -> tuple[fl.WeightedModule, fl.WeightedModule]:
+        """A, Kaiming-uniform as in the paper's code, and B, zero; for embeddings zero and normal, as in PEFT."""
+        *stack, outputs, inputs = matrix.shape
+        down: fl.WeightedModule
+        up: fl.WeightedModule
+        if isinstance(layer, nn.Embedding):
+            down = fl.Embedding(inputs, self.rank, padding_idx=layer.padding_idx, **where)
+            up = fl.Linear(self.rank, outputs, bias=False, **where)
+            nn.init.zeros_(down.weight)
+            nn.init.normal_(up.weight)
+            return down, up
+        if isinstance(layer, CONVOLUTIONS):
+            conv = _CONVOLUTIONS[len(layer.kernel_size)]
+            # One A for all groups of a convolution: only so does the update have the shape of the weight.
+            geometry = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+            channels = layer.in_channels // groups
+            down = conv(channels, self.rank, **geometry, padding_mode=layer.padding_mode, use_bias=False, **where)
+            up = conv(self.rank * groups, outputs, 1, groups=groups, use_bias=False, **where)
+        elif isinstance(layer, nn.Linear) or is_conv1d(layer):
+            down = fl.Linear(inputs, self.rank, bias=False, **where)
+            up = fl.Linear(self.rank, outputs, bias=False, **where)
         else:
-            width = cast(nn.Linear, layer).out_features
-            up = fl.Linear(self.rank, width, bias=False, device=device, dtype=dtype)
+            down = Factor(*stack, self.rank, inputs, **where)
+            up = Factor(*stack, outputs, self.rank, **where)
         nn.init.zeros_(up.weight)
-        return up
+        return down, up
+
+
+_CONVOLUTIONS: dict[int, Any] = {1: fl.Conv1d, 2: fl.Conv2d, 3: fl.Conv3d}
 
 
 class LoRABranch(Branch):
@@ -102,8 +106,28 @@ class LoRABranch(Branch):
     method: LoRA
 
     def adapt(self, weight: Tensor, scale: float) -> Tensor:
-        down, up = (self.tensors()[name].to(weight.dtype).flatten(1) for name in ("lora_A", "lora_B"))
-        return torch.addmm(weight.flatten(1), up, down, alpha=scale * self.method.scaling).view_as(weight)
+        tensors = {name[-1]: tensor.to(weight.dtype) for name, tensor in self.tensors().items()}
+        down, up = (t if len(self.matrix.shape) == 3 else t.flatten(1) for t in (tensors["A"], tensors["B"]))
+        matrix = self.matrix.read(weight)
+        add = torch.baddbmm if matrix.ndim == 3 else torch.addmm
+        return self.matrix.write(add(matrix, up, down, alpha=scale * self.method.scaling), like=weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        down, up = self.lora_A, self.lora_B
+        if isinstance(down, nn.Embedding):
+            return {"lora_embedding_A": down.weight.T, "lora_embedding_B": up.weight}
+        return {"lora_A": down.weight, "lora_B": up.weight}
+
+
+class Factor(fl.WeightedModule):
+    """A factor of an update that is only ever added to a weight."""
+
+    def __init__(self, *shape: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        bound = 1 / math.sqrt(shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
 
 
 class GroupsToSamples(fl.Module):

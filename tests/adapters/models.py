@@ -114,6 +114,8 @@ def snapshot(model: nn.Module) -> list[Any]:
         hooks = {name: list(getattr(module, name)) for name in _HOOKS}
         seen.append((path, id(module), module.training, slots, sorted(vars(module)), hooks))
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-        data = tensor.detach().view(torch.uint8) if tensor.dim() else tensor.detach()
-        seen.append((name, id(tensor), tensor.requires_grad, tensor.grad is None, data.numpy().tobytes()))
+        data = tensor.detach().contiguous()
+        data = data.view(torch.uint8) if data.dim() else data
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        seen.append((name, id(tensor), place, tensor.requires_grad, tensor.grad is None, data.numpy().tobytes()))
     return seen

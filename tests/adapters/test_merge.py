@@ -44,7 +44,7 @@ def test_merged_convolutions_compute_the_same(
     with torch.no_grad():
         expected = model(x)
         patch.merge()
-        assert not torch.equal(layer.weight, model[0].own_weight)
+        assert not torch.equal(layer.weight, model[0].own_weight("weight"))
         torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
         patch.unmerge()
         assert torch.equal(model(x), expected)

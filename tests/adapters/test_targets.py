@@ -133,8 +133,11 @@ def test_the_output_embeddings_of_transformers_are_left_out() -> None:
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes))
     assert not any("lm_head" in path for path in adapters.inject(llama, LoRA(rank=1)).targets)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2))
+    paths = list(adapters.inject(gpt, LoRA(rank=1)).targets)
+    assert "transformer.h.0.attn.c_attn" in paths
+    assert "lm_head" not in paths
     with pytest.raises(TargetError, match="no layer that the method supports besides its output head"):
-        adapters.inject(gpt, LoRA(rank=1))
+        adapters.inject(nn.Sequential(nn.LayerNorm(3)), LoRA(rank=1))
 
 
 def test_methods_check_their_numbers() -> None:

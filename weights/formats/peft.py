@@ -1,6 +1,7 @@
 """The format of the PEFT library: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-Tensors are named `base_model.model.<path>.lora_A.weight` and `.lora_B.weight`; every number is in the JSON file.
+Tensors are named `base_model.model.<path>.lora_A.weight` and `.lora_B.weight`, and for embeddings
+`.lora_embedding_A` and `.lora_embedding_B`; every number is in the JSON file.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -25,8 +26,10 @@ TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FILES = (CONFIG, TENSORS)
 
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.(?P<tensor>lora_[AB])\.weight")
-_TENSOR_NAMES = {"lora_A", "lora_B"}
+_KEY = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.(?P<tensor>lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(\.weight)?"
+)
+_TENSOR_NAMES = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
 
 # The settings that are read, with PEFT's defaults.
 _DEFAULTS: Mapping[str, Any] = {
@@ -123,7 +126,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """
     _refuse(path, _layer_problems(adapter.layers) if adapter.layers else ["it has no layers"])
     tensors = {
-        f"base_model.model.{layer}.{name}.weight": tensor
+        f"base_model.model.{layer}.{name}{'' if 'embedding' in name else '.weight'}": tensor
         for layer, weights in adapter.layers.items()
         for name, tensor in weights.tensors.items()
     }
@@ -198,10 +201,10 @@ def _layer_problems(layers: Mapping[str, LayerWeights]) -> Iterator[str]:
     for path, layer in layers.items():
         if layer.method != "lora":
             yield f"layer {path!r} has the method {layer.method!r}, only 'lora' is supported"
-        elif layer.tensors.keys() != _TENSOR_NAMES:
+        elif layer.tensors.keys() not in _TENSOR_NAMES:
             yield f"layer {path!r} has {', '.join(sorted(layer.tensors)) or 'nothing'} instead of lora_A and lora_B"
         else:
-            a, b = (tuple(layer.tensors[name].shape) for name in ("lora_A", "lora_B"))
+            a, b = (tuple(layer.tensors[name].shape) for name in sorted(layer.tensors))
             rank = layer.hyperparameters.get("rank")
             fit = len(a) == len(b) >= 2 and set(b[2:]) <= {1}
             if not fit or not rank or a[0] != rank or b[1] != rank:

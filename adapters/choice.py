@@ -1,0 +1,128 @@
+"""What was chosen for the current thread or async task: a strength for each patch, or a choice for each row."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import AdapterError
+
+if TYPE_CHECKING:
+    from adapters.patch import Patch
+
+Weights = Mapping["Patch", float]
+
+# Patches that are not in the mapping follow their own `scale` and `enabled`.
+_chosen: ContextVar[Mapping[Patch, float | Rows] | None] = ContextVar("chosen", default=None)
+current = _chosen.get
+
+
+@contextlib.contextmanager
+def choosing(choice: Mapping[Patch, float | Rows]) -> Iterator[None]:
+    """Add to what is chosen, in this block and in this thread or async task."""
+    token = _chosen.set({**(_chosen.get() or {}), **choice})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+class Rows:
+    """A choice for each row of a batch.
+
+    Attributes:
+        count: How many rows there are.
+        groups: For each distinct choice, its weights and the indices of its rows.
+        group_of_row: The number of each row's choice among the groups.
+    """
+
+    def __init__(self, choices: Sequence[Weights]) -> None:
+        self.count = len(choices)
+        indices: dict[frozenset[tuple[Patch, float]], list[int]] = {}
+        for index, weights in enumerate(choices):
+            indices.setdefault(frozenset(weights.items()), []).append(index)
+        self.groups: list[tuple[Weights, Tensor]] = [(dict(key), torch.tensor(rows)) for key, rows in indices.items()]
+        self.group_of_row = torch.empty(self.count, dtype=torch.long)
+        for number, (_, rows) in enumerate(self.groups):
+            self.group_of_row[rows] = number
+
+    def run(
+        self, layer: nn.Module, compose: Callable[[Weights], Callable[..., Any]], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Run a layer once for each distinct choice, on the rows that made it, and put the outputs in order.
+
+        Args:
+            layer: Says which dimension of its inputs is the batch.
+            compose: Gives what runs for one choice.
+            args: The inputs, the first of them a batch.
+            kwargs: More inputs.
+
+        Raises:
+            AdapterError: The batch does not have as many rows as there are choices.
+        """
+        dim, block = 0, 1
+        if isinstance(layer, nn.MultiheadAttention):
+            args, kwargs = (), {**dict(zip(_ATTENTION_INPUTS, args, strict=False)), **kwargs}
+            dim = 0 if layer.batch_first else 1
+        first: Tensor = args[0] if args else kwargs["query"]
+        size = first.shape[dim] if first.ndim > dim else 0
+        if any(parameter is not None and parameter.ndim == 3 for parameter in layer._parameters.values()):
+            block = max(size // self.count, 1)  # Experts are given the tokens of all rows, row after row.
+        shared = size == 1 < self.count  # Such as the positions of every row: each choice makes its own of it.
+        if size != block * self.count and not shared:
+            raise AdapterError(f"rows= names {self.count} rows, but a layer was given a batch of {size}: name each.")
+
+        def take(name: str, value: Any, index: Tensor) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            index = index.to(value.device)
+            if name == "attn_mask":  # Shared when it has no batch; else (batch * heads, queries, keys).
+                return value.unflatten(0, (size, -1))[index].flatten(0, 1) if value.ndim == 3 else value
+            batch = 0 if name == "key_padding_mask" else dim
+            fits = value.ndim > batch and value.shape[batch] == size
+            return value.index_select(batch, index) if fits else value
+
+        outputs, taken = [], []
+        ours = [patch for patch, choice in (current() or {}).items() if choice is self]
+        for weights, rows in self.groups:
+            index = (
+                torch.zeros(1, dtype=torch.long) if shared else (rows[:, None] * block + torch.arange(block)).flatten()
+            )
+            some = [take("", value, index) for value in args]
+            named = {name: take(name, value, index) for name, value in kwargs.items()}
+            with choosing({**dict.fromkeys(ours, 0.0), **weights}):  # For adapted layers inside of this one.
+                outputs.append(compose(weights)(*some, **named))
+            taken.append(index)
+        order = self.group_of_row if shared else torch.argsort(torch.cat(taken))
+        return _join(outputs, order, dim)
+
+
+_ATTENTION_INPUTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
+
+
+def _join(outputs: list[Any], inverse: Tensor, dim: int) -> Any:
+    first = outputs[0]
+    if isinstance(first, tuple):  # Attention: the outputs, and weights that have the batch in front.
+        output, weights = (list(parts) for parts in zip(*outputs, strict=True))
+        return _join(output, inverse, dim), _join(weights, inverse, 0)
+    if not isinstance(first, Tensor):
+        return first
+    return torch.cat(outputs, dim).index_select(dim, inverse.to(first.device))
+
+
+class RowWeight(Tensor):
+    """The weight of a layer while rows have weights of their own: it has a shape and a dtype, but no values.
+
+    Torch's fused kernels step aside for tensors of a class of its own, and call the layer instead.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise AdapterError("A layer that is read by its weight cannot have different adapters for each row.")

@@ -1,0 +1,157 @@
+"""How layers use their weights: which matrix a weight is, how a layer runs with another one, which rows it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# A recurrent network keeps its weights a second time, in one flat buffer that its kernels read.
+UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Layers known to compute a linear function of their weight and nothing else.
+_PLAIN_FORWARDS = {layer.forward for layer in (nn.Linear, *CONVOLUTIONS, nn.Embedding)}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight seen as a matrix of outputs by inputs.
+
+    Attributes:
+        shape: `(outputs, inputs)`, or `(experts, outputs, inputs)` for a stack of matrices.
+        layout: How the weight holds it: `"rows"`, one flattened row per output; `"columns"`, its transpose; `"stack"`,
+            as it is; `"transposed"`, as a transposed convolution does.
+        groups: Groups of a transposed convolution.
+    """
+
+    shape: tuple[int, ...]
+    layout: str
+    groups: int = 1
+
+    @classmethod
+    def of(cls, layer: nn.Module, parameter: str) -> Matrix | None:
+        """How a layer uses a parameter, or None where that cannot be adapted."""
+        if isinstance(layer, UNSUPPORTED):
+            return None
+        if parameter != "weight":
+            bare = layer._parameters.get(parameter)
+            if bare is None or bare.ndim not in (2, 3):
+                return None
+            return cls(tuple(bare.shape), "stack" if bare.ndim == 3 else "rows")
+        if isinstance(layer, nn.Linear):
+            return cls((layer.out_features, layer.in_features), "rows")
+        if isinstance(layer, nn.Embedding):
+            return cls((layer.embedding_dim, layer.num_embeddings), "columns")
+        if isinstance(layer, CONVOLUTIONS):
+            inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
+            return cls((layer.out_channels, inputs), "rows")
+        if isinstance(layer, TRANSPOSED):
+            inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
+            return cls((layer.out_channels, inputs), "transposed", layer.groups)
+        if is_conv1d(layer):
+            inputs, outputs = cast(Tensor, layer.weight).shape
+            return cls((outputs, inputs), "columns")
+        return None
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The matrix that a weight holds."""
+        if self.layout == "columns":
+            return weight.T
+        if self.layout == "transposed":
+            # (inputs, outputs / groups, ...): each group of inputs has outputs of its own.
+            return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        return weight if self.layout == "stack" else weight.flatten(1)
+
+    def write(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The weight that holds a matrix, of the shape of another weight."""
+        if self.layout == "columns":
+            return matrix.T
+        if self.layout == "transposed":
+            inputs = like.shape[0] // self.groups
+            grouped = matrix.unflatten(0, (self.groups, -1)).unflatten(2, (inputs, *like.shape[2:]))
+            return grouped.transpose(1, 2).flatten(0, 1)
+        return matrix.view_as(like)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, a Linear with its weight transposed."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(layer).__mro__
+    )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the output of a layer is a linear function of its weight, so that updates add up in the output."""
+    if not is_stored(layer, "weight"):
+        return False
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return False
+    forward = type(layer).forward
+    return forward in _PLAIN_FORWARDS or (is_conv1d(layer) and forward.__qualname__ == "Conv1D.forward")
+
+
+def is_stored(layer: nn.Module, parameter: str) -> bool:
+    """Whether a weight is a parameter of its layer, rather than computed from others."""
+    return layer._parameters.get(parameter) is not None and not _norm_hooks(layer, parameter)
+
+
+def read_weight(layer: nn.Module, parameter: str) -> Tensor:
+    """A weight of a layer, computed where it is parametrised."""
+    for hook in _norm_hooks(layer, parameter).values():
+        return cast(Tensor, hook.compute_weight(layer))
+    return cast(Tensor, getattr(layer, parameter))
+
+
+def _norm_hooks(layer: nn.Module, parameter: str) -> dict[int, Any]:
+    """The hooks of `torch.nn.utils.weight_norm` and `spectral_norm`, which compute a weight before each call."""
+    return {
+        key: hook
+        for key, hook in layer._forward_pre_hooks.items()
+        if hasattr(hook, "compute_weight") and getattr(hook, "name", None) == parameter
+    }
+
+
+def substitute(root: nn.Module, layer: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """`root` with other weights in one layer below it, or in itself.
+
+    Only the modules on the way are copied, and these share everything else. The originals are not touched, so any
+    number of threads may run one layer with different weights at once.
+    """
+    if root is layer:
+        return _with_weights(layer, weights)
+    for key, child in root._modules.items():
+        if child is not None and (changed := substitute(child, layer, weights)) is not child:
+            copy = _shallow(root)
+            copy.__dict__["_modules"] = {**root._modules, key: changed}
+            return copy
+    return root
+
+
+def _with_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    copy = _shallow(layer)
+    values = dict(weights)
+    if parametrize.is_parametrized(layer):
+        # The class made for a parametrised layer computes its weights; the class below it just has them.
+        computed = cast(nn.ModuleDict, layer.parametrizations)
+        values = {name: values.get(name, getattr(layer, name)) for name in (*computed, *values)}
+        copy.__class__ = type(layer).__bases__[0]
+    for name, value in values.items():
+        dropped = _norm_hooks(layer, name)
+        copy.__dict__["_forward_pre_hooks"] = {
+            key: hook for key, hook in copy._forward_pre_hooks.items() if key not in dropped
+        }
+        copy.__dict__.pop(name, None)
+        copy.__dict__["_parameters"] = {**copy._parameters, name: value}
+    return copy
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    return copy
