@@ -87,13 +87,16 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """The layer with these branches: around it where their updates add up in its output, else in its weights."""
         run: Callable[..., Any] = self.inner
         around = active
-        if self._merged or not all(branch.parameter == "weight" and is_plain(self.base) for branch, _ in active):
+        if self._merged or (active and not self._adds_up(active)):
             weights, around = self._weights(active)
             if weights:
                 run = substitute(self.inner, self.base, weights)
         for branch, scale in around:
             run = partial(branch.run, run, scale)
         return run
+
+    def _adds_up(self, active: Active) -> bool:
+        return is_plain(self.base) and all(branch.parameter == "weight" for branch, _ in active)
 
     def _weights(self, active: Active) -> tuple[dict[str, Tensor], Active]:
         """Weights that the layer has to be given, and the branches that remain to be computed around it."""

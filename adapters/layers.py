@@ -88,17 +88,17 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the output of a layer is a linear function of its weight, so that updates add up in the output."""
-    if not is_stored(layer, "weight"):
-        return False
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        return False
     forward = type(layer).forward
-    return forward in _PLAIN_FORWARDS or (is_conv1d(layer) and forward.__qualname__ == "Conv1D.forward")
+    if forward not in _PLAIN_FORWARDS and not (is_conv1d(layer) and forward.__qualname__ == "Conv1D.forward"):
+        return False
+    return is_stored(layer, "weight") and getattr(layer, "max_norm", None) is None
 
 
 def is_stored(layer: nn.Module, parameter: str) -> bool:
     """Whether a weight is a parameter of its layer, rather than computed from others."""
-    return layer._parameters.get(parameter) is not None and not _norm_hooks(layer, parameter)
+    if layer._parameters.get(parameter) is None:
+        return False
+    return not (layer._forward_pre_hooks and _norm_hooks(layer, parameter))
 
 
 def read_weight(layer: nn.Module, parameter: str) -> Tensor:

@@ -23,9 +23,11 @@ class Method(ABC):
 
     Attributes:
         key: The name of the method in files.
+        fast: The tensors that may learn faster than the others.
     """
 
     key: ClassVar[str]
+    fast: ClassVar[frozenset[str]] = frozenset()
 
     def supports(self, layer: nn.Module, parameter: str) -> bool:
         """Whether this method can adapt that weight of that layer."""
@@ -86,9 +88,14 @@ class Branch(fl.Chain):
             x: The input of the layer, with whatever else it takes.
         """
         output: Tensor = layer(x, *args, **kwargs)
-        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dtype)
         return output + (self.forward(x) * scale).to(output.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the tensors."""
+        return next((p.dtype for child in self for p in child._parameters.values() if p is not None), None)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under the names that files give them."""

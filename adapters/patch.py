@@ -154,8 +154,8 @@ class Patch:
     @property
     def merged(self) -> bool:
         """Whether the layers themselves compute it."""
-        branches = [place.branch for place in self._places[:1]]
-        return any(node.is_merged(branch) for node, branch in self._nodes() if branch in branches)
+        first = self._places[0]
+        return first.node is not None and first.node.is_merged(first.branch)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters, named by the path of the layer and the name of the tensor."""
@@ -166,6 +166,20 @@ class Patch:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, for an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
+
+    def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+        """Its parameters in two groups for an optimizer, the tensors that start at zero learning faster.
+
+        Args:
+            lr: The learning rate of the others.
+            ratio: How many times faster, 16 as LoRA+ proposes for B (arXiv:2402.12354).
+        """
+        slow: list[nn.Parameter] = []
+        fast: list[nn.Parameter] = []
+        for place in self._places:
+            for name, parameter in place.branch.named_parameters():
+                (fast if name.partition(".")[0] in place.branch.method.fast else slow).append(parameter)
+        return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
 
     def num_parameters(self) -> int:
         """How many numbers it holds."""

@@ -30,6 +30,7 @@ class LoRA(Method):
     """
 
     key = "lora"
+    fast = frozenset({"lora_B"})
 
     rank: int = 8
     alpha: float | None = None

@@ -402,6 +402,17 @@ def test_adapters_follow_the_mode_dtype_and_seed() -> None:
     assert case.run(case.model, case.inputs.bfloat16()).dtype == torch.bfloat16
 
 
+def test_parameter_groups_for_lora_plus() -> None:
+    case = build("bert")
+    patch = adapters.inject(case.model, LORA)
+    slow, fast = patch.parameter_groups(lr=1e-3, ratio=8)
+    named = dict(patch.named_parameters())
+    assert {id(p) for p in fast["params"]} == {id(p) for name, p in named.items() if ".lora_B." in name}
+    assert len(slow["params"]) + len(fast["params"]) == len(named)
+    optimizer = torch.optim.AdamW([slow, fast])
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 8e-3]
+
+
 def test_hot_swap_of_the_weights() -> None:
     case = build("chain")
     patch = adapters.inject(case.model, LORA)
