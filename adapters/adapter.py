@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from torch import nn
 
@@ -44,6 +44,7 @@ class Adapter(Generic[T]):
         >>> adapter.eject()
     """
 
+    _highlight: ClassVar[bool] = True  # In pictures of the tree.
     _target: list[T]  # In a list, so that torch does not take it for a child.
     _outside: WeakSlots  # Where this adapter was put.
 

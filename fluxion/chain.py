@@ -7,13 +7,13 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from fluxion.context import Context, ContextProvider, Contexts, call_of, is_running
+from fluxion.context import Context, ContextProvider, Contexts, call_of, running, start_call
 from fluxion.errors import ChainTypeError, ChainValueError, ChildNotFoundError, ContextError
 from fluxion.location import locate
 from fluxion.module import ContextModule, Module
@@ -57,40 +57,47 @@ class Chain(ContextModule):
             ChainValueError: A child already has a parent, or a chain is given twice.
         """
         super().__init__()
-        self.__dict__.update(_provider=None, _suffixes={}, _places={})
-        self._insert_all(0, _as_modules(args))
+        self.__dict__.update(_provider=ContextProvider(self), _suffixes={}, _places={})
+        modules = _as_modules(args)
+        self._check(modules, holders=())  # Nothing can hold this chain yet.
+        self._insert_all(0, modules)
 
     # Running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        root = self.root
-        if is_running(root):
+        root, outer = self.root, running.call
+        if self is not root and outer is not None and outer.root is root:
             return super().__call__(*args, **kwargs)
-        with call_of(root):
+        running.call = start_call(root)
+        try:
             return super().__call__(*args, **kwargs)
+        finally:
+            running.call = outer
 
     def forward(self, *args: Any) -> Any:
-        key = ""
+        key, output = "", args[0] if len(args) == 1 else args
         try:
             for key, layer in self._modules.items():  # noqa: B007
                 output = entry(layer)(*args)
-                args = output if type(output) is tuple else (output,)
+                args = output if isinstance(output, tuple) else (output,)
         except Exception as error:
-            locate(error, self, key, args)
+            if not torch.compiler.is_compiling():  # Dynamo cannot trace it, and runs a call that raises again without.
+                locate(error, self, key, args)
             raise
-        return args[0] if len(args) == 1 else args
+        return output
 
-    def _call_layer(self, layer: nn.Module, name: str, /, *args: Any) -> Any:
-        """Call one child; an error on the way gets the child's place in the tree."""
+    def _call_each(self, inputs: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """The output of every child for inputs of its own."""
+        outputs: list[Any] = []
+        key, args = "", ()
         try:
-            return entry(layer)(*args)
+            for (key, layer), args in zip(self._modules.items(), inputs):  # noqa: B007, B905
+                outputs.append(entry(layer)(*args))
         except Exception as error:
-            locate(error, self, name, args)
+            if not torch.compiler.is_compiling():  # Dynamo cannot trace it, and runs a call that raises again without.
+                locate(error, self, key, args)
             raise
-
-    def _call_all(self, *args: Any) -> list[Any]:
-        """The outputs of all children for the same inputs."""
-        return [self._call_layer(layer, name, *args) for name, layer in self._modules.items()]
+        return outputs
 
     # Context
 
@@ -101,10 +108,7 @@ class Chain(ContextModule):
     @property
     def provider(self) -> ContextProvider:
         """The contexts of this chain itself."""
-        provider: ContextProvider | None = self.__dict__["_provider"]
-        if provider is None:
-            self.__dict__["_provider"] = provider = ContextProvider(self)
-        return provider
+        return cast(ContextProvider, self.__dict__["_provider"])
 
     def set_context(self, context: str, value: Context) -> None:
         """Set a context of this chain, for the running call or else for the next one of this thread or task."""
@@ -116,9 +120,10 @@ class Chain(ContextModule):
         Raises:
             ContextError: No chain on the way declares or was given that context.
         """
+        call = call_of(self)
         node: Chain | None = self
         while node is not None:
-            context = node.provider.contexts.get(context_name)
+            context = node.provider.during(call).get(context_name)
             if context is not None:
                 return context
             node = node.parent
@@ -155,9 +160,11 @@ class Chain(ContextModule):
         """
         if isinstance(key, slice):
             copy = self.structural_copy()
-            kept = list(self._modules)[key]
-            for name in self._modules.keys() - kept:
-                copy._take(name)
+            names = list(self._modules)
+            kept = dict.fromkeys(names[key])
+            for name in reversed(names):
+                if name not in kept:
+                    copy._take(name)
             copy._modules = {name: copy._modules[name] for name in kept}
             return copy
         return self._modules[self._key(key)]
@@ -173,13 +180,13 @@ class Chain(ContextModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if (key := self._find_key(name)) is not None:
+            if "_modules" in self.__dict__ and (key := self._find_key(name)) is not None:
                 return self._modules[key]
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):
-            if name not in self._modules:
+            if name not in self.__dict__.get("_modules", ()):
                 raise ChainValueError(
                     f"{name!r} is not a child of this {type(self).__name__}: add modules with append() or insert(), or"
                     " keep a module that is not a child in a list."
@@ -199,7 +206,7 @@ class Chain(ContextModule):
         if name in self._modules:
             self[name] = cast(nn.Module, module)
             return
-        self._check([module])
+        self._check([module], [self, *self.get_parents()])
         super().add_module(name, module)
         _link(module, self)
 
@@ -214,8 +221,7 @@ class Chain(ContextModule):
         if key is not None and self._modules.get(key) is module:
             return key
         # The index is a hint: rebuilt when it misses, and never trusted without a look. Reversed: first use wins.
-        places.clear()
-        places.update({id(child): name for name, child in reversed(self._modules.items())})
+        self.__dict__["_places"] = places = {id(child): name for name, child in reversed(self._modules.items())}
         if id(module) not in places:
             raise ChainValueError(f"{_short(module)} is not a child of {self.get_path()}.")
         return places[id(module)]
@@ -311,15 +317,18 @@ class Chain(ContextModule):
             ChainTypeError: It is not a module.
             ChainValueError: It is a chain that already has a parent, this chain itself, or an ancestor of it.
         """
+        self._check([module], [self, *self.get_parents()])
         self._insert_all(index, [module])
 
     def append(self, module: nn.Module) -> None:
         """Add a module at the end. Raises as `insert` does."""
-        self._insert_all(len(self._modules), [module])
+        self.insert(len(self._modules), module)
 
     def extend(self, modules: Iterable[nn.Module]) -> None:
         """Add modules at the end, all or none. Raises as `insert` does."""
-        self._insert_all(len(self._modules), list(modules))
+        modules = list(modules)
+        self._check(modules, [self, *self.get_parents()])
+        self._insert_all(len(self._modules), modules)
 
     def insert_before_type(self, module_type: type[nn.Module], new_module: nn.Module) -> None:
         """Insert a module before the first child of a type.
@@ -363,8 +372,11 @@ class Chain(ContextModule):
 
         Raises:
             ChainTypeError: The new module is not a module.
-            ChainValueError: The old module is not a child, or the new one cannot be inserted.
+            ChainValueError: The old module is not a child, the new one cannot be inserted, or `old_module_parent` does
+                not hold the old module.
         """
+        if old_module_parent is not None and old_module not in old_module_parent:
+            raise ChainValueError(f"{_short(old_module)} is not a child of {old_module_parent.get_path()}.")
         self._put(self.key_of(old_module), new_module, old_module_parent)
 
     def structural_copy(self) -> Self:
@@ -376,7 +388,7 @@ class Chain(ContextModule):
         for prepare in filter(None, [getattr(self, "_pre_structural_copy", None)]):
             prepare()
         clone = super().structural_copy()
-        clone.__dict__.update(_provider=None, _places={})
+        clone.__dict__.update(_provider=ContextProvider(clone), _places={})
         copies: dict[int, nn.Module] = {}  # A leaf used twice is one leaf in the copy too.
         for name, child in self._modules.items():
             if isinstance(child, ContextModule):
@@ -436,18 +448,18 @@ class Chain(ContextModule):
         suffixes[class_name] = number
         return key
 
-    def _check(self, modules: Sequence[object]) -> None:
-        """Raise if one of these cannot become a child."""
-        ancestors = {id(self), *(id(parent) for parent in self.get_parents())}
+    def _check(self, modules: Sequence[object], holders: Sequence[Chain]) -> None:
+        """Raise if one of these cannot become a child, or holds one of `holders`: this chain and its ancestors."""
+        ancestors = set(map(id, holders))
         chains: set[int] = set()
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise ChainTypeError(f"A Chain holds torch.nn.Module objects, not {module!r}.")
             if id(module) in ancestors:
                 raise ChainValueError(f"{_short(module)} cannot be put inside itself.")
+            if module._modules and ancestors and any(id(inner) in ancestors for inner, _ in walk(module, recurse=True)):
+                raise ChainValueError(f"{_short(module)} holds this chain, and cannot be put inside it.")
             if not isinstance(module, ContextModule):
-                if module._modules and any(id(inner) in ancestors for inner in module.modules()):
-                    raise ChainValueError(f"{_short(module)} holds this chain, and cannot be put inside it.")
                 continue
             parent = module.parent
             if id(module) in chains:
@@ -463,7 +475,6 @@ class Chain(ContextModule):
                 )
 
     def _insert_all(self, index: int, modules: Sequence[nn.Module]) -> None:
-        self._check(modules)
         before = len(self._modules)
         repeated = Counter(type(module).__name__ for module in modules) if len(modules) > 1 else {}
         places: dict[int, str] = self.__dict__["_places"]
@@ -482,7 +493,7 @@ class Chain(ContextModule):
 
     def _put(self, key: str, module: nn.Module, old_module_parent: Chain | None = None) -> None:
         if module is not self._modules[key]:
-            self._check([module])
+            self._check([module], [self, *self.get_parents()])
             old = self._swap(key, module)
             _link(module, self)
             self._unlink(old, old_module_parent)
@@ -518,7 +529,7 @@ class Chain(ContextModule):
         return repr(self)
 
     def _label(self) -> str:
-        return Module.__str__(self)
+        return Module.__str__(self) if type(self).__str__ is Chain.__str__ else str(self)
 
     def _show_only_tag(self) -> bool:
         return type(self) in _TAG_ONLY
@@ -528,6 +539,7 @@ class Chain(ContextModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_provider"] = ContextProvider(self)
         for child in self:
             _link(child, self)
 
@@ -538,7 +550,7 @@ class Parallel(Chain):
     _tag = "PAR"
 
     def forward(self, *args: Any) -> tuple[Any, ...]:
-        return tuple(self._call_all(*args))
+        return tuple(self._call_each(repeat(args)))
 
 
 class Distribute(Chain):
@@ -549,9 +561,7 @@ class Distribute(Chain):
     def forward(self, *args: Any) -> tuple[Any, ...]:
         if len(args) != len(self):
             raise ChainValueError(f"{self.get_path()} has {len(self)} children but was given {len(args)} inputs.")
-        return tuple(
-            self._call_layer(layer, name, arg) for arg, (name, layer) in zip(args, self._modules.items(), strict=True)
-        )
+        return tuple(self._call_each((arg,) for arg in args))
 
 
 class Passthrough(Chain):
@@ -570,8 +580,10 @@ class Sum(Chain):
     _tag = "SUM"
 
     def forward(self, *args: Any) -> Any:
-        outputs = self._call_all(*args)
-        return _add(_add(output) if type(output) is tuple else output for output in outputs)
+        if not self._modules:
+            raise ChainValueError(f"{self.get_path()} has nothing to add: give it a child.")
+        outputs = self._call_each(repeat(args))
+        return _add(_add(output) if isinstance(output, tuple) else output for output in outputs)
 
 
 class Residual(Chain):
@@ -595,7 +607,7 @@ class Concatenate(Chain):
         self.dim = dim
 
     def forward(self, *args: Any) -> Tensor:
-        return torch.cat([output for output in self._call_all(*args) if output is not None], dim=self.dim)
+        return torch.cat([output for output in self._call_each(repeat(args)) if output is not None], dim=self.dim)
 
 
 class Matmul(Chain):
@@ -607,7 +619,7 @@ class Matmul(Chain):
         super().__init__(input, other)
 
     def forward(self, *args: Any) -> Tensor:
-        left, right = self._call_all(*args)
+        left, right = self._call_each(repeat(args))
         return torch.matmul(left, right)
 
 
@@ -715,9 +727,10 @@ def structural_copy(module: T) -> T:
 
 
 def _as_modules(args: tuple[Any, ...]) -> list[nn.Module]:
-    if len(args) == 1 and isinstance(args[0], Iterable) and not isinstance(args[0], nn.Module):
-        return list(args[0])
-    return list(args)
+    if len(args) != 1 or not isinstance(args[0], Iterable):
+        return list(args)
+    is_child = isinstance(args[0], nn.Module) and not isinstance(args[0], nn.ModuleList)
+    return list(args) if is_child else list(args[0])
 
 
 def _link(module: object, parent: Chain) -> None:

@@ -8,70 +8,67 @@ call ends, by an exception too.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fluxion.errors import ContextError
 
 if TYPE_CHECKING:
     from fluxion.chain import Chain
 
 Context = dict[str, Any]
 Contexts = dict[str, Context]
-_T = TypeVar("_T")
+Prepared = dict["ContextProvider", Contexts]
 
 
-class _Box(Generic[_T]):
-    def __init__(self, value: _T) -> None:
-        self.value = value
-
-
-class _Local(Generic[_T]):
-    """A value of the current thread or async task.
-
-    torch.compile can trace a thread-local but not a context variable, so compiled code goes through a thread-local
-    that holds the same box.
-    """
-
-    def __init__(self, name: str, default: _T) -> None:
-        self._default = default
-        self._variable: ContextVar[_Box[_T] | None] = ContextVar(name, default=None)
-        self._thread = threading.local()
-
-    def _box(self) -> _Box[_T] | None:
-        if torch.compiler.is_compiling():
-            return getattr(self._thread, "box", None)
-        return self._variable.get()
-
-    def get(self) -> _T:
-        box = self._box()
-        return self._default if box is None else box.value
-
-    def set(self, value: _T) -> None:
-        if torch.compiler.is_compiling() and (box := self._box()) is not None:
-            box.value = value
-            return
-        # A new box, so that tasks that inherited the old one do not see the change.
-        self._thread.box = box = _Box(value)
-        if not torch.compiler.is_compiling():
-            self._variable.set(box)
-
-
-class _Call:
+class Call:
     """One running call of a root: what its providers hold for as long as it lasts."""
 
-    def __init__(self, root: Chain, contexts: dict[ContextProvider, Contexts]) -> None:
+    def __init__(self, root: Chain, contexts: Prepared) -> None:
         self.root = root
         self.contexts = contexts
 
 
-# What set_context prepared for the next call, and the innermost call that is running.
-_prepared: _Local[dict[ContextProvider, Contexts]] = _Local("prepared", {})
-_running: _Local[_Call | None] = _Local("running", None)
+class _Running(threading.local):
+    """The innermost call that is running in this thread. A call runs from start to end within one task."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+
+class _Box:
+    def __init__(self, value: Prepared) -> None:
+        self.value = value
+
+
+class _Prepared(threading.local):
+    """What `set_context` prepared for the next call, as the current thread or async task sees it."""
+
+    _variable: ContextVar[_Box] = ContextVar("prepared")
+
+    # torch.compile cannot trace ContextVar.get, but it evaluates a property written in C as it is, for each call anew.
+    # Where nothing was prepared yet, `get` returns its argument, this object: it has a value for that case.
+    _box = property(_variable.get)
+
+    def __init__(self) -> None:
+        self.value: Prepared = {}
+
+    def get(self) -> Prepared:
+        return self._box.value
+
+    def set(self, value: Prepared) -> None:
+        if torch.compiler.is_compiling():
+            self._box.value = value
+        else:
+            self._variable.set(_Box(value))  # A new box, so that tasks that inherited the old one see no change.
+
+
+running = _Running()
+_prepared = _Prepared()
 
 
 class ContextProvider:
@@ -88,15 +85,19 @@ class ContextProvider:
     @property
     def contexts(self) -> Contexts:
         """All contexts of this provider by name. Inside a call, changes to them last until the call ends."""
-        call = _running.get()
+        chain = self.chain
+        return {} if chain is None else self.during(call_of(chain))
+
+    def during(self, call: Call | None) -> Contexts:
+        """All contexts of this provider during a call of its tree, or before one."""
         chain = self.chain
         if chain is None:
             return {}
-        if call is not None and call.root is chain.root:
-            if self not in call.contexts:
-                call.contexts[self] = chain.init_context()
-            return call.contexts[self]
-        return chain.init_context() | _prepared.get().get(self, {})
+        if call is None:
+            return chain.init_context() | _prepared.get().get(self, {})
+        if self not in call.contexts:
+            call.contexts[self] = chain.init_context()
+        return call.contexts[self]
 
     def get_context(self, key: str) -> Context | None:
         """The context of that name, or None."""
@@ -107,15 +108,19 @@ class ContextProvider:
         self.update_contexts({key: value}, replace=True)
 
     def update_contexts(self, new_contexts: Contexts, replace: bool = False) -> None:
-        """Set several contexts. Entries of a context that is there already are kept unless `replace`."""
-        chain, call = self.chain, _running.get()
+        """Set several contexts. Entries of a context that is there already are kept unless `replace`.
+
+        Raises:
+            ContextError: The chain is gone.
+        """
+        chain = self.chain
         if chain is None:
-            return
-        inside = call is not None and call.root is chain.root
-        contexts = self.contexts
+            raise ContextError("The chain of this provider is gone, and nothing can read its contexts.")
+        call = call_of(chain)
+        contexts = self.during(call)
         for name, value in new_contexts.items():
             contexts[name] = dict(value) if replace else contexts.get(name, {}) | value
-        if not inside:
+        if call is None:
             alive = {p: c for p, c in _prepared.get().items() if p.chain is not None}
             _prepared.set(alive | {self: contexts})
 
@@ -123,27 +128,21 @@ class ContextProvider:
         return f"{type(self).__name__}(contexts={self.contexts!r})"
 
 
-@contextlib.contextmanager
-def call_of(root: Chain) -> Iterator[None]:
-    """Run a call of `root` with contexts of its own."""
-    outer = _running.get()
-    prepared = _prepared.get()
-    own: dict[ContextProvider, Contexts] = {}
-    others: dict[ContextProvider, Contexts] = {}
-    for provider, contexts in prepared.items():
-        chain = provider.chain
-        if chain is not None:
-            (own if chain.root is root else others)[provider] = contexts
-    if own:
-        _prepared.set(others)
-    _running.set(_Call(root, own))
-    try:
-        yield
-    finally:
-        _running.set(outer)
+def call_of(chain: Chain) -> Call | None:
+    """The call that is running in this thread, if it is one of the tree of this chain."""
+    call = running.call
+    return call if call is not None and call.root is chain.root else None
 
 
-def is_running(root: Chain) -> bool:
-    """Whether a call of that root is under way in this thread or task."""
-    call = _running.get()
-    return call is not None and call.root is root
+def start_call(root: Chain) -> Call:
+    """A call of `root` with contexts of its own: those that were prepared for it."""
+    own: Prepared = {}
+    if prepared := _prepared.get():
+        others: Prepared = {}
+        for provider, contexts in prepared.items():
+            chain = provider.chain
+            if chain is not None:
+                (own if chain.root is root else others)[provider] = contexts
+        if own:
+            _prepared.set(others)
+    return Call(root, own)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fluxion.tree import label
@@ -21,9 +23,14 @@ def locate(error: Exception, chain: Chain, key: str, args: tuple[Any, ...]) -> N
     The error stays the same object: it can be caught by its own type and keeps its own message.
     """
     if getattr(error, "_fluxion_location", None) is None:
-        path = f"{chain.get_path()}.{key}"
-        error._fluxion_location = path  # type: ignore[attr-defined]
-        error.add_note(f"{path} failed on {summarize(args)}\n{_surroundings(chain, key)}")
+        error._fluxion_location = f"{chain.get_path()}.{key}"  # type: ignore[attr-defined]
+        # What is run beside compiled code is traced as well, but this is not made for it.
+        describe = torch.compiler.disable(_describe) if "torch._dynamo" in sys.modules else _describe
+        error.add_note(describe(chain, key, args))
+
+
+def _describe(chain: Chain, key: str, args: tuple[Any, ...]) -> str:
+    return f"{chain.get_path()}.{key} failed on {summarize(args)}\n{_surroundings(chain, key)}"
 
 
 def summarize(value: object) -> str:
@@ -33,7 +40,12 @@ def summarize(value: object) -> str:
         return f"Tensor(shape=({shape}), dtype={str(value.dtype).removeprefix('torch.')}, device={value.device})"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(summarize, value))})"
-    text = repr(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {summarize(item)}' for key, item in value.items())}}}"
+    try:
+        text = repr(value)
+    except Exception:  # It must not hide the error that is being described.
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fluxion import tree
+from fluxion import notebook, shapes, tree
 from fluxion.context import Context, ContextProvider
 from fluxion.errors import ChainValueError
 
@@ -36,6 +36,26 @@ class Module(nn.Module):
     def pretty_print(self, depth: int = -1) -> None:
         """Print the tree below this module, `depth` levels of it, or all of it when `depth` is negative."""
         print(tree.render(self, depth=depth))  # noqa: T201
+
+    def summary(self, *inputs: Any, depth: int = -1) -> str:
+        """The tree below this module with the shapes of what each node returns for some inputs, as text.
+
+        The model is called once, in eval mode and without gradients, and left as it was.
+
+        Args:
+            inputs: What to call the module with.
+            depth: How many levels to show, or all of them when negative.
+
+        Example:
+            >>> print(fl.Chain(fl.Linear(3, 4), fl.ReLU()).summary(torch.ones(2, 3)))
+            (CHAIN) → (2, 4)
+                ├── Linear(in_features=3, out_features=4, device=cpu, dtype=float32) → (2, 4)
+                └── ReLU() → (2, 4)
+        """
+        return tree.render(self, depth, shapes.note_of_call(self, *inputs))
+
+    def _repr_html_(self) -> str:
+        return notebook.render(self)
 
     def basic_attributes(self, init_attrs_only: bool = False) -> dict[str, BasicType | Sequence[BasicType]]:
         """Public attributes that are numbers, strings, booleans, or sequences of these.
@@ -160,7 +180,8 @@ class ContextModule(Module):
         """A copy that shares every parameter and buffer, and has no parent."""
         clone = type(self).__new__(type(self))
         # One level of copying keeps what hooks, buffers and private attributes hold, and lets the two diverge.
-        clone.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in vars(self).items()})
+        clone.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(self).items()})
+        clone.__dict__.pop("_compiled_call_impl", None)  # It is bound to the original.
         clone._can_refresh_parent = True
         clone._set_parent(None)
         return clone

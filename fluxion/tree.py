@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,12 +17,14 @@ class Node:
         text: What the node prints.
         class_name: Class of the module: siblings of one class are numbered.
         shape: Equal for two nodes exactly when their subtrees print the same.
+        module: What it shows; the first one, when several are folded into one.
         key: The child's key in its parent.
     """
 
     text: str
     class_name: str
     shape: int
+    module: nn.Module
     key: str = ""
     children: list[Node] = field(default_factory=list)
 
@@ -38,16 +41,22 @@ def label(module: nn.Module) -> str:
     return f"({tag}) {text}" if tag else text
 
 
-def build(module: nn.Module, key: str = "", *, _shapes: dict[object, int] | None = None) -> Node:
-    """The picture of a module and of everything below it, plain `torch.nn` modules included."""
-    shapes: dict[object, int] = {} if _shapes is None else _shapes
-    children = []
-    for name, child in module._modules.items():
-        if child is not None:
-            children.append(build(child, name, _shapes=shapes))
-    text, class_name = label(module), type(module).__name__
-    identity = (text, class_name, tuple(child.shape for child in children))
-    return Node(text, class_name, shapes.setdefault(identity, len(shapes)), key, children)
+def build(root: nn.Module, note: Callable[[nn.Module], str] = lambda module: "") -> Node:
+    """The picture of a module and of everything below it, plain `torch.nn` modules included.
+
+    Args:
+        root: The module.
+        note: What to print of each module after its line.
+    """
+    shapes: dict[object, int] = {}
+
+    def visit(module: nn.Module, key: str) -> Node:
+        children = [visit(child, name) for name, child in module._modules.items() if child is not None]
+        text, class_name = label(module) + note(module), type(module).__name__
+        identity = (text, class_name, tuple(child.shape for child in children))
+        return Node(text, class_name, shapes.setdefault(identity, len(shapes)), module, key, children)
+
+    return visit(root, "")
 
 
 def fold(node: Node) -> Node:
@@ -90,6 +99,6 @@ def lines(node: Node, depth: int = -1) -> list[tuple[str, Node]]:
     return out
 
 
-def render(module: nn.Module, depth: int = -1) -> str:
-    """The tree below a module as text, `depth` levels deep, or all of it when negative."""
-    return "\n".join(line for line, _ in lines(fold(build(module)), depth))
+def render(module: nn.Module, depth: int = -1, note: Callable[[nn.Module], str] = lambda module: "") -> str:
+    """The tree below a module as text, `depth` levels deep, or all of it when negative, with notes as in `build`."""
+    return "\n".join(line for line, _ in lines(fold(build(module, note)), depth))

@@ -119,7 +119,9 @@ def publish(
 
         token = token or get_token()
         if token is None:
-            raise HubAccessError(f"Publishing to {repo_id} needs a token; run `hf auth login` or pass token=.")
+            raise HubAccessError(
+                f"Publishing to {repo_id} needs a token; run `hf auth login`, set HF_TOKEN or pass token=."
+            )
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         before = _Listing.fetch(repo_id, revision, token)
@@ -275,7 +277,8 @@ def _refusal(status: int, message: str, repo_id: str) -> HubError:
     match status:
         case 401 | 403:
             return HubAccessError(
-                f"{repo_id}: the token may not do this; run `hf auth login` or pass token= with one that may."
+                f"{repo_id}: the token may not do this; run `hf auth login`, set HF_TOKEN or pass token= with one that"
+                " may."
             )
         case 412:
             return HubConflictError(f"{repo_id} was changed by somebody else meanwhile; look at it and try again.")

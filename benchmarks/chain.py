@@ -1,0 +1,104 @@
+"""What a chain costs: calling it, building it, changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import fluxion as fl
+from benchmarks.harness import Row, medians, repeated, report
+
+try:
+    import refiners.fluxion.layers as ancestor  # type: ignore[import-not-found]
+except ImportError:
+    ancestor = None
+
+X = torch.ones(1)
+Make = Callable[..., Any]
+
+
+def kinds() -> dict[str, tuple[Make, Make]]:
+    """The container and the identity of each library."""
+    found: dict[str, tuple[Make, Make]] = {
+        "fluxion": (fl.Chain, fl.Identity),
+        "nn.Sequential": (nn.Sequential, nn.Identity),
+    }
+    if ancestor is not None:
+        found["refiners"] = (ancestor.Chain, ancestor.Identity)
+    return found
+
+
+def compare(case: str, target: str, count: int, ways: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> Row:
+    """One line of the table: the time of fluxion for one of `count` steps, and its ratios to the others."""
+    times = medians(ways, seconds)
+    row: Row = {"case": case, "target": target, "µs each": 1e6 * times["fluxion"] / count}
+    others = [name for name in ways if name != "fluxion"]
+    return row | {f"/ {name}": times["fluxion"] / times[name] if name in times else None for name in others}
+
+
+def flat(count: int) -> Row:
+    runs = max(1, 1000 // count)
+    models = {name: chain(*(leaf() for _ in range(count))) for name, (chain, leaf) in kinds().items()}
+    ways = {name: repeated(partial(model, X), runs) for name, model in models.items()}
+    return compare(f"call {count} identities", "≤ 1.05 × nn.Sequential", count * runs, ways)
+
+
+def nest(chain: Make, leaf: Make, depth: int) -> Any:
+    model = leaf()
+    for _ in range(depth):
+        model = chain(model)
+    return model
+
+
+def nested(depth: int, target: str) -> Row:
+    models = {name: nest(chain, leaf, depth) for name, (chain, leaf) in kinds().items()}
+    ways = {name: repeated(partial(model, X), 8) for name, model in models.items()}
+    ways["8 levels"] = repeated(partial(nest(fl.Chain, fl.Identity, 8), X), depth)  # As many levels in all.
+    return compare(f"call {depth} levels", target, 8 * depth, ways)
+
+
+def appends(count: int, target: str, names: Iterable[str]) -> Row:
+    def build(chain: Make, leaves: list[nn.Module]) -> None:
+        model = chain()
+        for leaf in leaves:
+            model.append(leaf)
+
+    made = {name: (chain, [leaf() for _ in range(count)]) for name, (chain, leaf) in kinds().items() if name in names}
+    ways = {name: partial(build, *given) for name, given in made.items()}
+    return compare(f"append {count:,} times", target, count, ways)
+
+
+def replacing(count: int) -> Callable[[], None]:
+    """Replace a child in the middle, back and forth."""
+    leaf, other = fl.Identity(), fl.ReLU()
+    chain = fl.Chain([*(fl.Identity() for _ in range(count // 2)), leaf, *(fl.Identity() for _ in range(count // 2))])
+
+    def swap() -> None:
+        chain.replace(leaf, other)
+        chain.replace(other, leaf)
+
+    return repeated(swap, 100)
+
+
+def replaces(count: int, target: str) -> Row:
+    ways = {"fluxion": replacing(count), "100 children": replacing(100)}
+    return compare(f"replace one of {count:,}", target, 200, ways)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        rows = [flat(count) for count in (10, 100, 1000)]
+        rows += [nested(32, "≤ 1.3 × nn.Sequential")]
+        rows += [nested(depth, "~ 1 × 8 levels") for depth in (16, 64, 128, 256, 500)]
+        rows += [appends(1_000, "", kinds()), appends(10_000, "≤ 3 × nn.Sequential", ["fluxion", "nn.Sequential"])]
+        rows += [replaces(10_000, "~ 1 × 100 children")]
+    report(
+        "chain",
+        "Time of `fluxion` for each layer, level or change, and its ratio to peers; medians, taken in turns.",
+        rows,
+    )
