@@ -67,7 +67,9 @@ class Module(nn.Module):
 
         def is_default(key: str, value: object) -> bool:
             default = parameters[key].default
-            return default is not Parameter.empty and bool(value == default)
+            # Torch keeps one number for all dimensions as a tuple that repeats it.
+            repeated = isinstance(value, tuple) and len(value) > 0 and value == (default,) * len(value)
+            return default is not Parameter.empty and (repeated or bool(value == default))
 
         return {
             key: value
