@@ -12,6 +12,7 @@ Example:
 from adapters.activation import use
 from adapters.adapted import Adapted
 from adapters.adapter import Adapter
+from adapters.combine import combine
 from adapters.errors import (
     AdapterError,
     LayerMismatchError,
@@ -35,6 +36,7 @@ __all__ = [
     "PatchNameError",
     "PatchStateError",
     "TargetError",
+    "combine",
     "inject",
     "load",
     "patches",

@@ -33,6 +33,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def __init__(self, layer: nn.Module) -> None:
         with self.setup_adapter(layer):
             super().__init__(layer)
+        self.__dict__.update({table: ByName(self, table) for table in ("_parameters", "_buffers")})
         self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
         self.training = layer.training
         # By the name of the weight: what it is without any branch, the branches that are merged into it and how
@@ -192,13 +193,13 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             yield from child.named_modules(memo, f"{prefix}.{key}".lstrip("."), remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and any(branch.parameter == name for branch in self.branches):
+            return self._effective(name)
         try:
             return super().__getattr__(name)
         except AttributeError:
             if "_target" not in self.__dict__ or name.startswith("__"):
                 raise
-            if any(branch.parameter == name for branch in self.branches):
-                return self._effective(name)
             return getattr(self.inner, name)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -232,6 +233,35 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class ByName(dict[str, Any]):
+    """The parameters or buffers of a node's layer, for what asks a node by name, such as `torch.func.functional_call`.
+
+    Listed there are none: the layer lists its own.
+    """
+
+    def __init__(self, node: Adapted, table: str) -> None:
+        self.node, self.table = node, table
+
+    @property
+    def _entries(self) -> dict[str, Any]:
+        return cast(dict[str, Any], getattr(self.node.base, self.table))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._entries[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __reduce__(self) -> tuple[type[ByName], tuple[Adapted, str]]:
+        return ByName, (self.node, self.table)
 
 
 def _set(table: dict[str, Any], name: str, value: Any) -> None:

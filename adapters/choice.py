@@ -97,6 +97,7 @@ class Rows:
             named = {name: take(name, value, index) for name, value in kwargs.items()}
             with choosing({**dict.fromkeys(ours, 0.0), **weights}):  # For adapted layers inside of this one.
                 outputs.append(compose(weights)(*some, **named))
+            _check(outputs[-1], dim, len(index))
             taken.append(index)
         order = self.group_of_row if shared else torch.argsort(torch.cat(taken))
         return _join(outputs, order, dim)
@@ -105,13 +106,26 @@ class Rows:
 _ATTENTION_INPUTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
 
 
+def _check(output: Any, dim: int, size: int) -> None:
+    """Refuse an output that does not have a row for each row of the input, such as one that has no batch."""
+    for part in output if isinstance(output, tuple) else (output,):
+        if part is None:  # The weights that attention was not asked for.
+            continue
+        if not isinstance(part, Tensor) or part.ndim <= dim or part.shape[dim] != size:
+            made = f"a tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise AdapterError(
+                f"rows= needs a row of output for each row of input: a layer made {made} of {size} rows."
+            )
+        dim = 0  # What follows the output of attention has the batch in front.
+
+
 def _join(outputs: list[Any], inverse: Tensor, dim: int) -> Any:
     first = outputs[0]
-    if isinstance(first, tuple):  # Attention: the outputs, and weights that have the batch in front.
-        output, weights = (list(parts) for parts in zip(*outputs, strict=True))
-        return _join(output, inverse, dim), _join(weights, inverse, 0)
-    if not isinstance(first, Tensor):
-        return first
+    if isinstance(first, tuple):
+        parts = [list(part) for part in zip(*outputs, strict=True)]
+        return tuple(_join(part, inverse, 0 if number else dim) for number, part in enumerate(parts))
+    if first is None:
+        return None
     return torch.cat(outputs, dim).index_select(dim, inverse.to(first.device))
 
 

@@ -63,8 +63,10 @@ class Branch(fl.Chain):
         matrix: What the weight is as a matrix.
         parameter: The name of the weight in its layer.
         patch: The patch it belongs to.
+        additive: Whether `adapt` adds to the weight what does not depend on it. Then branches can be combined.
     """
 
+    additive: ClassVar[bool] = False
     method: Method
     matrix: Matrix
     parameter: str
@@ -78,6 +80,18 @@ class Branch(fl.Chain):
             scale: The strength, 1 for the method as its paper states it.
         """
         raise NotImplementedError
+
+    def factors(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """`(up, down)` where the method adds `up @ down` of low rank to the matrix of the weight, else None.
+
+        Args:
+            scale: The strength, 1 for the method as its paper states it.
+            dtype: The precision to compute in.
+
+        Returns:
+            Tensors of shapes `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack.
+        """
+        return None
 
     def run(self, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of a layer together with this branch.

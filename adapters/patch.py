@@ -113,12 +113,15 @@ class Patch:
         name: Its name, unique in the model.
         scale: How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
         enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it is as quick.
+        errors: By path, how far `combine` is off what it stands for, where it made the patch: the relative error of
+            the update, in the Frobenius norm.
     """
 
     def __init__(self, name: str, model: nn.Module, places: Sequence[Place], scale: float, freezes: bool) -> None:
         self.name = name
         self.scale = scale
         self.enabled = True
+        self.errors: dict[str, float] = {}
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._places = list(places)
         self._freezes = freezes
@@ -248,7 +251,7 @@ class Patch:
         if self.injected:
             raise PatchStateError(f"The patch {self.name!r} is injected already.")
         model = self.model
-        _check_name(model, self.name)
+        check_name(model, self.name)
         occupied = [(place, *place.occupied()) for place in self._places]
         self._number = next(_numbers)
         _known.clear()
@@ -432,11 +435,11 @@ def inject(
         TargetError: A pattern matches nothing, or a layer cannot be adapted by the method.
         PatchNameError: The name is in use.
     """
-    _check_name(model, name)
+    check_name(model, name)
     rules = as_rules(method, targets)
     with _seeded(seed):
         places = [
-            Place.of(layer, _build(chosen, layer, device, dtype))
+            Place.of(layer, build(chosen, layer, device, dtype))
             for layer, chosen in select(model, rules, exclude, Method.supports)
         ]
     return Patch(name, model, places, scale, freeze_base).inject()
@@ -469,7 +472,7 @@ def load(
         weights.WeightsError: The source cannot be read.
     """
     name = name or Path(source).name or "default"
-    _check_name(model, name)
+    check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
     found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
     missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
@@ -516,7 +519,8 @@ def find(model: nn.Module, name: str) -> Patch:
     return known[name]
 
 
-def _build(method: Method, layer: Layer, device: Any, dtype: torch.dtype | None) -> Branch:
+def build(method: Method, layer: Layer, device: Any, dtype: torch.dtype | None) -> Branch:
+    """A new branch of a method for a layer, by default on its device and in its dtype."""
     weight, matrix = read_weight(layer.module, layer.parameter), Matrix.of(layer.module, layer.parameter)
     branch = method.build(
         layer.module, cast(Matrix, matrix), torch.device(device or weight.device), dtype or weight.dtype
@@ -530,7 +534,7 @@ def _restore(layer: Layer, content: weights.LayerWeights) -> Branch:
     method = METHODS[content.method](**content.hyperparameters)
     if not method.supports(layer.module, layer.parameter):
         raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
-    branch = _build(method, layer, None, None)
+    branch = build(method, layer, None, None)
     own = branch.tensors()
     problems = [
         f"{key} is {_shape(content.tensors.get(key))} in the file, {_shape(own.get(key))} in the model"
@@ -549,7 +553,8 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise a PatchNameError unless a new patch of a model may have that name."""
     if not name:
         raise PatchNameError("A patch needs a name that is not empty.")
     if name in patches(model):

@@ -22,7 +22,7 @@ class LoRA(Method):
     Args:
         rank: Rows of A and columns of B.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`.
-        dropout: Probability of dropping each input of A in training.
+        dropout: Probability of dropping each input of A in training; embeddings have no inputs to drop.
         rslora: Scale by `alpha / √rank` instead.
 
     Raises:
@@ -55,7 +55,7 @@ class LoRA(Method):
         branch = LoRABranch()
         groups = getattr(layer, "groups", 1) if isinstance(layer, CONVOLUTIONS) else 1
         down, up = self._factors(layer, matrix, groups, {"device": device, "dtype": dtype})
-        if self.dropout:
+        if self.dropout and not isinstance(layer, nn.Embedding):
             branch.append(fl.Dropout(self.dropout))
         if groups > 1:
             branch.append(GroupsToSamples(groups))
@@ -104,14 +104,19 @@ class LoRABranch(Branch):
     """`x ↦ s B A x`, and `W ↦ W + s B A`."""
 
     _tag = "LORA"
+    additive = True
     method: LoRA
 
     def adapt(self, weight: Tensor, scale: float) -> Tensor:
-        tensors = {name[-1]: tensor.to(weight.dtype) for name, tensor in self.tensors().items()}
-        down, up = (t if len(self.matrix.shape) == 3 else t.flatten(1) for t in (tensors["A"], tensors["B"]))
+        up, down = self.factors(scale, weight.dtype)
         matrix = self.matrix.read(weight)
         add = torch.baddbmm if matrix.ndim == 3 else torch.addmm
-        return self.matrix.write(add(matrix, up, down, alpha=scale * self.method.scaling), like=weight)
+        return self.matrix.write(add(matrix, up, down), like=weight)
+
+    def factors(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tensors = {name[-1]: tensor.to(dtype) for name, tensor in self.tensors().items()}
+        down, up = (t if len(self.matrix.shape) == 3 else t.flatten(1) for t in (tensors["A"], tensors["B"]))
+        return up * (scale * self.method.scaling), down
 
     def tensors(self) -> dict[str, Tensor]:
         down, up = self.lora_A, self.lora_B

@@ -34,14 +34,15 @@ def folded(name: str, active: list[tuple[Patch, float]]) -> torch.Tensor:
     case = build(name)
     for patch, scale in active:
         state = patch.state_dict()
+        alphas = {place.path: place.branch.method.alpha for place in patch._places}
         for path in patch.targets:
             down, up = (state[f"{path}.lora_{letter}.weight"].flatten(1) for letter in "AB")
             parameters = dict(case.model.named_parameters(remove_duplicate=False))
             weight = parameters[path] if path in parameters else parameters[f"{path}.weight"]
             if isinstance(patch.targets[path], nn.Embedding):
-                update = scale * 3.0 / down.shape[1] * down @ up.T
+                update = scale * alphas[path] / down.shape[1] * down @ up.T
             else:
-                update = scale * 3.0 / len(down) * up @ down
+                update = scale * alphas[path] / len(down) * up @ down
             with torch.no_grad():
                 weight += update.view_as(weight)
     return case()
@@ -97,6 +98,20 @@ class Sequences(RuleBasedStateMachine):
                 adapters.load(self.case.model, path, name=name, trainable=trainable)
         else:
             self.order.append(adapters.load(self.case.model, path, name=name, trainable=trainable))
+
+    @precondition(lambda self: self.order)
+    @rule(data=st.data(), name=st.sampled_from(NAMES), how=st.sampled_from(["exact", "svd"]))
+    def combine(self, data: st.DataObject, name: str, how: str) -> None:
+        weights = {self.pick(data).name: 0.7, self.pick(data).name: -0.5}
+        if name in adapters.patches(self.case.model):
+            with pytest.raises(AdapterError):
+                adapters.combine(self.case.model, weights, name=name, how=how)
+            return
+        with adapters.use(self.case.model, weights):
+            expected = self.case()
+        self.order.append(adapters.combine(self.case.model, weights, name=name, how=how))
+        with adapters.use(self.case.model, name):
+            torch.testing.assert_close(self.case(), expected, rtol=1e-4, atol=1e-4)
 
     @precondition(lambda self: self.order)
     @rule(data=st.data(), scale=st.sampled_from(SCALES), enabled=st.booleans())

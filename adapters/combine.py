@@ -1,0 +1,271 @@
+"""`combine`: a new patch that stands for the weighted sum of others, exact, reduced, or pruned first."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import AdapterError, PatchStateError
+from adapters.layers import read_weight
+from adapters.method import Branch
+from adapters.methods import LoRA
+from adapters.patch import Patch, Place, build, check_name, find
+from adapters.targets import Layer, layers
+
+Factors = tuple[Tensor, Tensor]
+"""`up @ down`, of shapes `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack."""
+
+Pruning = Callable[[list[Tensor], float, torch.Generator | None], Tensor]
+"""Makes one matrix of several that are weighted already, given a density and where chance comes from."""
+
+
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    *,
+    name: str = "combined",
+    how: str = "exact",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+) -> Patch:
+    """Inject a new LoRA patch that stands for a weighted sum of patches of a model.
+
+    It acts beside its sources, which stay as they are: eject them, disable them, or choose by `use(model, name)`. With
+    `Dᵢ` the update of a layer's weight by patch `i` at scale 1, whatever its rank, alpha or method, and `wᵢ` its weight
+    here, the new update is, for each layer that any of the patches adapts,
+
+    - `"exact"`: `Σ wᵢ Dᵢ`, what `use(model, weights)` computes, to rounding. Factors of low rank are put side by side,
+      so that ranks add up, to no more than the full rank; no full matrix is made of them.
+    - `"svd"`: of all matrices of the given rank the nearest to `Σ wᵢ Dᵢ`, which is not made in full either.
+    - `"magnitude"`: `Σ wᵢ trim(Dᵢ)`, where `trim` keeps the entries of the largest magnitude, a share `density` of
+      them, and makes the others zero.
+    - `"ties"` (arXiv:2306.01708): entry by entry, the mean of those `wᵢ trim(Dᵢ)` that are not zero and have the sign
+      of their sum. As it is a mean, each counts for one nth of its weight where n of them agree.
+    - `"dare"` (arXiv:2311.03099): `Σ wᵢ mᵢ Dᵢ / density`, where each entry of the mask `mᵢ` is 1 with the probability
+      `density` and 0 otherwise. `Σ wᵢ Dᵢ` is its expectation.
+
+    The last three are computed on full matrices, one layer at a time, and then factorised as by `"svd"`.
+
+    Args:
+        model: The model that the patches are injected in.
+        weights: The names of the patches and their weights, of any sign. As in `use`, the patches' own scales do not
+            count.
+        name: The name of the new patch.
+        how: One of the above.
+        rank: The largest rank for a layer, for all but `"exact"`. Each layer gets the rank at which it is exact up to
+            rounding, at most its full one, the smaller side of its matrix; and of these at most `rank`, if it is given.
+        density: The share of entries to keep, more than 0 and at most 1, for `"magnitude"`, `"ties"` and `"dare"`.
+        seed: Makes the masks of `"dare"` the same each time and on every device, without touching torch's generators.
+        scale: How strongly the new patch acts.
+
+    Returns:
+        The patch, injected. Each layer has a `LoRA` of a rank of its own, and `alpha = rank`. Its tensors are new, in
+        the dtype of the sources, and do not require gradients. Its `errors` tell for each path how far the update is
+        off the one it stands for, `‖B A - D‖ / ‖D‖` in the Frobenius norm, what the dtype rounds included.
+
+    Raises:
+        PatchNameError: The model has no patch of one of the names, or has one of the new name.
+        PatchStateError: A layer of a patch is no longer in the model.
+        AdapterError: Nothing to combine, an unknown `how`, a number that is missing, out of its range or of no use,
+            or a patch whose updates cannot be added up or are not finite.
+    """
+    _check(weights, how, rank, density)
+    check_name(model, name)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    places: list[Place] = []
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        for site in _sites(model, weights):
+            if density is None:
+                update = site.weighted_sum()
+            else:
+                update = _full(PRUNINGS[how](site.updates(), density, generator))
+            if not all(factor.isfinite().all() for factor in update):
+                raise AdapterError(f"What to combine at {site.layer.path} is not finite.")
+            branch = site.branch(update if how == "exact" else _reduced(update, rank))
+            places.append(Place.of(site.layer, branch))
+            errors[site.layer.path] = _error(site.factors(branch, 1.0), update)
+    patch = Patch(name, model, places, scale, freezes=False)
+    patch.errors = errors
+    return patch.inject()
+
+
+def _check(weights: Mapping[str, float], how: str, rank: int | None, density: float | None) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        raise AdapterError('combine needs the names of patches and their weights: {"style": 0.7, "pose": 0.3}.')
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise AdapterError(f"The weight of {name!r} has to be a finite number, not {weight}.")
+    known = ("exact", "svd", *PRUNINGS)
+    if how not in known:
+        raise AdapterError(f"{how!r} is no way to combine: choose from {', '.join(known)}.")
+    if rank is not None and how == "exact":
+        raise AdapterError("how='exact' keeps every rank: leave rank= out, or choose how='svd' to reduce it.")
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank= has to be 1 or more, not {rank}.")
+    if density is None and how in PRUNINGS:
+        raise AdapterError(f"how={how!r} needs density=, the share of entries to keep.")
+    if density is not None and how not in PRUNINGS:
+        raise AdapterError(f"how={how!r} keeps every entry: density= is for {', '.join(PRUNINGS)}.")
+    if density is not None and not 0 < density <= 1:
+        raise AdapterError(f"density= has to be more than 0 and at most 1, not {density}.")
+
+
+# What there is to combine
+
+
+@dataclass
+class _Site:
+    """A weight of a layer, and the branches there with their weights."""
+
+    layer: Layer
+    sources: list[tuple[Branch, float]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for branch, _ in self.sources for tensor in branch.parameters()]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What holds the tensors of all branches."""
+        return functools.reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What to compute in."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def update(self, branch: Branch, weight: float) -> Tensor:
+        """The matrix that a branch adds to the layer's: what it makes of zero."""
+        shape = read_weight(self.layer.module, self.layer.parameter).shape
+        zero = torch.zeros(shape, dtype=self.precision, device=branch.device)
+        return branch.matrix.read(branch.adapt(zero, weight)).to(self.device)
+
+    def updates(self) -> list[Tensor]:
+        """The weighted matrix of each branch."""
+        return [self.update(branch, weight) for branch, weight in self.sources]
+
+    def factors(self, branch: Branch, weight: float) -> Factors:
+        """The same matrix in factors, those of the method where it has some."""
+        up, down = branch.factors(weight, self.precision) or _full(self.update(branch, weight))
+        return up.to(self.device), down.to(self.device)
+
+    def weighted_sum(self) -> Factors:
+        """`Σ wᵢ upᵢ downᵢ = [w₁ up₁, w₂ up₂, ...] [down₁; down₂; ...]`, at most of full rank."""
+        ups, downs = zip(*(self.factors(branch, weight) for branch, weight in self.sources), strict=True)
+        up, down = torch.cat(ups, dim=-1), torch.cat(downs, dim=-2)
+        return (up, down) if up.shape[-1] <= min(up.shape[-2], down.shape[-1]) else _full(up @ down)
+
+    def branch(self, factors: Factors) -> Branch:
+        """The branch of LoRA with these factors."""
+        method = LoRA(rank=factors[0].shape[-1])
+        # Made without memory at first: what it would be initialised with is of no use.
+        branch = build(method, self.layer, torch.device("meta"), self.dtype)
+        branch.to_empty(device=self.device).requires_grad_(False)
+        for own, factor in zip(branch.tensors().values(), reversed(factors), strict=True):  # A is first there.
+            own.copy_(factor.reshape(own.shape))
+        return branch
+
+
+def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
+    """Every weight that any of the patches adapts, in the order of the model."""
+    sources: dict[tuple[int, str], list[tuple[Branch, float]]] = {}
+    for name, weight in weights.items():
+        for place in find(model, name)._places:
+            if not place.branch.additive:
+                raise AdapterError(
+                    f"{name!r} cannot be combined: at {place.path}, what {type(place.branch.method).__name__} changes"
+                    " is no update that could be added to another. Use the patches side by side."
+                )
+            sources.setdefault((id(place.target), place.branch.parameter), []).append((place.branch, float(weight)))
+    here = {(id(layer.module), layer.parameter): layer for layer in layers(model)}
+    for key, ((branch, _), *_) in sources.items():
+        if key not in here:
+            raise PatchStateError(f"The patch {branch.patch.name!r} has a layer that is not in this model: eject it.")
+    return [_Site(layer, sources[key]) for key, layer in here.items() if key in sources]
+
+
+# Pruning
+
+
+def _trimmed(update: Tensor, density: float) -> Tensor:
+    """The entries of the largest magnitude, the others zero."""
+    flat = update.flatten()
+    kept = flat.abs().topk(max(1, round(density * len(flat)))).indices
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(update)
+
+
+def _magnitude(updates: list[Tensor], density: float, generator: torch.Generator | None) -> Tensor:
+    return torch.stack([_trimmed(update, density) for update in updates]).sum(0)
+
+
+def _ties(updates: list[Tensor], density: float, generator: torch.Generator | None) -> Tensor:
+    trimmed = torch.stack([_trimmed(update, density) for update in updates])
+    agree = trimmed.sign() == trimmed.sum(0).sign()
+    return (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _dare(updates: list[Tensor], density: float, generator: torch.Generator | None) -> Tensor:
+    # Drawn on the CPU, so that a seed means the same everywhere.
+    masks = [torch.rand(update.shape, generator=generator) < density for update in updates]
+    return torch.stack([u * mask.to(u.device) / density for u, mask in zip(updates, masks, strict=True)]).sum(0)
+
+
+PRUNINGS: Mapping[str, Pruning] = {"magnitude": _magnitude, "ties": _ties, "dare": _dare}
+"""What is computed on full matrices, by the name of `how`."""
+
+
+# Factors
+
+
+def _full(matrix: Tensor) -> Factors:
+    """A matrix and, on its smaller side, the identity."""
+    *stack, outputs, inputs = matrix.shape
+    size = min(outputs, inputs)
+    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand(*stack, size, size)
+    return (identity, matrix) if outputs < inputs else (matrix, identity)
+
+
+def _reduced(factors: Factors, rank: int | None) -> Factors:
+    """The nearest factors of at most a rank: the singular value decomposition, cut off.
+
+    With `up = Q R` and `downᵀ = P S`, that of the small `R Sᵀ`, between `Q` and `Pᵀ`, is that of `up down`.
+    """
+    up, down = factors
+    (left, first), (right, second) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
+    u, singular, vt = torch.linalg.svd(first @ second.mT, full_matrices=False)
+    needed = _needed(singular, 16 * torch.finfo(up.dtype).eps)
+    kept = needed if rank is None else min(rank, needed)
+    root = singular[..., :kept].sqrt()  # Half in each, for the sake of dtypes that round much.
+    return left @ (u[..., :kept] * root.unsqueeze(-2)), (root.unsqueeze(-1) * vt[..., :kept, :]) @ right.mT
+
+
+def _needed(singular: Tensor, tolerance: float) -> int:
+    """How many singular values, 1 at least, make up a matrix but for a part of relative norm below a tolerance."""
+    squares = singular.to("cpu", torch.float64).square()
+    tails = squares.flip(-1).cumsum(-1).flip(-1).sqrt()  # The norms of what is left without the first ones.
+    return max(1, int((tails > tolerance * tails[..., :1]).sum(-1).max()))
+
+
+def _error(factors: Factors, of: Factors) -> float:
+    """`‖factors - of‖ / ‖of‖`, and 0 for nothing at all."""
+    size = _norm(of)
+    difference = torch.cat((factors[0], -of[0]), dim=-1), torch.cat((factors[1], of[1]), dim=-2)
+    return _norm(difference) / size if size else 0.0
+
+
+def _norm(factors: Factors) -> float:
+    """`‖up down‖`, in the Frobenius norm, by the triangles that remain of the factors without rotations."""
+    up, down = (torch.linalg.qr(factor, mode="r").R for factor in (factors[0], factors[1].mT))
+    return float(torch.linalg.vector_norm(up @ down.mT))
