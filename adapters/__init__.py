@@ -18,6 +18,7 @@ from adapters.errors import (
     LayerMismatchError,
     PatchNameError,
     PatchStateError,
+    RowsError,
     TargetError,
 )
 from adapters.method import Branch, Method
@@ -35,6 +36,7 @@ __all__ = [
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "RowsError",
     "TargetError",
     "combine",
     "inject",

@@ -26,6 +26,9 @@ def use(model: nn.Module, *names: str | Mapping[str, float], rows: Sequence[RowC
         names: Names of patches, which act at their own scale, or one mapping of names to scales. Without names, and
             without `rows`, no patch acts: the model is the base model.
         rows: One choice for each row of the batch instead: a name, several names, a mapping, or None for the base.
+            The rows are those of each layer's input, so the layers that are adapted must be given the batch in the
+            first dimension, or one row for all. A layer given anything else raises a `RowsError`, unless that happens
+            to have as many rows: leave layers of relative positions, and separate experts, out of such patches.
 
     Raises:
         PatchNameError: The model has no patch of that name.

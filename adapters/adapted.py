@@ -12,11 +12,14 @@ from torch import Tensor, nn
 import fluxion as fl
 from adapters.adapter import Adapter
 from adapters.choice import Rows, RowWeight, Weights, current
+from adapters.errors import RowsError
 from adapters.layers import is_plain, is_stored, read_weight, substitute
 from adapters.method import Branch
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
+Made = dict[object, nn.Parameter]
+"""Weights with branches folded in, by what they were made of."""
 
 
 class Adapted(fl.Chain, Adapter[nn.Module]):
@@ -57,6 +60,11 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """One branch for each patch, in the order of injection."""
         return [child for child in self if isinstance(child, Branch)]
 
+    @property
+    def path(self) -> str:
+        """The path of the layer in the model, as its patches know it."""
+        return next(place.path for branch in self.branches for place in branch.patch.places if place.branch is branch)
+
     def _show_only_tag(self) -> bool:
         return True
 
@@ -67,7 +75,10 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             args = (kwargs.pop("input"),)
         chosen = self._chosen()
         if isinstance(chosen, Rows):
-            return chosen.run(self.base, self._of_row, args, kwargs)
+            try:
+                return chosen.run(self.base, self._of_row, args, kwargs)
+            except RowsError as error:
+                raise RowsError(error.reason, error.path or self.path) from None
         return self._compose(chosen)(*args, **kwargs)
 
     def _chosen(self) -> Active | Rows:
@@ -151,7 +162,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """The layer's own weights that merged ones stand in for."""
         return [weight for weight in self._own.values() if isinstance(weight, nn.Parameter)]
 
-    def merge(self, name: str, branches: Active, own: Tensor | None = None) -> None:
+    def merge(self, name: str, branches: Active, own: Tensor | None = None, made: Made | None = None) -> None:
         """Let the layer itself compute these branches in a weight, and no others, from now on.
 
         The layer gets a new weight; its own one is kept aside unwritten, so that nothing has to be undone.
@@ -160,11 +171,12 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             name: The weight.
             branches: What to merge, and how strongly.
             own: Another weight to call the layer's own.
+            made: Weights that were made for other layers: tied layers share theirs.
         """
         own = self.own_weight(name) if own is None else own
         order = self.branches
         branches = sorted(branches, key=lambda item: order.index(item[0]))
-        outcome = self.folded(own, branches) if branches else own
+        outcome = self.folded(own, branches, made) if branches else own
         if is_stored(self.base, name):
             self.base._parameters[name] = cast(nn.Parameter, outcome)
             _set(self._own, name, own if branches else None)
@@ -173,10 +185,15 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         _set(self._merged, name, branches or None)
 
     @staticmethod
-    def folded(own: Tensor, branches: Active) -> nn.Parameter:
-        """A weight with branches folded in, as a parameter of its own."""
-        with torch.no_grad():
-            return nn.Parameter(adapted_weight(own, branches).contiguous(), requires_grad=own.requires_grad)
+    def folded(own: Tensor, branches: Active, made: Made | None = None) -> nn.Parameter:
+        """A weight with branches folded in, as a parameter of its own, or the one made of the same before."""
+        made = {} if made is None else made
+        parts = (id(own), *((scale, *map(id, branch.parameters())) for branch, scale in branches))
+        if parts not in made:
+            with torch.no_grad():
+                weight = adapted_weight(own, branches).contiguous()
+            made[parts] = nn.Parameter(weight, requires_grad=own.requires_grad)
+        return made[parts]
 
     # Transparency
 
@@ -203,11 +220,13 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             return getattr(self.inner, name)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The entries of the layer under their own names, then those of the branches."""
+        """The entries of the layer under their own names, then those of the branches; shared ones in one place."""
         if args:
             destination, prefix, keep_vars = (*args, prefix, keep_vars)[:3]
         destination = self.inner.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key, child in list(self._modules.items())[1:]:
+            if isinstance(child, Branch) and child.tied:
+                continue
             child.state_dict(destination=destination, prefix=f"{prefix}{key}.", keep_vars=keep_vars)
         return destination
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapters.errors import AdapterError
+from adapters.errors import RowsError
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
@@ -63,7 +63,7 @@ class Rows:
             kwargs: More inputs.
 
         Raises:
-            AdapterError: The batch does not have as many rows as there are choices.
+            RowsError: The batch does not have as many rows as there are choices.
         """
         dim, block = 0, 1
         if isinstance(layer, nn.MultiheadAttention):
@@ -75,7 +75,7 @@ class Rows:
             block = max(size // self.count, 1)  # Experts are given the tokens of all rows, row after row.
         shared = size == 1 < self.count  # Such as the positions of every row: each choice makes its own of it.
         if size != block * self.count and not shared:
-            raise AdapterError(f"rows= names {self.count} rows, but a layer was given a batch of {size}: name each.")
+            raise RowsError(f"rows= names {self.count} rows, but a layer was given a batch of {size}: name each.")
 
         def take(name: str, value: Any, index: Tensor) -> Any:
             if not isinstance(value, Tensor):
@@ -113,9 +113,7 @@ def _check(output: Any, dim: int, size: int) -> None:
             continue
         if not isinstance(part, Tensor) or part.ndim <= dim or part.shape[dim] != size:
             made = f"a tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
-            raise AdapterError(
-                f"rows= needs a row of output for each row of input: a layer made {made} of {size} rows."
-            )
+            raise RowsError(f"rows= needs a row of output for each row of input: a layer made {made} of {size} rows.")
         dim = 0  # What follows the output of attention has the batch in front.
 
 
@@ -139,4 +137,4 @@ class RowWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__":
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        raise AdapterError("A layer that is read by its weight cannot have different adapters for each row.")
+        raise RowsError("A layer that is read by its weight cannot have different adapters for each row.")

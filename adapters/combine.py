@@ -182,7 +182,7 @@ def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
     """Every weight that any of the patches adapts, in the order of the model."""
     sources: dict[tuple[int, str], list[tuple[Branch, float]]] = {}
     for name, weight in weights.items():
-        for place in find(model, name)._places:
+        for place in find(model, name).places:
             if not place.branch.additive:
                 raise AdapterError(
                     f"{name!r} cannot be combined: at {place.path}, what {type(place.branch.method).__name__} changes"

@@ -23,3 +23,18 @@ class PatchStateError(AdapterError, RuntimeError):
 
 class LayerMismatchError(AdapterError):
     """An adapter file that does not fit the model: layers that are missing, or tensors of another shape."""
+
+
+class RowsError(AdapterError):
+    """A layer that cannot have a choice of patches for each row, because it is not given a row for each.
+
+    Attributes:
+        reason: What is wrong.
+        path: The layer, where it is known.
+    """
+
+    def __init__(self, reason: str, path: str = "") -> None:
+        where = f" The layer is {path}: leave it out of the patches, with exclude=." if path else ""
+        super().__init__(reason + where)
+        self.reason = reason
+        self.path = path

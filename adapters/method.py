@@ -33,6 +33,9 @@ class Method(ABC):
         """Whether this method can adapt that weight of that layer."""
         return Matrix.of(layer, parameter) is not None
 
+    def check_training(self, layer: nn.Module, parameter: str) -> None:  # noqa: B027 - most refuse nothing
+        """Raise a TargetError where these hyperparameters cannot be kept in training."""
+
     @abstractmethod
     def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
         """A branch for one weight of a layer, initialised so that it changes nothing yet.
@@ -63,6 +66,7 @@ class Branch(fl.Chain):
         matrix: What the weight is as a matrix.
         parameter: The name of the weight in its layer.
         patch: The patch it belongs to.
+        tied: Whether its tensors are those of another branch, at another use of the same weight.
         additive: Whether `adapt` adds to the weight what does not depend on it. Then branches can be combined.
     """
 
@@ -71,6 +75,7 @@ class Branch(fl.Chain):
     matrix: Matrix
     parameter: str
     patch: Patch
+    tied: bool = False
 
     def adapt(self, weight: Tensor, scale: float) -> Tensor:
         """The weight of a layer that computes what the layer of this weight and this branch compute together.

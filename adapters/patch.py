@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fluxion as fl
 import weights
-from adapters.adapted import Adapted
+from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.errors import LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import Matrix, is_stored, read_weight
@@ -113,6 +113,7 @@ class Patch:
         name: Its name, unique in the model.
         scale: How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
         enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it is as quick.
+        places: The layers it adapts, and its branch at each.
         errors: By path, how far `combine` is off what it stands for, where it made the patch: the relative error of
             the update, in the Frobenius norm.
     """
@@ -123,7 +124,7 @@ class Patch:
         self.enabled = True
         self.errors: dict[str, float] = {}
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
-        self._places = list(places)
+        self.places = list(places)
         self._freezes = freezes
         self._frozen: list[nn.Parameter] = []
         self._number = -1
@@ -147,7 +148,7 @@ class Patch:
     @property
     def targets(self) -> dict[str, nn.Module]:
         """The layers it adapts by path."""
-        return {place.path: layer for place in self._places if (layer := place.target) is not None}
+        return {place.path: layer for place in self.places if (layer := place.target) is not None}
 
     @property
     def injected(self) -> bool:
@@ -157,14 +158,17 @@ class Patch:
     @property
     def merged(self) -> bool:
         """Whether the layers themselves compute it."""
-        first = self._places[0]
+        first = self.places[0]
         return first.node is not None and first.node.is_merged(first.branch)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Its parameters, named by the path of the layer and the name of the tensor."""
-        for place in self._places:
+        """Its parameters, named by the path of the layer and the name of the tensor; those of tied layers once."""
+        seen: set[int] = set()
+        for place in self.places:
             for name, parameter in place.branch.named_parameters():
-                yield f"{place.path}.{name}", parameter
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{place.path}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, for an optimizer."""
@@ -177,12 +181,16 @@ class Patch:
             lr: The learning rate of the others.
             ratio: How many times faster, 16 as LoRA+ proposes for B (arXiv:2402.12354).
         """
-        slow: list[nn.Parameter] = []
-        fast: list[nn.Parameter] = []
-        for place in self._places:
-            for name, parameter in place.branch.named_parameters():
-                (fast if name.partition(".")[0] in place.branch.method.fast else slow).append(parameter)
-        return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+        fast = {
+            id(parameter)
+            for place in self.places
+            for name, parameter in place.branch.named_parameters()
+            if name.partition(".")[0] in place.branch.method.fast
+        }
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for parameter in self.parameters():
+            groups[id(parameter) in fast].append(parameter)
+        return [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": lr * ratio}]
 
     def num_parameters(self) -> int:
         """How many numbers it holds."""
@@ -222,22 +230,22 @@ class Patch:
     def _settle(self, model: nn.Module) -> None:
         """Make a model its own, for the patch of a copied model: where its adapters are, and which came along."""
         self._model = weakref.ref(model)
-        self._places = [place for place in self._places if place.node is not None]
+        self.places = [place for place in self.places if place.node is not None]
 
     def __str__(self) -> str:
         rows = [("path", "method", "parameters")]
-        for place in self._places:
+        for place in self.places:
             count = sum(parameter.numel() for parameter in place.branch.parameters())
             rows.append((place.path, repr(place.branch.method), f"{count:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         state = "merged" if self.merged else "injected" if self.injected else "ejected"
         title = f"Patch {self.name!r}: {state}, scale {self.scale:g}{'' if self.enabled else ', disabled'}"
-        total = f"{len(self._places)} layers, {self.num_parameters():,} parameters"
+        total = f"{len(self.places)} layers, {self.num_parameters():,} parameters"
         body = (f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows)
         return "\n".join([title, *body, f"  {total}"])
 
     def __repr__(self) -> str:
-        return f"<Patch {self.name!r}, {len(self._places)} layers, {self.num_parameters():,} parameters>"
+        return f"<Patch {self.name!r}, {len(self.places)} layers, {self.num_parameters():,} parameters>"
 
     # In and out of the model
 
@@ -252,7 +260,7 @@ class Patch:
             raise PatchStateError(f"The patch {self.name!r} is injected already.")
         model = self.model
         check_name(model, self.name)
-        occupied = [(place, *place.occupied()) for place in self._places]
+        occupied = [(place, *place.occupied()) for place in self.places]
         self._number = next(_numbers)
         _known.clear()
         with _all_or_nothing() as undo:
@@ -289,7 +297,7 @@ class Patch:
 
     def _leave(self) -> None:
         model = self.model
-        for place in self._places:
+        for place in self.places:
             place.detach()
         self._number = -1
         _known.clear()
@@ -313,10 +321,11 @@ class Patch:
         self._require_injected()
         if self.merged:
             raise PatchStateError(f"The patch {self.name!r} is merged already.")
+        made: Made = {}
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
                 before = node.merged(branch.parameter)
-                node.merge(branch.parameter, [*before, (branch, self.scale)])
+                node.merge(branch.parameter, [*before, (branch, self.scale)], made=made)
                 undo.callback(node.merge, branch.parameter, before)
 
     def unmerge(self) -> None:
@@ -327,10 +336,11 @@ class Patch:
         """
         if not self.merged:
             raise PatchStateError(f"The patch {self.name!r} is not merged.")
+        made: Made = {}
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
                 before = node.merged(branch.parameter)
-                node.merge(branch.parameter, [item for item in before if item[0] is not branch])
+                node.merge(branch.parameter, [item for item in before if item[0] is not branch], made=made)
                 undo.callback(node.merge, branch.parameter, before)
 
     def merge_and_eject(self) -> None:
@@ -340,25 +350,26 @@ class Patch:
             PatchStateError: It is not injected, or a weight is computed from others and cannot be set.
         """
         self._require_injected()
-        for place in self._places:
+        for place in self.places:
             if (node := place.node) is not None and not is_stored(node.base, place.branch.parameter):
                 raise PatchStateError(
                     f"{place.path} computes its weight from others: remove its parametrization, or merge() instead."
                 )
-        folded: dict[int, nn.Parameter] = {}
+        made: Made = {}
+        replaced: dict[int, nn.Parameter] = {}
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
                 name, own, before = branch.parameter, node.own_weight(branch.parameter), node.merged(branch.parameter)
-                new = node.folded(own, [(branch, self.scale)])
-                node.merge(name, [item for item in before if item[0] is not branch], own=new)
+                new = node.folded(own, [(branch, self.scale)], made)
+                node.merge(name, [item for item in before if item[0] is not branch], own=new, made=made)
                 undo.callback(node.merge, name, before, own)
-                folded[id(own)] = new
+                replaced[id(own)] = new
         for patch in patches(self.model).values():
-            patch._frozen = [folded.get(id(parameter), parameter) for parameter in patch._frozen]
+            patch._frozen = [replaced.get(id(parameter), parameter) for parameter in patch._frozen]
         self._leave()
 
     def _nodes(self) -> Iterator[tuple[Adapted, Branch]]:
-        for place in self._places:
+        for place in self.places:
             if (node := place.node) is not None:
                 yield node, place.branch
 
@@ -376,7 +387,7 @@ class Patch:
                 place.branch.method.hyperparameters(),
                 {name: tensor.detach() for name, tensor in place.branch.tensors().items()},
             )
-            for place in self._places
+            for place in self.places
         }
         return weights.AdapterFile(content, base_model=_base_model_name(self.model))
 
@@ -417,6 +428,8 @@ def inject(
 ) -> Patch:
     """Put a new adapter of a method beside every layer that is targeted. At first nothing changes what is computed.
 
+    Layers of one kind that share a weight have one adapter between them, also when only one of them is targeted.
+
     Args:
         model: Any module: a Chain, a torch model, a transformers or diffusers model.
         method: The method, or a mapping of patterns to methods.
@@ -437,11 +450,13 @@ def inject(
     """
     check_name(model, name)
     rules = as_rules(method, targets)
+    places: list[Place] = []
     with _seeded(seed):
-        places = [
-            Place.of(layer, build(chosen, layer, device, dtype))
-            for layer, chosen in select(model, rules, exclude, Method.supports)
-        ]
+        for (layer, *tied), chosen in select(model, rules, exclude, Method.supports):
+            chosen.check_training(layer.module, layer.parameter)
+            branch = build(chosen, layer, device, dtype)
+            places.append(Place.of(layer, branch))
+            places += [Place.of(other, _tied_to(branch)) for other in tied]
     return Patch(name, model, places, scale, freeze_base).inject()
 
 
@@ -481,6 +496,8 @@ def load(
     for layer, path in found:
         try:
             branch = _restore(layer, file.layers[path])
+            if trainable:
+                branch.method.check_training(layer.module, layer.parameter)
         except (TargetError, LayerMismatchError) as problem:
             problems.append(f"{path}: {problem}")
         else:
@@ -527,6 +544,13 @@ def build(method: Method, layer: Layer, device: Any, dtype: torch.dtype | None) 
     )
     branch.method, branch.matrix, branch.parameter = method, cast(Matrix, matrix), layer.parameter
     return branch
+
+
+def _tied_to(branch: Branch) -> Branch:
+    """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
+    twin = branch.structural_copy()
+    twin.tied = True
+    return twin
 
 
 def _restore(layer: Layer, content: weights.LayerWeights) -> Branch:

@@ -13,6 +13,7 @@ from torch import nn
 from adapters.adapted import Adapted
 from adapters.adapter import Slot
 from adapters.errors import TargetError
+from adapters.layers import Matrix
 
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern]
@@ -46,6 +47,12 @@ class Layer:
     def path(self) -> str:
         """The first path."""
         return self.paths[0]
+
+    @property
+    def use(self) -> object:
+        """Equal for layers that use one parameter in the same way."""
+        value = self.module._parameters.get(self.parameter)
+        return id(self) if value is None else (id(value), Matrix.of(self.module, self.parameter))
 
     @property
     def names(self) -> list[tuple[str, nn.Module]]:
@@ -89,8 +96,10 @@ def select(
     rules: Mapping[Pattern | None, Any],
     exclude: Patterns | None,
     supports: Callable[[Any, nn.Module, str], bool],
-) -> list[tuple[Layer, Any]]:
+) -> list[tuple[list[Layer], Any]]:
     """The layers that rules select, each with the value of the first rule whose pattern matches it.
+
+    Layers that use one parameter in the same way come together, whichever of them was selected.
 
     Args:
         model: The model whose layers are looked at.
@@ -105,11 +114,14 @@ def select(
     selectors = [(_Selector(pattern, model), value) for pattern, value in rules.items()]
     excluded = [_Selector(pattern, model) for pattern in _as_list(exclude)]
     chosen: list[tuple[Layer, Any]] = []
+    tied: dict[object, list[Layer]] = {}
     for layer in everything:
         values = [(selector, value) for selector, value in selectors if selector.matches(layer)]
         left_out = [selector for selector in excluded if selector.matches(layer)]
         for selector in left_out:
             selector.useful = True
+        if not left_out:
+            tied.setdefault(layer.use, []).append(layer)
         if left_out or not values:
             continue
         selector, value = values[0]
@@ -125,7 +137,7 @@ def select(
     for selector in (*(selector for selector, _ in selectors), *excluded):
         if not selector.useful:
             raise TargetError(selector.complaint(everything))
-    return chosen
+    return [(group, value) for layer, value in chosen if (group := tied.pop(layer.use, None)) is not None]
 
 
 class _Selector:

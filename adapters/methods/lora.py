@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fluxion as fl
-from adapters.errors import AdapterError
-from adapters.layers import CONVOLUTIONS, Matrix, is_conv1d
+from adapters.errors import AdapterError, TargetError
+from adapters.layers import CONVOLUTIONS, Matrix, is_conv1d, is_plain
 from adapters.method import Branch, Method
 
 
@@ -50,6 +50,15 @@ class LoRA(Method):
         """`s` of the formula."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def check_training(self, layer: nn.Module, parameter: str) -> None:
+        if isinstance(layer, nn.Embedding):
+            return
+        if self.dropout and not (parameter == "weight" and is_plain(layer)):
+            raise TargetError(
+                f"A {type(layer).__name__} is adapted through its weight, where no input can be dropped: give it a LoRA"
+                " with dropout=0, or exclude it."
+            )
 
     def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
         branch = LoRABranch()

@@ -187,19 +187,42 @@ def test_a_subclass_with_a_forward_of_its_own() -> None:
     assert torch.equal(model(x), base)
 
 
-def test_tied_weights_are_merged_once() -> None:
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).double()
+@pytest.mark.parametrize("targets", [["0"], ["0", "1"], ["1"]])
+def test_tied_weights_are_adapted_once_and_merged_once(targets: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)).double()
     model[1].weight = model[0].weight
+    tied = model[0].weight
     x = torch.randn(2, 4, dtype=torch.float64)
     before = snapshot(model)
-    for targets in (["0"], ["0", "1"]):
-        patch = adapters.inject(model, LoRA(rank=2), targets=targets)
-        perturb(patch)
-        expected = model(x)
-        patch.merge()
-        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
-        patch.eject()
-        assert snapshot(model) == before
+    patch = adapters.inject(model, LoRA(rank=2), targets=targets)
+    perturb(patch)
+    assert list(patch.targets) == ["0", "1"]
+    assert patch.num_parameters() == 2 * 2 * 4
+    assert len(list(patch.parameters())) == len(set(patch.state_dict())) == 2
+    state = patch.state_dict()
+    weight = tied + state["0.lora_B.weight"] @ state["0.lora_A.weight"]
+    expected = model[2](x @ weight.T @ weight.T)
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    patch.merge()
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    patch.eject()
+    assert snapshot(model) == before
+    patch.inject()
+    patch.merge_and_eject()
+    assert model[1].weight is model[0].weight
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_tied_layer_can_be_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    patch = adapters.inject(model, LoRA(rank=2), exclude="1")
+    perturb(patch)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    patch.merge()
+    torch.testing.assert_close(model(x), expected)
+    assert list(patch.targets) == ["0"]
 
 
 @pytest.mark.parametrize("call", ["merge", "unmerge", "merge_and_eject"])

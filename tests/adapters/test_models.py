@@ -92,6 +92,20 @@ def test_every_target_changes_the_output(case: Case) -> None:
     assert unused == UNUSED.get(case.name, [])
 
 
+def test_an_embedding_acts_at_every_use_of_its_weight() -> None:
+    """T5 never calls `shared`: it is the encoder's and the decoder's embedding that have its weight."""
+    case = build("t5")
+    base = case()
+    patch = adapters.inject(case.model, LORA, "shared")
+    assert list(patch.targets) == ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]
+    perturb(patch)
+    assert not torch.equal(case(), base)
+    expected = case()
+    patch.merge_and_eject()
+    close(case(), expected)
+    assert case.model.encoder.embed_tokens.weight is case.model.shared.weight
+
+
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-5), (torch.float64, 1e-10, 1e-10)])
 def test_merged_computes_the_same(case: Case, dtype: torch.dtype, rtol: float, atol: float) -> None:
     case.model.to(dtype)

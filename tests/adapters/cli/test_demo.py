@@ -115,9 +115,17 @@ def test_what_was_saved_works_in_a_fresh_model(output: str, home: Path, table: d
     assert 100 * right == pytest.approx(table["rotated"]["rotated"], abs=0.06)
 
 
+def as_in_a_terminal() -> None:
+    """Where the tests run in the background of a script, Ctrl-C is ignored, and would be by what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 def test_ctrl_c_while_training_leaves_nothing(tmp_path: Path) -> None:
-    with subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        COMMAND, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_in_a_terminal
+    ) as process:
         assert process.stdout is not None
         next(line for line in process.stdout if "targets=" in line)
         process.send_signal(signal.SIGINT)
