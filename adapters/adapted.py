@@ -36,7 +36,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def __init__(self, layer: nn.Module) -> None:
         with self.setup_adapter(layer):
             super().__init__(layer)
-        self.__dict__.update({table: ByName(self, table) for table in ("_parameters", "_buffers")})
+        self.__dict__.update({table: ByName(layer, table) for table in ("_parameters", "_buffers")})
         self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
         self.training = layer.training
         # By the name of the weight: what it is without any branch, the branches that are merged into it and how
@@ -260,12 +260,12 @@ class ByName(dict[str, Any]):
     Listed there are none: the layer lists its own.
     """
 
-    def __init__(self, node: Adapted, table: str) -> None:
-        self.node, self.table = node, table
+    def __init__(self, layer: nn.Module, table: str) -> None:
+        self.layer, self.table = layer, table
 
     @property
     def _entries(self) -> dict[str, Any]:
-        return cast(dict[str, Any], getattr(self.node.base, self.table))
+        return cast(dict[str, Any], getattr(self.layer, self.table))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -279,8 +279,8 @@ class ByName(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         del self._entries[name]
 
-    def __reduce__(self) -> tuple[type[ByName], tuple[Adapted, str]]:
-        return ByName, (self.node, self.table)
+    def __reduce__(self) -> tuple[type[ByName], tuple[nn.Module, str]]:
+        return ByName, (self.layer, self.table)
 
 
 def _set(table: dict[str, Any], name: str, value: Any) -> None:

@@ -57,7 +57,7 @@ def report(name: str, title: str, rows: list[Row]) -> None:
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(_cell(row.get(column)) for column in columns) for row in rows]
     table = "\n".join(f"| {line} |" for line in lines)
-    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    machine = f"{_processor()}, Python {platform.python_version()}, torch {torch.__version__}"
     section = f"## {name}\n\n{title}\n\n{machine}, {torch.get_num_threads()} thread.\n\n{table}\n"
     print(section)
 
@@ -71,6 +71,13 @@ def report(name: str, title: str, rows: list[Row]) -> None:
     everything = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
     everything[name] = {"machine": machine, "rows": rows}
     data.write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")  # Elsewhere Python knows the name.
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def _cell(value: str | float | None) -> str:
