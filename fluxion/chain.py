@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
-from fluxion.context import Context, ContextProvider, Contexts, call_of, running, start_call
+from fluxion.context import Context, ContextProvider, Contexts, running, start_call
 from fluxion.errors import ChainTypeError, ChainValueError, ChildNotFoundError, ContextError
 from fluxion.location import locate
 from fluxion.module import ContextModule, Module
@@ -120,13 +120,9 @@ class Chain(ContextModule):
         Raises:
             ContextError: No chain on the way declares or was given that context.
         """
-        call = call_of(self)
-        node: Chain | None = self
-        while node is not None:
-            context = node.provider.during(call).get(context_name)
-            if context is not None:
-                return context
-            node = node.parent
+        context = self.provider.get_context(context_name)
+        if context is not None:
+            return context
         raise ContextError(
             f"Context {context_name!r} is not set above {self.get_path()}: declare it in init_context(), or call"
             " set_context() on an ancestor, in the thread or task that makes the call."

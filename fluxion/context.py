@@ -100,8 +100,15 @@ class ContextProvider:
         return call.contexts[self]
 
     def get_context(self, key: str) -> Context | None:
-        """The context of that name, or None."""
-        return self.contexts.get(key)
+        """The nearest context of that name, looked up from this chain towards the root, or None."""
+        node = self.chain
+        call = None if node is None else call_of(node)
+        while node is not None:
+            context = node.provider.during(call).get(key)
+            if context is not None:
+                return context
+            node = node.parent
+        return None
 
     def set_context(self, key: str, value: Context) -> None:
         """Set a context, for the running call or else for the next one of this thread or task."""

@@ -290,3 +290,12 @@ def test_a_shared_reader_reads_for_each_use() -> None:
     push = fl.SetContext("box", "list", callback=lambda entry, x: entry.append(x))
     chain = Provides(fl.Parallel(fl.Identity()), fl.GetArg(0), push, leaf, push, leaf)
     assert chain(X) == 2
+
+
+def test_a_provider_shows_what_its_descendants_are_given() -> None:
+    child = fl.Chain()
+    parent = Provides(fl.Chain(child))
+    parent.set_context("box", {"value": 1.0})
+    assert child.provider.get_context("box") == {"value": 1.0}
+    assert parent.pop(0)[0] is child
+    assert child.provider.get_context("box") is None
