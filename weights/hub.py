@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -58,20 +58,21 @@ def download(
         from huggingface_hub import snapshot_download
 
         try:
-            listing = _Listing.fetch(name, revision, token)
+            head = _Head.fetch(name, revision, token)
+            hashes = _hashes(name, head.commit, token)
         except Exception as error:
             cached = _cached(name, revision, patterns)
             if cached is None:
                 raise error
             return cached
-        wanted = [file for file in listing.hashes if any(fnmatch(file, pattern) for pattern in patterns)]
+        wanted = [file for file in hashes if any(fnmatch(file, pattern) for pattern in patterns)]
         if not wanted:
             raise HubError(f"{name} has no file like {', '.join(patterns)}; check that it is the right repository.")
         folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
-        if folder.name != listing.commit:
+        if folder.name != head.commit:
             raise HubConflictError(f"{name} was changed during the download; download it again.")
     for file in wanted:
-        if not _fits(folder / file, listing.hashes[file]):
+        if not _fits(folder / file, hashes[file]):
             _forget(folder / file)
             raise HubError(f"{file} of {name} came damaged, its hash is not the published one; download it again.")
     return folder
@@ -124,8 +125,8 @@ def publish(
             )
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        before = _Listing.fetch(repo_id, revision, token)
-        if private is not None and before.private != private:
+        before = _Head.fetch(repo_id, revision, token)
+        if private is not None and before.private is not None and before.private != private:
             actual = "private" if before.private else "public"
             raise HubError(f"{repo_id} exists and is {actual}; change that in its settings, or leave out private=.")
         commit = api.create_commit(
@@ -136,28 +137,35 @@ def publish(
             create_pr=create_pr,
             parent_commit=before.commit,
         )
-        after = _Listing.fetch(repo_id, commit.pr_revision or commit.oid, token)
-    damaged = [name for name, path in files.items() if not _fits(path, after.hashes.get(name, ""))]
+        published = _hashes(repo_id, commit.pr_revision or commit.oid, token)
+    damaged = [name for name, path in files.items() if not _fits(path, published.get(name, ""))]
     if damaged:
         raise HubError(f"{repo_id} does not have what was sent as {', '.join(damaged)}; publish it again.")
     return commit.commit_url
 
 
 @dataclass(frozen=True)
-class _Listing:
-    """What the Hub says a repository holds at one commit, with each file's hash: sha256 of a large file, else git's."""
+class _Head:
+    """The newest commit of a revision, and whether the repository is private, where the Hub says so."""
 
-    commit: str
-    private: bool
-    hashes: Mapping[str, str]
+    commit: str | None
+    private: bool | None
 
     @classmethod
-    def fetch(cls, repo_id: str, revision: str | None, token: str | None) -> _Listing:
+    def fetch(cls, repo_id: str, revision: str | None, token: str | None) -> _Head:
         from huggingface_hub import HfApi
 
-        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-        hashes = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in info.siblings or []}
-        return cls(info.sha or "", bool(info.private), hashes)
+        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_TIMEOUT)
+        return cls(info.sha, info.private)
+
+
+def _hashes(repo_id: str, commit: str | None, token: str | None) -> dict[str, str]:
+    """The published hash of each file of a commit: sha256 of a large file, else git's."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=commit)
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)}
 
 
 def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
