@@ -21,7 +21,7 @@ import fluxion as fl
 import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
-from adapters.errors import LayerMismatchError, PatchNameError, PatchStateError, TargetError
+from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import Matrix, is_stored, read_weight
 from adapters.method import Branch, Method
 from adapters.methods import METHODS
@@ -447,9 +447,13 @@ def inject(
     Raises:
         TargetError: A pattern matches nothing, or a layer cannot be adapted by the method.
         PatchNameError: The name is in use.
+        AdapterError: The model is no module, or the method no method.
     """
     check_name(model, name)
     rules = as_rules(method, targets)
+    for value in rules.values():
+        if not isinstance(value, Method):
+            raise AdapterError(f"{value!r} is no method: pass one with its numbers, such as LoRA(rank=8).")
     places: list[Place] = []
     with _seeded(seed):
         for (layer, *tied), chosen in select(model, rules, exclude, Method.supports):
@@ -578,7 +582,9 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raise a PatchNameError unless a new patch of a model may have that name."""
+    """Raise unless a new patch of a model may have that name."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"{model!r} is no model: adapters go into a torch.nn.Module.")
     if not name:
         raise PatchNameError("A patch needs a name that is not empty.")
     if name in patches(model):

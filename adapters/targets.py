@@ -111,6 +111,11 @@ def select(
         TargetError: A pattern matches nothing, or a name selects a module that the value does not support.
     """
     everything = layers(model)
+    if not everything:
+        raise TargetError(
+            f"This {type(model).__name__} has no layers below it: put it inside another module, so that an adapter can"
+            " take its place."
+        )
     selectors = [(_Selector(pattern, model), value) for pattern, value in rules.items()]
     excluded = [_Selector(pattern, model) for pattern in _as_list(exclude)]
     chosen: list[tuple[Layer, Any]] = []
@@ -214,7 +219,10 @@ def as_rules(method: Any, targets: Patterns | None) -> dict[Pattern | None, Any]
         return dict(method)
     if targets is None:
         return {None: method}
-    return dict.fromkeys(_as_list(targets), method)
+    patterns = _as_list(targets)
+    if not patterns:
+        raise TargetError("There are no targets in the list: name some, or leave targets= out for every layer.")
+    return dict.fromkeys(patterns, method)
 
 
 def _as_list(patterns: Patterns | None) -> list[Pattern]:

@@ -38,12 +38,14 @@ class LoRA(Method):
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise AdapterError(f"LoRA needs a rank of 1 or more, not {self.rank}.")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"LoRA needs a dropout of 0 or more and less than 1, not {self.dropout}.")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise AdapterError(f"LoRA needs a rank that is an integer of 1 or more, not {self.rank!r}.")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
+        elif not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha):
+            raise AdapterError(f"LoRA needs an alpha that is a finite number, not {self.alpha!r}.")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"LoRA needs a dropout of 0 or more and less than 1, not {self.dropout!r}.")
 
     @property
     def scaling(self) -> float:

@@ -141,6 +141,22 @@ def test_the_output_embeddings_of_transformers_are_left_out() -> None:
 
 
 def test_methods_check_their_numbers() -> None:
-    for numbers in ({"rank": 0}, {"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}):
-        with pytest.raises(adapters.AdapterError, match=r"LoRA needs a .* not"):
+    wrong = ({"rank": 0}, {"rank": -1}, {"rank": 1.5}, {"dropout": 1.0}, {"dropout": -0.1}, {"alpha": float("nan")})
+    for numbers in (*wrong, {"alpha": "8"}):
+        with pytest.raises(adapters.AdapterError, match=r"LoRA needs an? .* not"):
             LoRA(**numbers)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "targets", "message"),
+    [
+        (nn.Linear(2, 2), LoRA(rank=1), None, "This Linear has no layers below it: put it inside another module"),
+        (Net(), LoRA, None, "is no method: pass one with its numbers"),
+        (Net(), {"q_proj": "lora"}, None, "'lora' is no method"),
+        (Net(), LoRA(rank=1), [], "There are no targets in the list"),
+        (None, LoRA(rank=1), None, "None is no model"),
+    ],
+)
+def test_what_cannot_be_injected_is_said(model: nn.Module, method: object, targets: object, message: str) -> None:
+    with pytest.raises(adapters.AdapterError, match=message):
+        adapters.inject(model, method, targets)
