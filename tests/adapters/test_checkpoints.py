@@ -27,14 +27,6 @@ LORA = LoRA(rank=2, alpha=4)
 NAMES = ["bert", "gpt2", "t5", "whisper", "mixtral", "unet"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def patched(name: str, seed: int = 0) -> tuple[Case, Patch]:
     case = build(name, seed)
     patch = adapters.inject(case.model, LORA)

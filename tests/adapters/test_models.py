@@ -33,14 +33,6 @@ ROWLESS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=BUILDERS)
 def case(request: pytest.FixtureRequest) -> Case:
     return build(request.param)

@@ -17,14 +17,6 @@ from tests.adapters.models import Case, perturb, snapshot
 from tests.adapters.pretrained import build
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def patched(name: str, method: LoRA | None = None, **options: Any) -> tuple[Case, Patch]:
     case = build(name)
     patch = adapters.inject(case.model, method or LoRA(rank=2, alpha=4), **options)

@@ -23,15 +23,6 @@ from adapters import AdapterError, LoRA, Patch
 from tests.adapters.models import perturb, snapshot
 
 
-@pytest.fixture(autouse=True)
-def reproducible() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inject(model: nn.Module, name: str = "default", targets: object = None, seed: int = 1, **options: object) -> Patch:
     patch = adapters.inject(model, LoRA(rank=2, alpha=4), targets, name=name, **options)
     perturb(patch, seed)

@@ -56,10 +56,10 @@ def lora(r: int, a: float, shape: tuple[int, ...], **others: Any) -> weights.Lay
 
 def applied(adapter: weights.AdapterFile) -> Net:
     """The net with the adapter added to its weights: what the numbers and tensors mean, written out."""
-    net = Net()
+    net = Net().double()
     with torch.no_grad():
         for path, layer in adapter.layers.items():
-            a, b = layer.tensors["lora_A"], layer.tensors["lora_B"]
+            a, b = layer.tensors["lora_A"].double(), layer.tensors["lora_B"].double()
             numbers = layer.hyperparameters
             rank = float(numbers["rank"])
             scale = float(numbers["alpha"]) / (math.sqrt(rank) if numbers["rslora"] else rank)
@@ -69,9 +69,9 @@ def applied(adapter: weights.AdapterFile) -> Net:
 
 
 def equal_outputs(one: nn.Module, other: nn.Module) -> bool:
-    x = torch.randn(3, 2, 5, 5)
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
     with torch.no_grad():
-        return torch.allclose(one.eval()(x), other.eval()(x), atol=1e-5)
+        return torch.allclose(one.double().eval()(x), other.double().eval()(x), rtol=1e-8, atol=1e-8)
 
 
 def changed(folder: Path, **settings: Any) -> Path:
