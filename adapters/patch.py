@@ -321,12 +321,7 @@ class Patch:
         self._require_injected()
         if self.merged:
             raise PatchStateError(f"The patch {self.name!r} is merged already.")
-        made: Made = {}
-        with _all_or_nothing() as undo:
-            for node, branch in self._nodes():
-                before = node.merged(branch.parameter)
-                node.merge(branch.parameter, [*before, (branch, self.scale)], made=made)
-                undo.callback(node.merge, branch.parameter, before)
+        self._remerge(added=True)
 
     def unmerge(self) -> None:
         """Undo `merge`. Every bit of the base is as before, whatever has been done to scales in between.
@@ -336,11 +331,16 @@ class Patch:
         """
         if not self.merged:
             raise PatchStateError(f"The patch {self.name!r} is not merged.")
+        self._remerge(added=False)
+
+    def _remerge(self, added: bool) -> None:
+        """Merge at each layer what is merged there by others, and this patch or not."""
         made: Made = {}
         with _all_or_nothing() as undo:
             for node, branch in self._nodes():
                 before = node.merged(branch.parameter)
-                node.merge(branch.parameter, [item for item in before if item[0] is not branch], made=made)
+                others = [item for item in before if item[0] is not branch]
+                node.merge(branch.parameter, [*others, (branch, self.scale)] if added else others, made=made)
                 undo.callback(node.merge, branch.parameter, before)
 
     def merge_and_eject(self) -> None:
