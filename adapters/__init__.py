@@ -12,6 +12,7 @@ Example:
 from adapters.activation import use
 from adapters.adapted import Adapted
 from adapters.adapter import Adapter
+from adapters.branch import Branch, Tensors
 from adapters.combine import combine
 from adapters.errors import (
     AdapterError,
@@ -21,7 +22,7 @@ from adapters.errors import (
     RowsError,
     TargetError,
 )
-from adapters.method import Branch, Method
+from adapters.method import Method, Site
 from adapters.methods import LoRA
 from adapters.patch import Patch, inject, load, patches
 
@@ -37,7 +38,9 @@ __all__ = [
     "PatchNameError",
     "PatchStateError",
     "RowsError",
+    "Site",
     "TargetError",
+    "Tensors",
     "combine",
     "inject",
     "load",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.adapter import Adapter
-from adapters.choice import Rows, RowWeight, Weights, current
+from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
 from adapters.layers import is_plain, is_stored, read_weight, substitute
-from adapters.method import Branch
+from adapters.branch import Branch
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
@@ -39,11 +39,11 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         self.__dict__.update({table: ByName(layer, table) for table in ("_parameters", "_buffers")})
         self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
         self.training = layer.training
-        # By the name of the weight: what it is without any branch, the branches that are merged into it and how
-        # strongly, and the outcome where the layer cannot hold it as a parameter.
-        self._own: dict[str, Tensor] = {}
-        self._merged: dict[str, Active] = {}
-        self._computed: dict[str, Tensor] = {}
+        # The branches that are merged and how strongly; by the name of a weight, what it is without any, or the outcome
+        # where the layer cannot hold it as a parameter.
+        self._merged: Active = []
+        self._own: dict[str, Tensor | None] = {}
+        self._computed: dict[str, Tensor | None] = {}
 
     @property
     def base(self) -> nn.Module:
@@ -96,35 +96,38 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         return active
 
     def _compose(self, active: Active) -> Callable[..., Any]:
-        """The layer with these branches: around it where their updates add up in its output, else in its weights."""
-        run: Callable[..., Any] = self.inner
-        around = active
-        if self._merged or (active and not self._adds_up(active)):
-            weights, around = self._weights(active)
-            if weights:
-                run = substitute(self.inner, self.base, weights)
-        for branch, scale in around:
+        """The layer with these branches: some in its weights, then, from the inside out, those computed beside it.
+
+        What has no form as a change of weights comes last, so that merging the others changes nothing.
+        """
+        active = sorted(active, key=lambda item: not item[0].names)
+        inside = self._count_inside(active)
+        merged = self._merged
+        if not merged:
+            weights = self._weights(active[:inside]) if inside else {}
+        elif active[: len(merged)] == merged and inside <= len(merged):
+            weights, inside = self._computed, len(merged)
+        else:
+            weights = self._weights(active[:inside])
+        run: Callable[..., Any] = substitute(self.inner, self.base, weights) if weights else self.inner
+        for branch, scale in active[inside:]:
             run = partial(branch.run, run, scale)
         return run
 
-    def _adds_up(self, active: Active) -> bool:
-        return is_plain(self.base) and all(branch.parameter == "weight" for branch, _ in active)
+    def _count_inside(self, active: Active) -> int:
+        """How many branches, from the first on, have to be computed in the weights."""
+        plain = is_plain(self.base)
+        for number in range(len(active), 0, -1):
+            branch = active[number - 1][0]
+            at_hand = not branch.names or (plain and branch.parameter == "weight")
+            if not (at_hand and branch.method.beside(self.base, branch.matrix)):
+                return number
+        return 0
 
-    def _weights(self, active: Active) -> tuple[dict[str, Tensor], Active]:
-        """Weights that the layer has to be given, and the branches that remain to be computed around it."""
-        weights: dict[str, Tensor] = {}
-        around: Active = []
-        for name in dict.fromkeys((*self._merged, *(branch.parameter for branch, _ in active))):
-            merged = self._merged.get(name, [])
-            wanted = [item for item in active if item[0].parameter == name]
-            rest = wanted[len(merged) :]
-            plain = name == "weight" and is_plain(self.base)
-            if wanted[: len(merged)] == merged and (plain or not rest):
-                around += rest
-                weights.update({name: self._computed[name]} if name in self._computed else {})
-            else:
-                weights[name] = adapted_weight(self.own_weight(name), wanted)
-        return weights, around
+    def _weights(self, active: Active) -> dict[str, Tensor | None]:
+        """The weights that compute just these branches, where they are not those the layer has."""
+        names = [name for branch, _ in (*self._merged, *active) for name in branch.names]
+        return adapted_weights({name: self.own_weight(name) for name in names}, active)
 
     def _of_row(self, weights: Weights) -> Callable[..., Any]:
         """What computes the rows that made one choice."""
@@ -135,65 +138,90 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     @property
     def weight(self) -> Tensor:
         """The weight that computes what this node computes: the layer's own one while no patch acts."""
-        return self._effective("weight")
+        return cast(Tensor, self.effective("weight"))
 
-    def _effective(self, name: str) -> Tensor:
+    def _may_change(self, name: str) -> bool:
+        """Whether reading a parameter of the layer is of no use to who wants to compute what this node computes."""
+        branches = self.branches
+        if any(name in branch.names for branch in branches):
+            return True
+        return not all(branch.names for branch in branches) and self.base._parameters.get(name) is not None
+
+    def effective(self, name: str) -> Tensor | None:
+        """A parameter of the layer with what the branches make of it at the moment."""
         chosen = self._chosen()
-        if isinstance(chosen, Rows):
-            return read_weight(self.base, name).detach().as_subclass(RowWeight)
-        active = [item for item in chosen if item[0].parameter == name]
-        if active == self._merged.get(name, []):
-            return self._computed[name] if name in self._computed else read_weight(self.base, name)
-        return adapted_weight(self.own_weight(name), active)
+        weight = read_weight(self.base, name)
+        if weight is not None and isinstance(chosen, Rows):
+            return weight.detach().as_subclass(RowWeight)
+        if weight is not None and any(not branch.names for branch, _ in chosen):
+            return weight.detach().as_subclass(NoWeight)
+        if isinstance(chosen, Rows) or chosen == self._merged:
+            return self._computed.get(name, weight)
+        return self._weights(chosen).get(name, weight)
 
-    def own_weight(self, name: str) -> Tensor:
+    def own_weight(self, name: str) -> Tensor | None:
         """A weight of the layer without any branch, merged or not."""
         return self._own[name] if name in self._own else read_weight(self.base, name)
 
-    def merged(self, name: str) -> Active:
-        """The branches that the layer itself computes in a weight, and how strongly."""
-        return list(self._merged.get(name, []))
+    @property
+    def merged(self) -> Active:
+        """The branches that the layer itself computes, and how strongly."""
+        return list(self._merged)
 
     def is_merged(self, branch: Branch) -> bool:
         """Whether the layer itself computes this branch."""
-        return any(item[0] is branch for item in self._merged.get(branch.parameter, []))
+        return any(item[0] is branch for item in self._merged)
 
     def kept(self) -> list[nn.Parameter]:
         """The layer's own weights that merged ones stand in for."""
         return [weight for weight in self._own.values() if isinstance(weight, nn.Parameter)]
 
-    def merge(self, name: str, branches: Active, own: Tensor | None = None, made: Made | None = None) -> None:
-        """Let the layer itself compute these branches in a weight, and no others, from now on.
+    def merge(self, branches: Active, own: Mapping[str, Tensor | None] | None = None, made: Made | None = None) -> None:
+        """Let the layer itself compute these branches, and no others, from now on.
 
-        The layer gets a new weight; its own one is kept aside unwritten, so that nothing has to be undone.
+        The layer gets new weights; its own ones are kept aside unwritten, so that nothing has to be undone.
 
         Args:
-            name: The weight.
             branches: What to merge, and how strongly.
-            own: Another weight to call the layer's own.
+            own: Other weights to call the layer's own.
             made: Weights that were made for other layers: tied layers share theirs.
         """
-        own = self.own_weight(name) if own is None else own
+        own = {**{name: self.own_weight(name) for name in self._names(self._merged)}, **(own or {})}
+        own = {**{name: self.own_weight(name) for name in self._names(branches)}, **own}
         order = self.branches
         branches = sorted(branches, key=lambda item: order.index(item[0]))
-        outcome = self.folded(own, branches, made) if branches else own
-        if is_stored(self.base, name):
-            self.base._parameters[name] = cast(nn.Parameter, outcome)
-            _set(self._own, name, own if branches else None)
-        else:  # Computed from others: it stays so, and the outcome is used instead.
-            _set(self._computed, name, outcome if branches else None)
-        _set(self._merged, name, branches or None)
+        outcome = self.folded(own, branches, made)
+        for name, weight in own.items():
+            table = self._computed
+            if is_stored(self.base, name):
+                self.base._parameters[name] = cast("nn.Parameter | None", outcome.get(name, weight))
+                table = self._own
+            table.pop(name, None)
+        for name in outcome:  # A weight that is computed from others stays so, and the outcome is used instead.
+            stored = is_stored(self.base, name)
+            (self._own if stored else self._computed)[name] = own[name] if stored else outcome[name]
+        self._merged = branches
 
     @staticmethod
-    def folded(own: Tensor, branches: Active, made: Made | None = None) -> nn.Parameter:
-        """A weight with branches folded in, as a parameter of its own, or the one made of the same before."""
+    def _names(branches: Active) -> list[str]:
+        return [name for branch, _ in branches for name in branch.names]
+
+    @classmethod
+    def folded(
+        cls, own: Mapping[str, Tensor | None], branches: Active, made: Made | None = None
+    ) -> dict[str, Tensor | None]:
+        """Weights with branches folded in, as parameters of their own, or those made of the same before."""
         made = {} if made is None else made
-        parts = (id(own), *((scale, *map(id, branch.parameters())) for branch, scale in branches))
-        if parts not in made:
+        parts = tuple((scale, *map(id, branch.parameters())) for branch, scale in branches)
+        sources = tuple(id(own[branch.parameter]) for branch, _ in branches)
+        keys = {name: (id(own[name]), sources, parts, name) for name in cls._names(branches)}
+        if not made.keys() >= set(keys.values()):
             with torch.no_grad():
-                weight = adapted_weight(own, branches).contiguous()
-            made[parts] = nn.Parameter(weight, requires_grad=own.requires_grad)
-        return made[parts]
+                weights = adapted_weights({name: own[name] for name in keys}, branches)
+            for name, key in keys.items():
+                like = own[name] if own[name] is not None else own[branches[0][0].parameter]
+                made[key] = nn.Parameter(cast(Tensor, weights[name]).contiguous(), cast(Tensor, like).requires_grad)
+        return {name: made[key] for name, key in keys.items()}
 
     # Transparency
 
@@ -210,8 +238,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             yield from child.named_modules(memo, f"{prefix}.{key}".lstrip("."), remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and any(branch.parameter == name for branch in self.branches):
-            return self._effective(name)
+        if not name.startswith("_") and self._may_change(name):
+            return self.effective(name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -283,13 +311,6 @@ class ByName(dict[str, Any]):
         return ByName, (self.layer, self.table)
 
 
-def _set(table: dict[str, Any], name: str, value: Any) -> None:
-    if value is None:
-        table.pop(name, None)
-    else:
-        table[name] = value
-
-
 def _finish_loading(node: nn.Module, incompatible_keys: object) -> None:
     """Give what was said of a layer while its node was loaded the layer's own names."""
     inside, prefix, absent, marks = node.__dict__.pop("_loading")
@@ -297,9 +318,18 @@ def _finish_loading(node: nn.Module, incompatible_keys: object) -> None:
         said[start:] = [text.replace(inside, prefix) for text in said[start:] if not text.startswith(absent)]
 
 
-def adapted_weight(weight: Tensor, active: Active) -> Tensor:
-    """What a weight becomes by some branches, in its own dtype, computed in at least single precision."""
-    result = weight.to(torch.promote_types(weight.dtype, torch.float32))
+def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
+    """What weights become by some branches, in their own dtypes, computed in at least single precision."""
+    touched = dict.fromkeys(name for branch, _ in active for name in branch.names)
+    wide = {name: None if (weight := own[name]) is None else _widened(weight) for name in touched}
     for branch, scale in active:
-        result = branch.adapt(result, scale)
-    return result.to(weight.dtype)
+        wide = branch.change(wide, scale)
+    weights = dict(own)
+    for name, result in wide.items():
+        like = own[name]
+        weights[name] = result if result is None or like is None else result.to(like.dtype)
+    return weights
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapters.errors import RowsError
+from adapters.errors import AdapterError, RowsError, TargetError
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
@@ -127,14 +127,27 @@ def _join(outputs: list[Any], inverse: Tensor, dim: int) -> Any:
     return torch.cat(outputs, dim).index_select(dim, inverse.to(first.device))
 
 
-class RowWeight(Tensor):
-    """The weight of a layer while rows have weights of their own: it has a shape and a dtype, but no values.
+class NoWeight(Tensor):
+    """The weight of a layer whose adapters are no change of weights: it has a shape and a dtype, but no values.
 
     Torch's fused kernels step aside for tensors of a class of its own, and call the layer instead.
     """
 
     @classmethod
+    def error(cls) -> AdapterError:
+        """What to raise when the values are asked for."""
+        return TargetError("A layer that is read by its weight cannot have an adapter that is no change of weights.")
+
+    @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__":
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        raise RowsError("A layer that is read by its weight cannot have different adapters for each row.")
+        raise cls.error()
+
+
+class RowWeight(NoWeight):
+    """The weight of a layer while rows have weights of their own."""
+
+    @classmethod
+    def error(cls) -> AdapterError:
+        return RowsError("A layer that is read by its weight cannot have different adapters for each row.")

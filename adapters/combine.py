@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapters.branch import Branch
 from adapters.errors import AdapterError, PatchStateError
-from adapters.layers import read_weight
-from adapters.method import Branch
+from adapters.forms import LowRank
+from adapters.method import Site
 from adapters.methods import LoRA
 from adapters.patch import Patch, Place, build, check_name, find
 from adapters.targets import Layer, layers
@@ -148,9 +149,8 @@ class _Site:
 
     def update(self, branch: Branch, weight: float) -> Tensor:
         """The matrix that a branch adds to the layer's: what it makes of zero."""
-        shape = read_weight(self.layer.module, self.layer.parameter).shape
-        zero = torch.zeros(shape, dtype=self.precision, device=branch.device)
-        return branch.matrix.read(branch.adapt(zero, weight)).to(self.device)
+        zero = torch.zeros(branch.matrix.shape, dtype=self.precision, device=branch.device)
+        return branch.method.change(zero, branch.values(self.precision), weight).to(self.device)
 
     def updates(self) -> list[Tensor]:
         """The weighted matrix of each branch."""
@@ -158,8 +158,11 @@ class _Site:
 
     def factors(self, branch: Branch, weight: float) -> Factors:
         """The same matrix in factors, those of the method where it has some."""
-        up, down = branch.factors(weight, self.precision) or _full(self.update(branch, weight))
-        return up.to(self.device), down.to(self.device)
+        method = branch.method
+        if not isinstance(method, LowRank):
+            return _full(self.update(branch, weight))
+        up, down = method.factors(branch.values(self.precision))
+        return (up * weight).to(self.device), down.to(self.device)
 
     def weighted_sum(self) -> Factors:
         """`Σ wᵢ upᵢ downᵢ = [w₁ up₁, w₂ up₂, ...] [down₁; down₂; ...]`, at most of full rank."""
@@ -171,9 +174,9 @@ class _Site:
         """The branch of LoRA with these factors."""
         method = LoRA(rank=factors[0].shape[-1])
         # Made without memory at first: what it would be initialised with is of no use.
-        branch = build(method, self.layer, torch.device("meta"), self.dtype)
+        branch = build(method, Site.of(self.layer, method, "meta", self.dtype), {})
         branch.to_empty(device=self.device).requires_grad_(False)
-        for own, factor in zip(branch.tensors().values(), reversed(factors), strict=True):  # A is first there.
+        for own, factor in zip(method.file_tensors(branch).values(), reversed(factors), strict=True):  # A is first.
             own.copy_(factor.reshape(own.shape))
         return branch
 
@@ -183,7 +186,7 @@ def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
     sources: dict[tuple[int, str], list[tuple[Branch, float]]] = {}
     for name, weight in weights.items():
         for place in find(model, name).places:
-            if not place.branch.additive:
+            if not place.branch.method.additive:
                 raise AdapterError(
                     f"{name!r} cannot be combined: at {place.path}, what {type(place.branch.method).__name__} changes"
                     " is no update that could be added to another. Use the patches side by side."

@@ -25,14 +25,25 @@ class Matrix:
 
     Attributes:
         shape: `(outputs, inputs)`, or `(experts, outputs, inputs)` for a stack of matrices.
-        layout: How the weight holds it: `"rows"`, one flattened row per output; `"columns"`, its transpose; `"stack"`,
-            as it is; `"transposed"`, as a transposed convolution does.
+        layout: How the weight holds it: `"rows"`, one flattened row per output; `"columns"`, its transpose; `"as is"`;
+            `"transposed"`, as a transposed convolution does.
+        kind: What the layer does with it: `"linear"`, `"convolution"`, `"embedding"`, `"stack"` of several matrices,
+            or `"any"` where that is of no interest.
         groups: Groups of a transposed convolution.
     """
 
     shape: tuple[int, ...]
     layout: str
+    kind: str
     groups: int = 1
+
+    @classmethod
+    def whole(cls, layer: nn.Module, parameter: str) -> Matrix | None:
+        """A parameter of any shape as it is, or None where there is none that can be adapted."""
+        if isinstance(layer, UNSUPPORTED):
+            return None
+        weight = read_weight(layer, parameter) if hasattr(layer, parameter) else None
+        return cls(tuple(weight.shape), "as is", "any") if isinstance(weight, Tensor) else None
 
     @classmethod
     def of(cls, layer: nn.Module, parameter: str) -> Matrix | None:
@@ -43,20 +54,20 @@ class Matrix:
             bare = layer._parameters.get(parameter)
             if bare is None or bare.ndim not in (2, 3):
                 return None
-            return cls(tuple(bare.shape), "stack" if bare.ndim == 3 else "rows")
+            return cls(tuple(bare.shape), "as is", "stack" if bare.ndim == 3 else "linear")
         if isinstance(layer, nn.Linear):
-            return cls((layer.out_features, layer.in_features), "rows")
+            return cls((layer.out_features, layer.in_features), "rows", "linear")
         if isinstance(layer, nn.Embedding):
-            return cls((layer.embedding_dim, layer.num_embeddings), "columns")
+            return cls((layer.embedding_dim, layer.num_embeddings), "columns", "embedding")
         if isinstance(layer, CONVOLUTIONS):
             inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
-            return cls((layer.out_channels, inputs), "rows")
+            return cls((layer.out_channels, inputs), "rows", "convolution")
         if isinstance(layer, TRANSPOSED):
             inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
-            return cls((layer.out_channels, inputs), "transposed", layer.groups)
+            return cls((layer.out_channels, inputs), "transposed", "convolution", layer.groups)
         if is_conv1d(layer):
             inputs, outputs = cast(Tensor, layer.weight).shape
-            return cls((outputs, inputs), "columns")
+            return cls((outputs, inputs), "columns", "linear")
         return None
 
     def read(self, weight: Tensor) -> Tensor:
@@ -66,7 +77,7 @@ class Matrix:
         if self.layout == "transposed":
             # (inputs, outputs / groups, ...): each group of inputs has outputs of its own.
             return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
-        return weight if self.layout == "stack" else weight.flatten(1)
+        return weight if self.layout == "as is" else weight.flatten(1)
 
     def write(self, matrix: Tensor, like: Tensor) -> Tensor:
         """The weight that holds a matrix, of the shape of another weight."""
@@ -94,15 +105,20 @@ def is_plain(layer: nn.Module) -> bool:
     return is_stored(layer, "weight") and getattr(layer, "max_norm", None) is None
 
 
+def features_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's output that has the rows of its matrix."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
+
+
 def is_stored(layer: nn.Module, parameter: str) -> bool:
-    """Whether a weight is a parameter of its layer, rather than computed from others."""
-    if layer._parameters.get(parameter) is None:
+    """Whether a weight is a parameter of its layer, be it None, rather than computed from others."""
+    if parameter not in layer._parameters:
         return False
     return not (layer._forward_pre_hooks and _norm_hooks(layer, parameter))
 
 
 def read_weight(layer: nn.Module, parameter: str) -> Tensor:
-    """A weight of a layer, computed where it is parametrised."""
+    """A weight of a layer, computed where it is parametrised; None for the bias of a layer without one."""
     for hook in _norm_hooks(layer, parameter).values():
         return cast(Tensor, hook.compute_weight(layer))
     return cast(Tensor, getattr(layer, parameter))
@@ -117,7 +133,7 @@ def _norm_hooks(layer: nn.Module, parameter: str) -> dict[int, Any]:
     }
 
 
-def substitute(root: nn.Module, layer: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def substitute(root: nn.Module, layer: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
     """`root` with other weights in one layer below it, or in itself.
 
     Only the modules on the way are copied, and these share everything else. The originals are not touched, so any
@@ -133,7 +149,7 @@ def substitute(root: nn.Module, layer: nn.Module, weights: Mapping[str, Tensor])
     return root
 
 
-def _with_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def _with_weights(layer: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.Module:
     copy = _shallow(layer)
     values = dict(weights)
     if parametrize.is_parametrized(layer):

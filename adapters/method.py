@@ -1,125 +1,290 @@
-"""What a method is: hyperparameters, and how they become a branch beside a layer."""
+"""What a method is: hyperparameters, a formula, and how they become a branch beside a layer."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-import fluxion as fl
-from adapters.layers import Matrix
+from adapters.branch import Branch, Tensors
+from adapters.errors import AdapterError
+from adapters.layers import Matrix, read_weight
 
 if TYPE_CHECKING:
-    from adapters.patch import Patch
+    from adapters.targets import Layer
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that is to have a branch, and where the branch's tensors go.
+
+    Attributes:
+        path: The path of the layer in the model.
+        layer: The layer.
+        parameter: The name of the weight in it.
+        matrix: What the weight is as a matrix.
+        device: The device of new tensors.
+        dtype: Their dtype.
+        read: Gives the weight that the new branch will be applied to.
+    """
+
+    path: str
+    layer: nn.Module
+    parameter: str
+    matrix: Matrix
+    device: torch.device
+    dtype: torch.dtype
+    read: Callable[[], Tensor | None] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        method: Method,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        own: bool = False,
+    ) -> Site:
+        """That of a layer, by default on its device and in its dtype.
+
+        Args:
+            layer: The layer and the name of the weight.
+            method: Says what the weight is as a matrix.
+            device: Where the tensors go.
+            dtype: Their dtype.
+            own: Whether the branch is for the layer's own weight, whatever other patches do at the moment.
+        """
+        module, parameter = layer.module, layer.parameter
+        node = layer.node
+        read: Callable[[], Tensor | None] = partial(read_weight, module, parameter)
+        if node is not None:
+            read = partial(node.own_weight if own else node.effective, parameter)
+        weight = read_weight(module, parameter) if method.mergeable else next(module.parameters(), None)
+        return cls(
+            layer.path,
+            module,
+            parameter,
+            cast(Matrix, method.matrix(module, parameter)),
+            torch.device(device or ("cpu" if weight is None else weight.device)),
+            dtype or (torch.get_default_dtype() if weight is None else weight.dtype),
+            read,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix: `(outputs, inputs)`, with the experts in front for a stack."""
+        return self.matrix.shape
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The matrix of the weight, in at least single precision."""
+        weight = cast(Tensor, self.read()).detach()
+        return self.matrix.read(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+    @property
+    def bias_name(self) -> str | None:
+        """The name of the bias that goes with the weight, be it None; None where the layer knows no such parameter."""
+        name = f"{self.parameter.removesuffix('weight')}bias"
+        return name if self.parameter.endswith("weight") and hasattr(self.layer, name) else None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias to what it makes of the weight."""
+        return self.bias_name is not None and getattr(self.layer, self.bias_name) is not None
+
+    def empty(self, *shape: int) -> Tensor:
+        """A new tensor without values."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A new tensor of zeros."""
+        return self.empty(*shape).zero_()
+
+    def ones(self, *shape: int) -> Tensor:
+        """A new tensor of ones."""
+        return self.empty(*shape).fill_(1.0)
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        """A new tensor of normally distributed values around 0."""
+        return self.empty(*shape).normal_(std=std)
+
+    def uniform(self, *shape: int, bound: float | None = None) -> Tensor:
+        """A new tensor of values up to a bound to either side; by default that of torch's linear layers, `1 / √n`."""
+        bound = 1 / math.sqrt(math.prod(shape[1:])) if bound is None else bound
+        return self.empty(*shape).uniform_(-bound, bound)
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """The hyperparameters of an adapter. Subclasses are frozen dataclasses, one per file of `adapters.methods`.
+    """The hyperparameters of an adapter and its formula. Subclasses are frozen dataclasses in `adapters.methods`.
+
+    A subclass states `tensors` and `update`; or it extends one of the classes of `adapters.forms`, which say the same
+    of the output or the input of a layer, where that is the shorter or the faster way.
 
     Attributes:
         key: The name of the method in files.
+        paper: Where it comes from.
+        formula: What becomes of the weight `W`, in a line.
+        kinds: The kinds of `Matrix` that it can adapt.
         fast: The tensors that may learn faster than the others.
+        additive: Whether it adds to the weight what does not depend on it. Then patches can be combined.
+        mergeable: Whether it can be stated as a change of weights.
     """
 
     key: ClassVar[str]
+    paper: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     fast: ClassVar[frozenset[str]] = frozenset()
+    additive: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
 
-    def supports(self, layer: nn.Module, parameter: str) -> bool:
-        """Whether this method can adapt that weight of that layer."""
-        return Matrix.of(layer, parameter) is not None
+    # What it adapts
+
+    def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
+        """How it sees that weight of that layer, or None where it cannot adapt it."""
+        matrix = Matrix.of(layer, parameter)
+        return matrix if matrix is not None and matrix.kind in self.kinds else None
+
+    def chooses(self, parameter: str) -> bool:
+        """Whether this is a parameter to adapt in a layer that was chosen, rather than only if it is named itself."""
+        return parameter == "weight"
+
+    def within(self) -> bool:
+        """Whether to choose a module is to choose everything below it."""
+        return False
+
+    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
+        """What to adapt when no targets are named; None for every layer but the output head."""
+        return None
+
+    def check_site(self, site: Site) -> None:  # noqa: B027 - most refuse nothing
+        """Raise a TargetError where the hyperparameters do not fit a weight."""
 
     def check_training(self, layer: nn.Module, parameter: str) -> None:  # noqa: B027 - most refuse nothing
         """Raise a TargetError where these hyperparameters cannot be kept in training."""
 
-    @abstractmethod
-    def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
-        """A branch for one weight of a layer, initialised so that it changes nothing yet.
+    # Its tensors
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        """The tensors to train, by name, with values that change nothing yet."""
+        raise NotImplementedError
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        """Tensors that are never trained."""
+        return {}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Tensors that all branches have in common: parameters, if they are to be trained."""
+        return {}
+
+    def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
+        """A branch for one weight.
 
         Args:
-            layer: The layer.
-            matrix: What its weight is as a matrix.
-            device: Where the tensors go.
-            dtype: Their dtype.
+            site: The weight.
+            shared: What `shared` made for all weights.
 
         Raises:
-            TargetError: The hyperparameters do not fit this layer.
+            TargetError: The hyperparameters do not fit this weight.
         """
+        branch = Branch()
+        for name, tensor in self.tensors(site).items():
+            branch.register_parameter(name, nn.Parameter(tensor))
+        for name, tensor in self.constants(site).items():
+            branch.register_buffer(name, tensor)
+        for name, tensor in shared.items():
+            # A buffer would be another tensor in each branch after the model has moved.
+            own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            branch.register_parameter(name, own)
+        branch.common = frozenset(shared)
+        branch.constants = frozenset(name for name, tensor in shared.items() if not isinstance(tensor, nn.Parameter))
+        return branch
+
+    def names(self, site: Site) -> tuple[str, ...]:
+        """The parameters of the layer that it changes, the weight first, then the bias if it changes that."""
+        return (site.parameter,) if self.mergeable else ()
+
+    # Its formula
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        """What becomes of the weight.
+
+        Args:
+            weight: The matrix, `(outputs, inputs)`, with the experts in front for a stack.
+            t: The tensors, in the same dtype.
+        """
+        raise NotImplementedError
+
+    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
+        """What becomes of the bias, of shape `(outputs,)`: zeros where the layer has none."""
+        return bias
+
+    def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
+        """What becomes of the weight at a strength: on the line from the weight, at 0, to its update, at 1."""
+        return weight.lerp(self.update(weight, t), scale)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        """Whether `run` is the way to compute it, for a layer whose output is linear in its weight."""
+        return not self.mergeable
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+        """The output of a layer together with the branch, computed beside the layer rather than in its weight."""
+        raise NotImplementedError
+
+    # Files and pictures
+
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters that are worth showing: neither nothing nor a choice that is the usual one."""
+        usual = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value and not (value == usual[name] and isinstance(value, str))
+        }
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
 
     def hyperparameters(self) -> dict[str, Any]:
         """What a file needs to say besides the tensors."""
         return asdict(self)
 
+    def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        """The tensors of a branch under the names and in the shapes that files give them, sharing their memory."""
+        return {name: tensor for name, tensor in branch.tensors().items() if name not in branch.common}
 
-class Branch(fl.Chain):
-    """The part of one patch at one weight of a layer.
+    def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
+        """What a file says of a branch: the method to load it with, and the tensors."""
+        return self, self.file_tensors(branch)
 
-    Called, it computes what it adds to the output of the layer, at scale 1; `adapt` states the same as a change of the
-    weight. The tensors are its parameters.
 
-    Attributes:
-        method: The hyperparameters.
-        matrix: What the weight is as a matrix.
-        parameter: The name of the weight in its layer.
-        patch: The patch it belongs to.
-        tied: Whether its tensors are those of another branch, at another use of the same weight.
-        additive: Whether `adapt` adds to the weight what does not depend on it. Then branches can be combined.
-    """
+def need(holds: bool, method: object, what: str, value: object) -> None:
+    """Raise an AdapterError that says what a method needs, unless it holds."""
+    if not holds:
+        raise AdapterError(f"{type(method).__name__} needs {what}, not {value!r}.")
 
-    additive: ClassVar[bool] = False
-    method: Method
-    matrix: Matrix
-    parameter: str
-    patch: Patch
-    tied: bool = False
 
-    def adapt(self, weight: Tensor, scale: float) -> Tensor:
-        """The weight of a layer that computes what the layer of this weight and this branch compute together.
+def need_rank(method: Any) -> None:
+    """Check `rank`."""
+    need(
+        isinstance(method.rank, int) and method.rank >= 1, method, "a rank that is an integer of 1 or more", method.rank
+    )
 
-        Args:
-            weight: In the precision to compute in, of the shape of the layer's weight. It is not changed.
-            scale: The strength, 1 for the method as its paper states it.
-        """
-        raise NotImplementedError
 
-    def factors(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """`(up, down)` where the method adds `up @ down` of low rank to the matrix of the weight, else None.
-
-        Args:
-            scale: The strength, 1 for the method as its paper states it.
-            dtype: The precision to compute in.
-
-        Returns:
-            Tensors of shapes `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack.
-        """
-        return None
-
-    def run(self, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of a layer together with this branch.
-
-        Args:
-            layer: Computes the output without it.
-            scale: The strength, 1 for the method as its paper states it.
-            x: The input of the layer, with whatever else it takes.
-        """
-        output: Tensor = layer(x, *args, **kwargs)
-        if x.dtype != self.dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.dtype)
-        return output + (self.forward(x) * scale).to(output.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the tensors."""
-        return next((p.dtype for child in self for p in child._parameters.values() if p is not None), None)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors under the names that files give them."""
-        return {name.removesuffix(".weight"): parameter for name, parameter in self.named_parameters()}
-
-    def _label(self) -> str:
-        settings = ", ".join(f"{key}={value}" for key, value in self.method.hyperparameters().items() if value)
-        return f"{self.patch.name}({settings})"
+def need_alpha(method: Any) -> None:
+    """Check `alpha`, and make it the rank where it is None."""
+    if method.alpha is None:
+        object.__setattr__(method, "alpha", float(method.rank))
+    need(
+        isinstance(method.alpha, (int, float)) and math.isfinite(method.alpha),
+        method,
+        "an alpha that is a finite number",
+        method.alpha,
+    )

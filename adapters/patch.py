@@ -22,8 +22,9 @@ import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
+from adapters.branch import Branch
 from adapters.layers import Matrix, is_stored, read_weight
-from adapters.method import Branch, Method
+from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
 
@@ -165,7 +166,7 @@ class Patch:
         """Its parameters, named by the path of the layer and the name of the tensor; those of tied layers once."""
         seen: set[int] = set()
         for place in self.places:
-            for name, parameter in place.branch.named_parameters():
+            for name, parameter in place.branch.named_weights():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield f"{place.path}.{name}", parameter
@@ -184,7 +185,7 @@ class Patch:
         fast = {
             id(parameter)
             for place in self.places
-            for name, parameter in place.branch.named_parameters()
+            for name, parameter in place.branch.named_weights()
             if name.partition(".")[0] in place.branch.method.fast
         }
         groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
@@ -197,8 +198,16 @@ class Patch:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors, detached, named as in `named_parameters`."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Its tensors, detached, named as in `named_parameters`, with those that are never trained."""
+        return {name: tensor.detach() for name, tensor in self._named_tensors()}
+
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()
+        for place in self.places:
+            for name, tensor in (*place.branch.named_parameters(), *place.branch.named_buffers()):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{place.path}.{name}", tensor
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Replace the values of its tensors, all or none.
@@ -206,7 +215,7 @@ class Patch:
         Raises:
             LayerMismatchError: Names are missing or unexpected, or a shape differs.
         """
-        own = dict(self.named_parameters())
+        own = dict(self._named_tensors())
         problems = [f"missing {name}" for name in own.keys() - state_dict.keys()]
         problems += [f"unexpected {name}" for name in state_dict.keys() - own.keys()]
         problems += [
@@ -236,7 +245,7 @@ class Patch:
         rows = [("path", "method", "parameters")]
         for place in self.places:
             count = sum(parameter.numel() for parameter in place.branch.parameters())
-            rows.append((place.path, repr(place.branch.method), f"{count:,}"))
+            rows.append((place.path, str(place.branch.method), f"{count:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         state = "merged" if self.merged else "injected" if self.injected else "ejected"
         title = f"Patch {self.name!r}: {state}, scale {self.scale:g}{'' if self.enabled else ', disabled'}"
@@ -316,9 +325,10 @@ class Patch:
         """Let the layers compute it at its present scale: no cost at run time. `unmerge` restores every bit.
 
         Raises:
-            PatchStateError: It is not injected, or merged already.
+            PatchStateError: It is not injected, merged already, or the method is no change of weights.
         """
         self._require_injected()
+        self._require_mergeable()
         if self.merged:
             raise PatchStateError(f"The patch {self.name!r} is merged already.")
         self._remerge(added=True)
@@ -337,41 +347,53 @@ class Patch:
         """Merge at each layer what is merged there by others, and this patch or not."""
         made: Made = {}
         with _all_or_nothing() as undo:
-            for node, branch in self._nodes():
-                before = node.merged(branch.parameter)
-                others = [item for item in before if item[0] is not branch]
-                node.merge(branch.parameter, [*others, (branch, self.scale)] if added else others, made=made)
-                undo.callback(node.merge, branch.parameter, before)
+            for node, branches in self._nodes():
+                before = node.merged
+                ours = [(branch, self.scale) for branch in branches if added]
+                node.merge([*(item for item in before if item[0].patch is not self), *ours], made=made)
+                undo.callback(node.merge, before)
 
     def merge_and_eject(self) -> None:
         """Fold it into the base model for good, at its present scale, and leave.
 
         Raises:
-            PatchStateError: It is not injected, or a weight is computed from others and cannot be set.
+            PatchStateError: It is not injected, a weight is computed from others and cannot be set, or the method is
+                no change of weights.
         """
         self._require_injected()
-        for place in self.places:
-            if (node := place.node) is not None and not is_stored(node.base, place.branch.parameter):
+        self._require_mergeable()
+        for node, branches in self._nodes():
+            if not all(is_stored(node.base, name) for branch in branches for name in branch.names):
                 raise PatchStateError(
-                    f"{place.path} computes its weight from others: remove its parametrization, or merge() instead."
+                    f"{node.path} computes its weight from others: remove its parametrization, or merge() instead."
                 )
         made: Made = {}
         replaced: dict[int, nn.Parameter] = {}
         with _all_or_nothing() as undo:
-            for node, branch in self._nodes():
-                name, own, before = branch.parameter, node.own_weight(branch.parameter), node.merged(branch.parameter)
-                new = node.folded(own, [(branch, self.scale)], made)
-                node.merge(name, [item for item in before if item[0] is not branch], own=new, made=made)
-                undo.callback(node.merge, name, before, own)
-                replaced[id(own)] = new
+            for node, branches in self._nodes():
+                before, ours = node.merged, [(branch, self.scale) for branch in branches]
+                own = {name: node.own_weight(name) for branch in branches for name in branch.names}
+                new = node.folded(own, ours, made)
+                node.merge([item for item in before if item[0].patch is not self], own=new, made=made)
+                undo.callback(node.merge, before, own)
+                replaced.update({id(own[name]): cast(nn.Parameter, weight) for name, weight in new.items()})
         for patch in patches(self.model).values():
             patch._frozen = [replaced.get(id(parameter), parameter) for parameter in patch._frozen]
         self._leave()
 
-    def _nodes(self) -> Iterator[tuple[Adapted, Branch]]:
+    def _nodes(self) -> Iterator[tuple[Adapted, list[Branch]]]:
+        """Each node with its branches of this patch."""
+        nodes = {id(node): node for place in self.places if (node := place.node) is not None}
+        for node in nodes.values():
+            yield node, [branch for branch in node.branches if branch.patch is self]
+
+    def _require_mergeable(self) -> None:
         for place in self.places:
-            if (node := place.node) is not None:
-                yield node, place.branch
+            if not place.branch.names:
+                raise PatchStateError(
+                    f"{place.path} cannot be merged: {type(place.branch.method).__name__} is no change of weights."
+                    " Leave the patch in the model, and switch it by `enabled` or `adapters.use`."
+                )
 
     def _require_injected(self) -> None:
         if not self.injected:
@@ -381,15 +403,14 @@ class Patch:
 
     def adapter_file(self) -> weights.AdapterFile:
         """What a file needs to say of this patch."""
-        content = {
-            place.path: weights.LayerWeights(
-                place.branch.method.key,
-                place.branch.method.hyperparameters(),
-                {name: tensor.detach() for name, tensor in place.branch.tensors().items()},
-            )
-            for place in self.places
-        }
-        return weights.AdapterFile(content, base_model=_base_model_name(self.model))
+        content: dict[str, weights.LayerWeights] = {}
+        shared: dict[str, Tensor] = {}
+        for place in self.places:
+            method, tensors = place.branch.method.saved(place.branch)
+            own = {name: tensor.detach() for name, tensor in tensors.items()}
+            content[place.path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
+            shared.update({name: tensor.detach() for name, tensor in place.branch.shared_tensors().items()})
+        return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
 
     def save_pretrained(self, path: str | PathLike[str], format: str = "peft") -> Path:
         """Write it to a folder: tensors, configuration and model card. Returns the folder.
@@ -454,14 +475,28 @@ def inject(
     for value in rules.values():
         if not isinstance(value, Method):
             raise AdapterError(f"{value!r} is no method: pass one with its numbers, such as LoRA(rank=8).")
-    places: list[Place] = []
     with _seeded(seed):
-        for (layer, *tied), chosen in select(model, rules, exclude, Method.supports):
-            chosen.check_training(layer.module, layer.parameter)
-            branch = build(chosen, layer, device, dtype)
-            places.append(Place.of(layer, branch))
-            places += [Place.of(other, _tied_to(branch)) for other in tied]
+        places = _new_places(select(model, rules, exclude), device, dtype)
     return Patch(name, model, places, scale, freeze_base).inject()
+
+
+def _new_places(
+    chosen: Sequence[tuple[list[Layer], Method]], device: torch.device | str | None, dtype: torch.dtype | None
+) -> list[Place]:
+    """New branches for layers, and their places."""
+    sites = [Site.of(layer, method, device, dtype) for (layer, *_), method in chosen]
+    places: list[Place] = []
+    shared: dict[Method, dict[str, Tensor]] = {}
+    for ((layer, *tied), method), site in zip(chosen, sites, strict=True):
+        method.check_site(site)
+        method.check_training(layer.module, layer.parameter)
+        if method not in shared:
+            others = [site for site, (_, other) in zip(sites, chosen, strict=True) if other == method]
+            shared[method] = method.shared(others)
+        branch = build(method, site, shared[method])
+        places.append(Place.of(layer, branch))
+        places += [Place.of(other, _tied_to(branch)) for other in tied]
+    return places
 
 
 def load(
@@ -496,18 +531,10 @@ def load(
     found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
     missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
     problems = [f"there is no layer {path}" for path in sorted(missing)]
-    places: list[Place] = []
-    for layer, path in found:
-        try:
-            branch = _restore(layer, file.layers[path])
-            if trainable:
-                branch.method.check_training(layer.module, layer.parameter)
-        except (TargetError, LayerMismatchError) as problem:
-            problems.append(f"{path}: {problem}")
-        else:
-            places.append(Place.of(layer, branch.requires_grad_(trainable)))
+    restored, problems_of_layers = _restored(found, file, trainable)
+    problems += problems_of_layers
     _refuse(f"{source} is for another model", problems)
-    return Patch(name, model, places, scale, freezes=trainable).inject()
+    return Patch(name, model, restored, scale, freezes=trainable).inject()
 
 
 def patches(model: nn.Module) -> dict[str, Patch]:
@@ -540,13 +567,11 @@ def find(model: nn.Module, name: str) -> Patch:
     return known[name]
 
 
-def build(method: Method, layer: Layer, device: Any, dtype: torch.dtype | None) -> Branch:
-    """A new branch of a method for a layer, by default on its device and in its dtype."""
-    weight, matrix = read_weight(layer.module, layer.parameter), Matrix.of(layer.module, layer.parameter)
-    branch = method.build(
-        layer.module, cast(Matrix, matrix), torch.device(device or weight.device), dtype or weight.dtype
-    )
-    branch.method, branch.matrix, branch.parameter = method, cast(Matrix, matrix), layer.parameter
+def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
+    """A new branch of a method for a weight, with the tensors that it shares with others."""
+    branch = method.build(site, shared)
+    branch.method, branch.matrix, branch.parameter = method, site.matrix, site.parameter
+    branch.names = method.names(site)
     return branch
 
 
@@ -557,24 +582,51 @@ def _tied_to(branch: Branch) -> Branch:
     return twin
 
 
-def _restore(layer: Layer, content: weights.LayerWeights) -> Branch:
-    """The branch of one layer as a file has it."""
-    method = METHODS[content.method](**content.hyperparameters)
-    if not method.supports(layer.module, layer.parameter):
-        raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
-    branch = build(method, layer, None, None)
-    own = branch.tensors()
+def _restored(
+    found: Sequence[tuple[Layer, str]], file: weights.AdapterFile, trainable: bool
+) -> tuple[list[Place], list[str]]:
+    """Branches as a file has them, in their places, and what does not fit."""
+    problems: list[str] = []
+    sites: list[tuple[Layer, str, Method, Site]] = []
+    for layer, path in found:
+        content = file.layers[path]
+        try:
+            method = METHODS[content.method](**content.hyperparameters)
+            if method.matrix(layer.module, layer.parameter) is None:
+                raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
+            site = Site.of(layer, method, None, None, own=True)
+            method.check_site(site)
+            if trainable:
+                method.check_training(layer.module, layer.parameter)
+        except TargetError as problem:
+            problems.append(f"{path}: {problem}")
+        else:
+            sites.append((layer, path, method, site))
+    shared = {method: method.shared([site for *_, other, site in sites if other == method]) for *_, method, _ in sites}
+    places: list[Place] = []
+    for layer, path, method, site in sites:
+        branch = build(method, site, shared[method])
+        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), file.layers[path].tensors)]
+        given = {name: file.shared[name] for name in branch.shared_tensors() if name in file.shared}
+        problems += _fill({name: branch.shared_tensors()[name] for name in given}, given)
+        for _, parameter in branch.named_weights():
+            parameter.requires_grad_(trainable)
+        places.append(Place.of(layer, branch))
+    return places, problems
+
+
+def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Copy tensors into others, or say what does not fit."""
     problems = [
-        f"{key} is {_shape(content.tensors.get(key))} in the file, {_shape(own.get(key))} in the model"
-        for key in {**own, **content.tensors}
-        if _shape(content.tensors.get(key)) != _shape(own.get(key))
+        f"{key} is {_shape(given.get(key))} in the file, {_shape(own.get(key))} in the model"
+        for key in {**own, **given}
+        if _shape(given.get(key)) != _shape(own.get(key))
     ]
-    if problems:
-        raise LayerMismatchError(", ".join(problems))
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(content.tensors[key])
-    return branch
+    if not problems:
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(given[key])
+    return problems
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from adapters.adapted import Adapted
 from adapters.adapter import Slot
 from adapters.errors import TargetError
 from adapters.layers import Matrix
+
+if TYPE_CHECKING:
+    from adapters.method import Method
 
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern]
@@ -49,6 +52,13 @@ class Layer:
         return self.paths[0]
 
     @property
+    def node(self) -> Adapted | None:
+        """The node that stands where the module was, if it has adapters."""
+        parent, key = self.slots[0]
+        found = parent._modules[key]
+        return found if isinstance(found, Adapted) else None
+
+    @property
     def use(self) -> object:
         """Equal for layers that use one parameter in the same way."""
         value = self.module._parameters.get(self.parameter)
@@ -58,6 +68,16 @@ class Layer:
     def names(self) -> list[tuple[str, nn.Module]]:
         """The paths a pattern may match, and the modules a type may match."""
         return [*((path, self.module) for path in self.paths), *self.owners]
+
+    def holders(self, model: nn.Module, all_the_way_up: bool) -> list[tuple[str, nn.Module]]:
+        """The module of a parameter with its paths, and those around it if these count too."""
+        suffix = "" if self.parameter == "weight" else f".{self.parameter}"
+        paths = [path.removesuffix(suffix) for path in self.paths]
+        found = [(path, self.module) for path in paths]
+        if all_the_way_up:
+            above = {path[:end] for path in paths for end in range(len(path)) if path[end] == "."}
+            found += [(path, model.get_submodule(path)) for path in sorted(above)]
+        return found
 
 
 def layers(model: nn.Module) -> list[Layer]:
@@ -92,23 +112,19 @@ def _below(parent: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn
 
 
 def select(
-    model: nn.Module,
-    rules: Mapping[Pattern | None, Any],
-    exclude: Patterns | None,
-    supports: Callable[[Any, nn.Module, str], bool],
-) -> list[tuple[list[Layer], Any]]:
-    """The layers that rules select, each with the value of the first rule whose pattern matches it.
+    model: nn.Module, rules: Mapping[Pattern | None, Method], exclude: Patterns | None
+) -> list[tuple[list[Layer], Method]]:
+    """The layers that rules select, each with the method of the first rule whose pattern matches it.
 
     Layers that use one parameter in the same way come together, whichever of them was selected.
 
     Args:
         model: The model whose layers are looked at.
-        rules: Patterns and their values. The pattern None matches every layer but the output head.
+        rules: Patterns and their methods. The pattern None matches what the method adapts by default.
         exclude: Patterns of layers to leave out.
-        supports: Whether a value, such as a method, can be applied to a module.
 
     Raises:
-        TargetError: A pattern matches nothing, or a name selects a module that the value does not support.
+        TargetError: A pattern matches nothing, or a name selects a layer that the method cannot adapt.
     """
     everything = layers(model)
     if not everything:
@@ -116,56 +132,64 @@ def select(
             f"This {type(model).__name__} has no layers below it: put it inside another module, so that an adapter can"
             " take its place."
         )
-    selectors = [(_Selector(pattern, model), value) for pattern, value in rules.items()]
-    excluded = [_Selector(pattern, model) for pattern in _as_list(exclude)]
-    chosen: list[tuple[Layer, Any]] = []
+    selectors = [_Selector(pattern, method, model) for pattern, method in rules.items()]
+    excluded = [_Selector(pattern, None, model) for pattern in _as_list(exclude)]
+    chosen: list[tuple[Layer, Method]] = []
     tied: dict[object, list[Layer]] = {}
     for layer in everything:
-        values = [(selector, value) for selector, value in selectors if selector.matches(layer)]
-        left_out = [selector for selector in excluded if selector.matches(layer)]
+        matching = [selector for selector in selectors if selector.matches(layer, selector.method)]
+        first = matching[0].method if matching else None
+        left_out = [selector for selector in excluded if selector.matches(layer, first)]
         for selector in left_out:
             selector.useful = True
         if not left_out:
             tied.setdefault(layer.use, []).append(layer)
-        if left_out or not values:
+        if left_out or not matching:
             continue
-        selector, value = values[0]
-        if supports(value, layer.module, layer.parameter):
-            chosen.append((layer, value))
-            for selector, _ in values:
+        method = cast("Method", first)
+        if method.matrix(layer.module, layer.parameter) is not None:
+            chosen.append((layer, method))
+            for selector in matching:
                 selector.useful = True
-        elif selector.is_name:
+        elif matching[0].is_name and not method.within():
             raise TargetError(
-                f"{layer.path} is a {type(layer.module).__name__}, which {type(value).__name__} cannot adapt:"
+                f"{layer.path} is a {type(layer.module).__name__}, which {type(method).__name__} cannot adapt:"
                 " exclude it or choose another method."
             )
-    for selector in (*(selector for selector, _ in selectors), *excluded):
+    for selector in (*selectors, *excluded):
         if not selector.useful:
             raise TargetError(selector.complaint(everything))
-    return [(group, value) for layer, value in chosen if (group := tied.pop(layer.use, None)) is not None]
+    return [(group, method) for layer, method in chosen if (group := tied.pop(layer.use, None)) is not None]
 
 
 class _Selector:
-    """One pattern, and whether it was of any use."""
+    """One pattern, what it is for, and whether it was of any use."""
 
-    def __init__(self, pattern: Pattern | None, model: nn.Module) -> None:
+    def __init__(self, pattern: Pattern | None, method: Method | None, model: nn.Module) -> None:
         self.pattern = pattern
+        self.method = method
+        self.model = model
         self.useful = False
         self.is_name = isinstance(pattern, str) and "*" not in pattern
         # A parameter that is no layer's weight is a target when it is named, not when it happens to be there.
         named = isinstance(pattern, str) and "*" not in pattern.rpartition(".")[2]
         self._reaches_parameters = named or isinstance(pattern, re.Pattern)
-        self._matches = _matcher(pattern, model)
+        self._matches = _matcher(pattern, model, method)
 
-    def matches(self, layer: Layer) -> bool:
-        if layer.parameter != "weight" and not layer.owners and not self._reaches_parameters:
-            return False
-        return any(self._matches(path, module) for path, module in layer.names)
+    def matches(self, layer: Layer, method: Method | None) -> bool:
+        """Whether it matches a layer, or what makes a method choose it."""
+        bare = layer.parameter != "weight"
+        names = [] if bare and not layer.owners and not self._reaches_parameters else layer.names
+        if method is not None and not method.chooses(layer.parameter):
+            names = names if bare else []
+        elif method is not None and (bare or method.within()):
+            names = [*names, *layer.holders(self.model, method.within())]
+        return any(self._matches(path, module) for path, module in names)
 
     def complaint(self, everything: list[Layer]) -> str:
         if self.pattern is None:
             return "The model has no layer that the method supports besides its output head: name the targets."
-        matched = [layer for layer in everything if self.matches(layer)]
+        matched = [layer for layer in everything if self.matches(layer, self.method)]
         if matched:
             return (
                 f"The pattern {self.pattern!r} selects no layer to adapt, only excluded or unsupported ones such as"
@@ -177,8 +201,10 @@ class _Selector:
         return f"The pattern {self.pattern!r} matches no layer; near it are {', '.join(map(repr, near))}."
 
 
-def _matcher(pattern: Pattern | None, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+def _matcher(pattern: Pattern | None, model: nn.Module, method: Method | None) -> Callable[[str, nn.Module], bool]:
     if pattern is None:
+        if method is not None and (default := method.default(model)) is not None:
+            return default
         head = _output_head(model)
         return lambda path, module: module is not head and path.rpartition(".")[2] not in _HEAD_NAMES
     if isinstance(pattern, str):

@@ -36,8 +36,10 @@ class AdapterFile:
         layers: Dotted path of each adapted layer in the base model, and its weights.
         base_model: The Hub id or path of the base model, where it is known.
         metadata: The text metadata of the safetensors header.
+        shared: Tensors that all layers have in common, by name.
     """
 
     layers: Mapping[str, LayerWeights]
     base_model: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)

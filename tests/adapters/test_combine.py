@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import adapters
-from adapters import AdapterError, Branch, LoRA, Method, Patch, PatchNameError, PatchStateError
-from adapters.layers import Matrix
-from adapters.methods.lora import LoRABranch
+from adapters import AdapterError, LoRA, Method, Patch, PatchNameError, PatchStateError, Site, Tensors
+from adapters.forms import Additive
 from tests.adapters.models import BUILDERS, build, perturb, snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -360,7 +359,7 @@ def test_low_rank_is_never_made_full(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Tensor:
         raise RuntimeError("a full matrix")
 
-    monkeypatch.setattr(LoRABranch, "adapt", fail)
+    monkeypatch.setattr(LoRA, "change", fail)
     adapters.combine(model, weights, name="exact")
     adapters.combine(model, weights, name="svd", how="svd", rank=1)
     with pytest.raises(RuntimeError, match="a full matrix"):
@@ -394,36 +393,31 @@ def test_what_changes_nothing_combines_to_nothing() -> None:
         both.eject()
 
 
-class Dense(Method):
+@dataclass(frozen=True)
+class Dense(Additive):
     """A whole matrix that is added, as tests of the general interface need it."""
 
     key = "dense"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
 
-    def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
-        branch = DenseBranch()
-        branch.register_parameter("delta", nn.Parameter(torch.zeros(matrix.shape, device=device, dtype=dtype)))
-        return branch
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {"delta": site.zeros(*site.shape)}
 
-
-class DenseBranch(Branch):
-    additive = True
-
-    def adapt(self, weight: Tensor, scale: float) -> Tensor:
-        return self.matrix.write(self.matrix.read(weight) + self.delta.to(weight.dtype) * scale, like=weight)
+    def delta(self, t: Tensors) -> Tensor:
+        return t.delta
 
 
-class Stretching(Dense):
+@dataclass(frozen=True)
+class Stretching(Method):
     """Not an update, but a factor."""
 
-    def build(self, layer: nn.Module, matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Branch:
-        branch = StretchingBranch()
-        branch.register_parameter("delta", nn.Parameter(torch.zeros((), device=device, dtype=dtype)))
-        return branch
+    key = "stretching"
 
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {"delta": site.zeros()}
 
-class StretchingBranch(Branch):
-    def adapt(self, weight: Tensor, scale: float) -> Tensor:
-        return weight * (1 + scale * self.delta)
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return weight * (1 + t.delta)
 
 
 @pytest.mark.parametrize("how", ["exact", "svd"])

@@ -498,8 +498,8 @@ def test_printing() -> None:
     patch = adapters.inject(case.model, LORA, targets="Linear_2", name="style")
     assert str(patch).splitlines() == [
         "Patch 'style': injected, scale 1",
-        "  path      method                                            parameters",
-        "  Linear_2  LoRA(rank=2, alpha=4, dropout=0.0, rslora=False)          26",
+        "  path      method                 parameters",
+        "  Linear_2  LoRA(rank=2, alpha=4)          26",
         "  1 layers, 26 parameters",
     ]
     assert repr(case.model.Linear_2).splitlines() == [

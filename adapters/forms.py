@@ -1,0 +1,102 @@
+"""The forms a formula can have: added to the weight, applied to the output, or applied to the input of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - as everyone calls it
+
+from adapters.branch import Branch, Tensors
+from adapters.layers import Matrix, features_dim
+from adapters.method import Method, Site
+
+
+class Additive(Method):
+    """`W + s Δ`, where `Δ` does not depend on `W`."""
+
+    additive: ClassVar[bool] = True
+
+    def delta(self, t: Tensors) -> Tensor:
+        """What is added to the weight, of the shape of its matrix."""
+        raise NotImplementedError
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return weight + self.delta(t)
+
+    def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
+        return torch.add(weight, self.delta(t), alpha=scale)
+
+
+class LowRank(Additive):
+    """`W + s U D`, with `U` of a few columns and `D` of as many rows."""
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        """`(U, D)`, of shapes `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack."""
+        raise NotImplementedError
+
+    def delta(self, t: Tensors) -> Tensor:
+        up, down = self.factors(t)
+        return up @ down
+
+    def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
+        up, down = self.factors(t)
+        add = torch.baddbmm if weight.ndim == 3 else torch.addmm
+        return add(weight, up * scale, down)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return matrix.kind == "linear"
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output: Tensor = layer(x, *args, **kwargs)
+        up, down = self.factors(branch.values())
+        return output + (F.linear(F.linear(branch.cast(x), down), up) * scale).to(output.dtype)
+
+
+class OutputMap(Method):
+    """A linear map of the output, bias included: of the columns of the weight."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "embedding"})
+
+    def map(self, y: Tensor, t: Tensors) -> Tensor:
+        """What becomes of outputs of shape `(..., outputs)`."""
+        raise NotImplementedError
+
+    def names(self, site: Site) -> tuple[str, ...]:
+        return (site.parameter, cast(str, site.bias_name)) if site.has_bias else (site.parameter,)
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return self.map(weight.mT, t).mT
+
+    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
+        return self.map(bias, t)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return True
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+        output: Tensor = layer(*args, **kwargs)
+        features = branch.cast(output.movedim(features_dim(branch.layer), -1))
+        mapped = features.lerp(self.map(features, branch.values()).to(features.dtype), scale)
+        return mapped.movedim(-1, features_dim(branch.layer)).to(output.dtype)
+
+
+class InputMap(Method):
+    """A linear map of the input: of the rows of the weight, by its transpose."""
+
+    def map(self, x: Tensor, t: Tensors, transposed: bool) -> Tensor:
+        """What becomes of inputs of shape `(..., inputs)`, or what the transpose of that map makes of them."""
+        raise NotImplementedError
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return self.map(weight, t, transposed=True)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return matrix.kind == "linear"
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inputs = branch.cast(x)
+        mapped = inputs.lerp(self.map(inputs, branch.values(), transposed=False).to(inputs.dtype), scale)
+        return layer(mapped.to(x.dtype), *args, **kwargs)
