@@ -23,7 +23,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import LoRA
+from adapters.methods import Copy, LoRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Branch",
+    "Copy",
     "LayerMismatchError",
     "LoRA",
     "Method",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.adapter import Adapter
+from adapters.branch import Branch
 from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
 from adapters.layers import is_plain, is_stored, read_weight, substitute
-from adapters.branch import Branch
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
@@ -324,10 +324,11 @@ def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[st
     wide = {name: None if (weight := own[name]) is None else _widened(weight) for name in touched}
     for branch, scale in active:
         wide = branch.change(wide, scale)
+    dtype = next((weight.dtype for weight in own.values() if weight is not None), None)  # For a bias where none was.
     weights = dict(own)
     for name, result in wide.items():
         like = own[name]
-        weights[name] = result if result is None or like is None else result.to(like.dtype)
+        weights[name] = None if result is None else result.to(dtype if like is None else like.dtype)
     return weights
 
 

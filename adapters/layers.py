@@ -40,7 +40,7 @@ class Matrix:
     @classmethod
     def whole(cls, layer: nn.Module, parameter: str) -> Matrix | None:
         """A parameter of any shape as it is, or None where there is none that can be adapted."""
-        if isinstance(layer, UNSUPPORTED):
+        if isinstance(layer, UNSUPPORTED) or _is_source(layer, parameter):
             return None
         weight = read_weight(layer, parameter) if hasattr(layer, parameter) else None
         return cls(tuple(weight.shape), "as is", "any") if isinstance(weight, Tensor) else None
@@ -122,6 +122,11 @@ def read_weight(layer: nn.Module, parameter: str) -> Tensor:
     for hook in _norm_hooks(layer, parameter).values():
         return cast(Tensor, hook.compute_weight(layer))
     return cast(Tensor, getattr(layer, parameter))
+
+
+def _is_source(layer: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is what a hook computes a weight from."""
+    return parameter.endswith(("_g", "_v", "_orig")) and bool(_norm_hooks(layer, parameter.rpartition("_")[0]))
 
 
 def _norm_hooks(layer: nn.Module, parameter: str) -> dict[int, Any]:

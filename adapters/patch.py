@@ -21,9 +21,9 @@ import fluxion as fl
 import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
-from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.branch import Branch
-from adapters.layers import Matrix, is_stored, read_weight
+from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
+from adapters.layers import is_stored
 from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
@@ -591,6 +591,8 @@ def _restored(
     for layer, path in found:
         content = file.layers[path]
         try:
+            if content.method not in METHODS:
+                raise TargetError(f"its method {content.method!r} is not known here")
             method = METHODS[content.method](**content.hyperparameters)
             if method.matrix(layer.module, layer.parameter) is None:
                 raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")

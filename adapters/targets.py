@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from adapters.adapted import Adapted
 from adapters.adapter import Slot
@@ -106,9 +107,10 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 def _below(parent: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """The children of a module with their paths and slots, the last one first."""
-    children = reversed(parent._modules.items())
-    return [(prefix + key, parent, key, child) for key, child in children if child is not None]
+    """The children of a module with their paths and slots, the last one first, without what computes its weights."""
+    computed = parametrize.is_parametrized(parent)
+    children = [(key, child) for key, child in parent._modules.items() if not (computed and key == "parametrizations")]
+    return [(prefix + key, parent, key, child) for key, child in reversed(children) if child is not None]
 
 
 def select(

@@ -3,9 +3,20 @@
 from collections.abc import Mapping
 
 from adapters.method import Method
+from adapters.methods.copied import Copy
 from adapters.methods.lora import LoRA
 
-METHODS: Mapping[str, type[Method]] = {method.key: method for method in (LoRA,)}
+METHODS: Mapping[str, type[Method]] = {
+    method.key: method
+    for method in (
+        LoRA,
+        Copy,
+    )
+}
 """Every method by the name that files give it."""
 
-__all__ = ["METHODS", "LoRA"]
+__all__ = [
+    "METHODS",
+    "Copy",
+    "LoRA",
+]

@@ -16,7 +16,7 @@ from adapters.errors import TargetError
 from adapters.forms import LowRank
 from adapters.layers import CONVOLUTIONS, Matrix, is_conv1d, is_plain
 from adapters.method import Method, Site, need, need_alpha, need_rank
-from adapters.methods.starts import STARTS
+from adapters.methods.starts import STARTS, as_matrices
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,7 @@ class LoRA(LowRank):
         return (site.parameter, "bias") if self.bias else (site.parameter,)
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
-        down, up = t.lora_A, t.lora_B
-        if t.matrix.kind == "embedding":
-            down = down.T
-        elif t.matrix.kind == "convolution":
-            down, up = down.flatten(1), up.flatten(1)
+        down, up = as_matrices(t.lora_A, t.lora_B, t.matrix)
         if "start_A" in t:
             down, up = torch.cat([down, t.start_A], -2), torch.cat([up, -t.start_B], -1)
         return up * self.scaling, down

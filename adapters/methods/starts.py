@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapters.branch import Branch
 from adapters.errors import TargetError
+from adapters.layers import Matrix
 from adapters.method import Site
 
 if TYPE_CHECKING:
@@ -41,12 +42,11 @@ class Start:
         if down.is_meta:
             return
         with torch.no_grad():
-            flat = len(site.shape) == 2
-            embedding = isinstance(site.layer, nn.Embedding)
-            a = down.T if embedding else down.flatten(1) if flat else down
-            self.fill(site, a, up.flatten(1) if flat else up, scaling)
+            a, b = as_matrices(down, up, site.matrix)
+            self.fill(site, a, b, scaling)
             if self.moves:
-                remember(branch, a, up)
+                branch.register_buffer("start_A", a.clone())
+                branch.register_buffer("start_B", b.clone())
 
     def saved(self, method: LoRA, branch: Branch) -> tuple[LoRA, dict[str, Tensor]]:
         """The method and the tensors that a file of plain LoRA has: the start beside the present values."""
@@ -62,11 +62,11 @@ class Start:
         return plain, {a: torch.cat([down, start_a], int(stack)), b: torch.cat([up, -start_b], 1 + int(stack))}
 
 
-def remember(branch: Branch, down: Tensor, up: Tensor) -> None:
-    """Let a branch subtract these factors from now on."""
-    flat = len(branch.matrix.shape) == 2 if hasattr(branch, "matrix") else up.ndim != 3
-    branch.register_buffer("start_A", down.detach().clone())
-    branch.register_buffer("start_B", (up.flatten(1) if flat else up).detach().clone())
+def as_matrices(down: Tensor, up: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
+    """A and B as the matrices `(rank, inputs)` and `(outputs, rank)`, with the experts in front, sharing memory."""
+    if matrix.kind == "embedding":
+        return down.T, up
+    return (down.flatten(1), up.flatten(1)) if matrix.kind == "convolution" else (down, up)
 
 
 def _zero_product(fill: Callable[[Tensor, int], Any]) -> Fill:
@@ -93,10 +93,11 @@ def _orthogonal(site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
     rank = down.shape[-2]
     if rank % 2:
         raise TargetError(f"init='orthogonal' needs an even rank, not {rank}.")
-    q = torch.linalg.qr(torch.randn(rank, rank, device=down.device))[0]
+    like: dict[str, Any] = {"device": down.device, "dtype": torch.promote_types(down.dtype, torch.float32)}
+    q = torch.linalg.qr(torch.randn(rank, rank, **like)).Q
     shape = (*down.shape[:-2], rank // 2)
-    down.copy_(q[0::2].T @ torch.randn(*shape, down.shape[-1], device=down.device) / 10)
-    up.copy_(torch.randn(*shape, up.shape[-2], device=up.device).mT @ q[1::2] / 10)
+    down.copy_(q[0::2].T @ torch.randn(*shape, down.shape[-1], **like) / 10)
+    up.copy_(torch.randn(*shape, up.shape[-2], **like).mT @ q[1::2] / 10)
 
 
 def _pissa(site: Site, down: Tensor, up: Tensor, scaling: float) -> None:

@@ -1,7 +1,8 @@
 """The format of the PEFT library: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-Tensors are named `base_model.model.<path>.lora_A.weight` and `.lora_B.weight`, and for embeddings
-`.lora_embedding_A` and `.lora_embedding_B`; every number is in the JSON file.
+Tensors are named `base_model.model.<path>.<end>`; every number is in the JSON file. What each method calls its tensors
+and its numbers is in `peft_methods`. Parameters that are saved whole, as `modules_to_save` and `bias` ask for, have
+their own names, and are layers of the method `"copy"` here.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -15,59 +16,45 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.atomic import write_files
 from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
+from weights.formats.peft_methods import GRAMMARS, Grammar
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FILES = (CONFIG, TENSORS)
 
-_KEY = re.compile(
-    r"base_model\.model\.(?P<path>.+)\.(?P<tensor>lora_[AB](?=\.weight$)|lora_embedding_[AB]$)(\.weight)?"
-)
-_TENSOR_NAMES = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
+_PREFIX = "base_model.model."
+_BASE_BIAS = ".base_layer.bias"
 
-# The settings that are read, with PEFT's defaults.
-_DEFAULTS: Mapping[str, Any] = {
+# The settings that are read of every method, with PEFT's defaults.
+_COMMON: Mapping[str, Any] = {
     "peft_type": None,
     "base_model_name_or_path": None,
-    "r": 8,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "bias": "none",
-    "init_lora_weights": True,
+    "modules_to_save": None,
 }
 # Settings that do not change what the saved tensors compute: how they were found and trained, and how the base
 # model's layers were laid out and chosen, which the names of the tensors say better.
 _INERT = {
     "auto_mapping",
-    "corda_config",
-    "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",
+    "init_weights",
     "layers_pattern",
     "layers_to_transform",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
     "peft_version",
-    "qalora_group_size",
     "revision",
-    "runtime_config",
     "target_modules",
     "task_type",
 }
-# The other initialisations (PiSSA, OLoRA, CorDA, ...) change the base model's weights too when PEFT loads the file.
-_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def recognise(path: Path) -> bool:
@@ -80,39 +67,43 @@ def read(path: Path) -> AdapterFile:
 
     Raises:
         SourceNotFoundError: There is no `adapter_model.safetensors`.
-        FileFormatError: The files are not sound, contradict each other, or use anything but plain LoRA; the message
+        FileFormatError: The files are not sound, contradict each other, or use what is not supported; the message
             lists what is wrong.
     """
     folder = path if path.is_dir() else path.parent
-    config = _read_config(folder / CONFIG)
+    fields, grammar = _read_config(folder / CONFIG)
     if not (folder / TENSORS).exists():
         raise SourceNotFoundError(
             f"{folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
         )
     tensors = open_tensors(folder / TENSORS)
-    keys: dict[str, dict[str, str]] = {}
+    named: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    copies: dict[str, LayerWeights] = {}
     stray = []
     for key in tensors:
-        if match := _KEY.fullmatch(key):
-            keys.setdefault(match["path"], {})[match["tensor"]] = key
+        if (found := _adapter_key(key, grammar)) is not None:
+            where, name = found
+            (shared if where is None else named.setdefault(where, {}))[name] = tensors[key]
+        elif (copied := _copied_path(key, fields)) is not None:
+            copies[copied] = LayerWeights("copy", {}, {"copy": tensors[key]})
         else:
             stray.append(f"the key {key!r} is not expected")
-    _refuse(folder / TENSORS, stray or ([] if keys else ["it has no adapter in it"]))
+    _refuse(folder / TENSORS, stray or ([] if named else ["it has no adapter in it"]))
     layers = {
         layer: LayerWeights(
-            method="lora",
-            hyperparameters={
-                "rank": _as_integer(_lookup(config["rank_pattern"], layer, config["r"])),
-                "alpha": float(_lookup(config["alpha_pattern"], layer, config["lora_alpha"])),
-                "dropout": float(config["lora_dropout"]),
-                "rslora": config["use_rslora"],
-            },
-            tensors={name: tensors[key] for name, key in sorted(named.items())},
+            grammar.method, _hyperparameters(fields, grammar, layer), dict(sorted(named[layer].items()))
         )
-        for layer, named in keys.items()
+        for layer in named
     }
-    _refuse(folder, _layer_problems(layers))
-    return AdapterFile(layers, config["base_model_name_or_path"] or None, tensors.metadata)
+    layers = {
+        path: LayerWeights(
+            layer.method, {**layer.hyperparameters, **grammar.of_layer(fields, path, layer)}, layer.tensors
+        )
+        for path, layer in layers.items()
+    }
+    _refuse(folder, _layer_problems(layers, grammar))
+    return AdapterFile({**layers, **copies}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -121,16 +112,20 @@ def write(adapter: AdapterFile, path: Path) -> None:
     PEFT keeps no other text in the tensor file, so the adapter's `metadata` is not written.
 
     Raises:
-        FileFormatError: A layer is not plain LoRA, or the layers differ in what the format holds once.
+        FileFormatError: PEFT does not know the method, or the layers differ in what the format holds once.
         FileWriteError: The system refused to write.
     """
-    _refuse(path, _layer_problems(adapter.layers) if adapter.layers else ["it has no layers"])
+    layers = {where: layer for where, layer in adapter.layers.items() if layer.method != "copy"}
+    copies = {where: layer for where, layer in adapter.layers.items() if layer.method == "copy"}
+    grammar = _grammar_of(layers, path)
+    _refuse(path, _layer_problems(layers, grammar))
     tensors = {
-        f"base_model.model.{layer}.{name}{'' if 'embedding' in name else '.weight'}": tensor
-        for layer, weights in adapter.layers.items()
-        for name, tensor in weights.tensors.items()
+        grammar.key(where, name): tensor for where, layer in layers.items() for name, tensor in layer.tensors.items()
     }
-    config = json.dumps(_config_of(adapter, path), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
+    tensors |= {_copied_key(where, layers): layer.tensors["copy"] for where, layer in copies.items()}
+    settings = {**_config_of(adapter, layers, grammar, path), **_copy_settings(copies, layers, grammar)}
+    config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     contents: dict[Path, Iterable[bytes | memoryview]] = {
         path / TENSORS: encode(tensors, {"format": "pt"}),
         path / CONFIG: [config.encode()],
@@ -140,40 +135,109 @@ def write(adapter: AdapterFile, path: Path) -> None:
     write_files(contents)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The settings in `path` with PEFT's defaults, checked."""
+# The names of tensors
+
+
+def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
+    """The layer and the tensor that a key names; no layer for a shared tensor."""
+    for name, whole in grammar.shared.items():
+        if key == whole:
+            return None, name
+    if key.startswith(_PREFIX):
+        for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):
+            if key.endswith(f".{end}"):
+                return key[len(_PREFIX) : -len(end) - 1], name
+    return None
+
+
+def _copied_path(key: str, fields: Mapping[str, Any]) -> str | None:
+    """The path of a parameter that was saved whole: the module's for its weight."""
+    path = key.removeprefix(_PREFIX)
+    if path == key:
+        return None
+    if fields["bias"] != "none" and path.endswith(".bias"):
+        return path.replace(_BASE_BIAS, ".bias")
+    names = path.split(".")
+    holders = [".".join(names[start:end]) for end in range(len(names)) for start in range(end)]
+    return path.removesuffix(".weight") if set(holders) & set(fields["modules_to_save"] or ()) else None
+
+
+def _copied_key(path: str, layers: Mapping[str, LayerWeights]) -> str:
+    module, _, name = path.rpartition(".")
+    if name == "bias":
+        return f"{_PREFIX}{module}{_BASE_BIAS if module in layers else '.bias'}"
+    return f"{_PREFIX}{path}.weight"
+
+
+def _copy_settings(
+    copies: Mapping[str, LayerWeights], layers: Mapping[str, LayerWeights], grammar: Grammar
+) -> dict[str, Any]:
+    modules = {path.removesuffix(".bias") for path in copies}
+    whole = sorted(module for module in modules if module in copies)
+    biases = modules - set(whole)
+    only = f"{grammar.type.lower()}_only" if biases <= layers.keys() else "all"
+    return {"modules_to_save": whole or None, **({"bias": only} if biases else {})}
+
+
+# The settings
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], Grammar]:
+    """The settings in `path` with PEFT's defaults, checked, and the grammar of the method."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not readable as JSON: {error}; fetch or save it again.") from error
     if not isinstance(fields, dict):
         raise FileFormatError(f"{path} is not a table of settings; fetch or save it again.")
-    config = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
-    _refuse(path, _config_problems(config))
-    return config
+    fields = {**_COMMON, **{name: value for name, value in fields.items() if value is not None}}
+    candidates = [grammar for grammar in GRAMMARS if grammar.type == fields["peft_type"]]
+    if not candidates:
+        known = ", ".join(dict.fromkeys(grammar.type for grammar in GRAMMARS))
+        _refuse(path, [f"peft_type is {fields['peft_type']!r}, which is none of {known}"])
+    grammar = min(candidates, key=lambda grammar: len(list(_misfits(fields, grammar))))
+    defaults = {**dict(grammar.settings.values()), **{name: {} for name in grammar.patterns.values()}}
+    fields = {**defaults, **fields}
+    _refuse(path, _config_problems(fields, grammar))
+    return fields, grammar
 
 
-def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    if config["peft_type"] != "LORA":
-        yield f"peft_type is {config['peft_type']!r}, only 'LORA' is supported"
-        return
-    for name in sorted(config.keys() - _DEFAULTS.keys() - _INERT):
-        if config[name]:
-            yield f"{name}={config[name]!r} is not supported"
-    if config["bias"] != "none":
-        yield f"bias={config['bias']!r} is not supported"
-    if config["init_lora_weights"] not in _INITIALISATIONS:
-        yield f"init_lora_weights={config['init_lora_weights']!r} also changes the base model, convert it with PEFT"
-    if not isinstance(config["base_model_name_or_path"], str | None):
+def _misfits(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
+    for name, allowed in grammar.fixed.items():
+        if fields.get(name, allowed[0]) not in allowed:
+            yield f"{name}={fields[name]!r} is not supported"
+
+
+def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
+    known = {*_COMMON, *_INERT, *grammar.inert, *grammar.fixed, *grammar.patterns.values()}
+    known |= {name for name, _ in grammar.settings.values()}
+    for name in sorted(fields.keys() - known):
+        if fields[name]:
+            yield f"{name}={fields[name]!r} is not supported"
+    yield from _misfits(fields, grammar)
+    if not isinstance(fields["base_model_name_or_path"], str | None):
         yield "base_model_name_or_path is not a text"
-    if not isinstance(config["use_rslora"], bool):
-        yield "use_rslora is not true or false"
-    for name in ("r", "lora_alpha", "lora_dropout"):
-        if not _is_number(config[name]):
-            yield f"{name}={config[name]!r} is not a number"
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not _is_pattern_table(config[name]):
+    modules = fields["modules_to_save"]
+    if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+        yield "modules_to_save is not a list of names"
+    if not isinstance(fields["bias"], str):
+        yield "bias is not a text"
+    for name, default in grammar.settings.values():
+        if not _is_like(fields[name], default):
+            yield f"{name}={fields[name]!r} is not {_KINDS.get(type(default), 'of the right kind')}"
+    for name in grammar.patterns.values():
+        if not _is_pattern_table(fields[name]):
             yield f"{name} is not a table of regular expressions and numbers"
+
+
+_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default: a number, true or false, a text, or None for nothing set."""
+    if default is None:
+        return True
+    return _is_number(value) if _is_number(default) else type(value) is type(default)
 
 
 def _is_number(value: Any) -> bool:
@@ -189,6 +253,23 @@ def _is_pattern_table(table: Any) -> bool:
         return False
 
 
+def _hyperparameters(
+    fields: Mapping[str, Any], grammar: Grammar, layer: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What the settings say of a layer with these tensors."""
+    found = {}
+    for hyperparameter, (name, default) in grammar.settings.items():
+        value = fields[name]
+        if hyperparameter in grammar.patterns:
+            value = _lookup(fields[grammar.patterns[hyperparameter]], layer, value)
+        if type(default) is float:
+            value = float(value)
+        elif _is_number(value):
+            value = _as_integer(value)
+        found[hyperparameter] = value
+    return {**found, **grammar.of_layer(fields, layer, tensors)}
+
+
 def _lookup(table: Mapping[str, Any], layer: str, default: Any) -> Any:
     """The layer's value as PEFT finds it: the first pattern that matches the end of the path, from a dot on."""
     for pattern, value in table.items():
@@ -197,53 +278,58 @@ def _lookup(table: Mapping[str, Any], layer: str, default: Any) -> Any:
     return table.get(layer, default)
 
 
-def _layer_problems(layers: Mapping[str, LayerWeights]) -> Iterator[str]:
+def _grammar_of(layers: Mapping[str, LayerWeights], path: Path) -> Grammar:
+    """The grammar that can hold these layers, of one method."""
+    if not layers:
+        _refuse(path, ["it has no layers with an adapter"])
+    methods = sorted({layer.method for layer in layers.values()})
+    if len(methods) > 1:
+        _refuse(path, [f"it has several methods ({', '.join(methods)}), and PEFT keeps one in a file"])
+    known = {grammar.method: grammar for grammar in GRAMMARS}
+    if methods[0] not in known:
+        _refuse(path, [f"it has the method {methods[0]!r}, which is none of {', '.join(known)}"])
+    return known[methods[0]]
+
+
+def _layer_problems(layers: Mapping[str, LayerWeights], grammar: Grammar) -> Iterator[str]:
+    required = grammar.tensors.keys() - grammar.optional
     for path, layer in layers.items():
-        if layer.method != "lora":
-            yield f"layer {path!r} has the method {layer.method!r}, only 'lora' is supported"
-        elif layer.tensors.keys() not in _TENSOR_NAMES:
-            yield f"layer {path!r} has {', '.join(sorted(layer.tensors)) or 'nothing'} instead of lora_A and lora_B"
-        else:
-            a, b = (tuple(layer.tensors[name].shape) for name in sorted(layer.tensors))
-            rank = layer.hyperparameters.get("rank")
-            fit = len(a) == len(b) >= 2 and set(b[2:]) <= {1}
-            if not fit or not rank or a[0] != rank or b[1] != rank:
-                yield f"layer {path!r} has lora_A {a} and lora_B {b}, which do not fit each other and rank {rank}"
+        missing, extra = required - layer.tensors.keys(), layer.tensors.keys() - grammar.tensors.keys()
+        if missing or extra or not layer.tensors:
+            have = ", ".join(sorted(layer.tensors)) or "nothing"
+            yield f"layer {path!r} has {have} instead of {' and '.join(sorted(required))}"
+        elif problem := grammar.check(layer):
+            yield f"layer {path!r} has {problem}"
 
 
-def _config_of(adapter: AdapterFile, path: Path) -> dict[str, Any]:
+def _config_of(
+    adapter: AdapterFile, layers: Mapping[str, LayerWeights], grammar: Grammar, path: Path
+) -> dict[str, Any]:
     """The settings PEFT needs to load `adapter`."""
-    ranks = _values(adapter, path, "rank")
-    alphas = {layer: _as_integer(value) for layer, value in _values(adapter, path, "alpha").items()}
-    once = {name: set(_values(adapter, path, name).values()) for name in ("dropout", "rslora")}
-    _refuse(path, [f"its layers differ in {name}, PEFT keeps one" for name in once if len(once[name]) > 1])
-    rank, alpha = _most_common(ranks), _most_common(alphas)
-    return {
-        "peft_type": "LORA",
+    config: dict[str, Any] = {
+        "peft_type": grammar.type,
         "task_type": None,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
-        "target_modules": sorted(adapter.layers),
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": once["dropout"].pop(),
-        "use_rslora": once["rslora"].pop(),
-        "rank_pattern": _pattern_table(ranks, rank),
-        "alpha_pattern": _pattern_table(alphas, alpha),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
+        "target_modules": sorted(layers),
+        **{name: allowed[0] for name, allowed in grammar.fixed.items()},
     }
+    for hyperparameter, (name, default) in grammar.settings.items():
+        values = _values(layers, path, hyperparameter, default)
+        config[name] = _most_common(values)
+        if hyperparameter in grammar.patterns:
+            config[grammar.patterns[hyperparameter]] = _pattern_table(values, config[name])
+        elif len(set(map(repr, values.values()))) > 1:
+            _refuse(path, [f"its layers differ in {hyperparameter}, PEFT keeps one"])
+    return {**config, **grammar.of_file(adapter)}
 
 
-def _values(adapter: AdapterFile, path: Path, name: str) -> dict[str, Any]:
+def _values(layers: Mapping[str, LayerWeights], path: Path, name: str, default: Any) -> dict[str, Any]:
     """One hyperparameter of every layer."""
-    values = {layer: weights.hyperparameters.get(name) for layer, weights in adapter.layers.items()}
-    unfit = [layer for layer, value in values.items() if not isinstance(value, bool) and not _is_number(value)]
+    values = {layer: weights.hyperparameters.get(name, default) for layer, weights in layers.items()}
+    unfit = [layer for layer, value in values.items() if not _is_like(value, default)]
     _refuse(path, [f"layer {layer!r} has no usable {name}" for layer in unfit])
-    return values
+    return {layer: _as_integer(value) if _is_number(value) else value for layer, value in values.items()}
 
 
 def _as_integer(value: float) -> float:
@@ -251,9 +337,9 @@ def _as_integer(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _most_common(values: Mapping[str, float]) -> float:
+def _most_common(values: Mapping[str, Any]) -> Any:
     counts = Counter(values.values())
-    return max(counts, key=lambda value: (counts[value], -value))
+    return max(counts, key=lambda value: (counts[value], -value if _is_number(value) else 0))
 
 
 def _pattern_table(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -269,4 +355,4 @@ def _refuse(path: Path, problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise FileFormatError(f"{path} does not work as a PEFT LoRA: {'; '.join(found[:5])}{more}.")
+        raise FileFormatError(f"{path} does not work as a PEFT adapter: {'; '.join(found[:5])}{more}.")

@@ -1,0 +1,43 @@
+"""Copied parameters: whole ones are trained, and used instead of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from adapters.branch import Tensors
+from adapters.errors import TargetError
+from adapters.layers import Matrix
+from adapters.method import Method, Site
+
+
+@dataclass(frozen=True)
+class Copy(Method):
+    """A copy of every parameter of the modules that are named, and of all below them, such as a new head.
+
+    Buffers, such as the running means of a batch normalisation, stay those of the model.
+    """
+
+    key = "copy"
+    paper = "PEFT's modules_to_save"
+    formula = "C, which starts as a copy of W"
+
+    def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
+        return Matrix.whole(layer, parameter)
+
+    def chooses(self, parameter: str) -> bool:
+        return True
+
+    def within(self) -> bool:
+        return True
+
+    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+        raise TargetError(f"{type(self).__name__} would copy the whole model: name the modules with targets=.")
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {"copy": site.weight.to(site.device, site.dtype, copy=True)}
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return t.copy

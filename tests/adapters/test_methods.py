@@ -1,0 +1,257 @@
+"""Every promise, for every method on every kind of layer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapters
+import fluxion as fl
+from adapters import Copy, LoRA, Method, TargetError
+from tests.adapters.models import snapshot
+from tests.adapters.test_layers import KINDS
+
+
+@dataclass
+class Variant:
+    """A method with numbers, and what is particular about it.
+
+    Attributes:
+        method: The method.
+        starts_at: How far the start may be off the identity, 0 for not a bit.
+        layers: The kinds of `KINDS` to try, where the method is for few.
+        targets: What to adapt, where `KINDS` does not say.
+    """
+
+    method: Method
+    starts_at: float = 1e-12
+    layers: tuple[str, ...] = ()
+    targets: Any = None
+
+
+VARIANTS: dict[str, Variant] = {
+    "lora": Variant(LoRA(rank=2, alpha=3)),
+    "rslora": Variant(LoRA(rank=3, alpha=2, rslora=True)),
+    "lora with bias": Variant(LoRA(rank=2, bias=True)),
+    "pissa": Variant(LoRA(rank=2, alpha=3, init="pissa")),
+    "olora": Variant(LoRA(rank=2, alpha=3, init="olora")),
+    "orthogonal": Variant(LoRA(rank=2, alpha=3, init="orthogonal")),
+    "gaussian": Variant(LoRA(rank=2, init="gaussian")),
+    "copy": Variant(Copy(), targets=nn.Module),
+}
+
+
+def perturb(patch: adapters.Patch, seed: int) -> None:
+    """Move every tensor that is trained by a little, whatever it is."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            parameter.add_(noise * 0.3)
+
+
+class Product:
+    """A model with a layer of some kind, and a method that can adapt it."""
+
+    def __init__(self, variant: str, kind: str) -> None:
+        torch.manual_seed(0)
+        make, sample, targets = KINDS[kind]
+        self.kind, self.variant = kind, VARIANTS[variant]
+        self.model, self.x = make().double().eval(), sample()
+        self.targets = self.variant.targets if targets is None else targets
+        self.wide = self.x.is_floating_point()
+        with torch.no_grad():
+            self.model(self.x)  # An embedding with max_norm shortens its own rows when it first reads them.
+
+    def inject(self, name: str = "a", **options: Any) -> adapters.Patch:
+        return adapters.inject(self.model, self.variant.method, self.targets, name=name, **options)
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad():
+            return self.model(self.x)
+
+
+def supported() -> Iterator[tuple[str, str]]:
+    """What a method adapts; that it refuses the others is tested below."""
+    for variant in VARIANTS:
+        for kind in VARIANTS[variant].layers or KINDS:
+            with warnings.catch_warnings(action="ignore"), contextlib.suppress(TargetError):
+                Product(variant, kind).inject()
+                yield variant, kind
+
+
+@pytest.fixture(params=list(supported()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def product(request: pytest.FixtureRequest) -> Product:
+    return Product(*request.param)
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_all_promises(product: Product) -> None:
+    model, before = product.model, snapshot(product.model)
+    keys = set(model.state_dict())
+    whole = product()
+    for parameter in model.parameters():  # Torch's attention rounds otherwise for parameters that need no gradient.
+        parameter.requires_grad_(False)
+    base = product()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    patches = [product.inject(name, seed=number) for number, name in enumerate("ab")]
+    # At the start nothing has changed, and base keys are what they were.
+    torch.testing.assert_close(product(), base, rtol=product.variant.starts_at, atol=product.variant.starts_at)
+    assert keys <= set(model.state_dict())
+    for number, patch in enumerate(patches):
+        perturb(patch, number)
+    outputs = {}
+    for choice in ((), ("a",), ("b",), ("a", "b")):
+        with adapters.use(model, *choice):
+            outputs[choice] = product()
+    assert torch.equal(outputs[()], base)
+    for one in (("a",), ("b",)):
+        assert not torch.allclose(outputs[one], base, rtol=1e-4, atol=1e-4)
+    # Half a patch lies on the way, and scale 0 is the base to the bit.
+    with adapters.use(model, {"a": 0.5}):
+        half = product()
+    assert not torch.allclose(half, base, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(half, outputs["a",], rtol=1e-4, atol=1e-4)
+    patches[0].scale = patches[1].scale = 0.0
+    assert torch.equal(product(), base)
+    patches[0].scale = patches[1].scale = 1.0
+    # Activation is local: each thread has its own.
+    seen: dict[tuple[str, ...], Tensor] = {}
+
+    def run(choice: tuple[str, ...]) -> None:
+        with adapters.use(model, *choice):
+            seen[choice] = product()
+
+    threads = [threading.Thread(target=run, args=(choice,)) for choice in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(seen[choice], output) for choice, output in outputs.items())
+    # Each row is what it is in a batch that has the same for all.
+    with adapters.use(model, rows=["b", None, ("a", "b"), {"a": 0.5}]):
+        if product.kind == "weight read by the model":
+            with pytest.raises(adapters.AdapterError, match="read by its weight"):
+                product()
+        else:
+            close(product(), torch.stack([outputs["b",][0], base[1], outputs["a", "b"][2], half[3]]))
+    # Merged in either order they compute the same, and unmerged every bit is back.
+    if product.variant.method.mergeable:
+        for order in (patches, patches[::-1]):
+            for patch in order:
+                patch.merge()
+                close(product(), outputs["a", "b"])
+            for choice, output in outputs.items():
+                with adapters.use(model, *choice):
+                    close(product(), output)
+            for patch in order:
+                patch.unmerge()
+            assert torch.equal(product(), outputs["a", "b"])
+    else:
+        for call in (patches[0].merge, patches[0].merge_and_eject):
+            with pytest.raises(adapters.PatchStateError, match="is no change of weights"):
+                call()
+        assert torch.equal(product(), outputs["a", "b"])
+    # A copy is a model of its own.
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(product.x), outputs["a", "b"])
+    for patch in patches:
+        patch.eject()
+    assert torch.equal(product(), whole)
+    assert snapshot(model) == before
+    patches[0].inject()
+    assert torch.equal(product(), outputs["a",])
+    patches[0].eject()
+    assert snapshot(model) == before
+
+
+def test_nothing_keeps_an_ejected_patch_alive(product: Product) -> None:
+    patch = product.inject()
+    product()
+    if product.variant.method.mergeable:
+        patch.merge()
+    patch.eject()
+    gone = weakref.ref(patch)
+    del patch
+    gc.collect()
+    assert gone() is None
+
+
+def test_gradients_reach_every_tensor(product: Product) -> None:
+    patch = product.inject()
+    perturb(patch, 1)
+    product.model(product.x).square().sum().backward()
+    for name, parameter in patch.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+    assert all(parameter.grad is None for parameter in product.model.parameters() if not parameter.requires_grad)
+
+
+def test_merged_for_good(product: Product) -> None:
+    patch = product.inject()
+    perturb(patch, 1)
+    if not product.variant.method.mergeable or "norm" in product.kind or product.kind == "orthogonal":
+        return
+    expected = product()
+    patch.merge_and_eject()
+    close(product(), expected)
+    assert not list(fl.walk(product.model, adapters.Adapted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_dtypes(product: Product, dtype: torch.dtype) -> None:
+    product.model.to(dtype)
+    product.x = product.x.to(dtype) if product.wide else product.x
+    patch = product.inject()
+    perturb(patch, 1)
+    expected = product()
+    assert expected.dtype == dtype and expected.isfinite().all()
+    if product.variant.method.mergeable:
+        patch.merge()
+        tolerance = 1e-4 if dtype == torch.float32 else 0.15
+        torch.testing.assert_close(product(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_state_comes_back(product: Product) -> None:
+    """By the patch's own dict into another patch, and by the model's into another model, constants included."""
+    patch = product.inject(seed=1)
+    perturb(patch, 1)
+    expected, state, whole = product(), patch.state_dict(), copy.deepcopy(product.model.state_dict())
+    patch.eject()
+    other = product.inject(seed=2)
+    other.load_state_dict(state)
+    assert torch.equal(product(), expected)
+    other.eject()
+    product.inject(seed=3)
+    product.model.load_state_dict(whole)
+    assert torch.equal(product(), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_that_a_method_cannot_adapt_are_refused(variant: str) -> None:
+    refused = 0
+    for kind in KINDS:
+        product = Product(variant, kind)
+        before = snapshot(product.model)
+        try:
+            product.inject().eject()
+        except TargetError as error:
+            refused += 1
+            assert len(str(error)) > 20
+        assert snapshot(product.model) == before
+    assert refused < len(KINDS)
