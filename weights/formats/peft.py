@@ -91,16 +91,8 @@ def read(path: Path) -> AdapterFile:
             stray.append(f"the key {key!r} is not expected")
     _refuse(folder / TENSORS, stray or ([] if named else ["it has no adapter in it"]))
     layers = {
-        layer: LayerWeights(
-            grammar.method, _hyperparameters(fields, grammar, layer), dict(sorted(named[layer].items()))
-        )
-        for layer in named
-    }
-    layers = {
-        path: LayerWeights(
-            layer.method, {**layer.hyperparameters, **grammar.of_layer(fields, path, layer)}, layer.tensors
-        )
-        for path, layer in layers.items()
+        where: LayerWeights(grammar.method, _hyperparameters(fields, grammar, where, own), dict(sorted(own.items())))
+        for where, own in named.items()
     }
     _refuse(folder, _layer_problems(layers, grammar))
     return AdapterFile({**layers, **copies}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
