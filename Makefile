@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/.run
 	$(BIN)/fluxion demo
@@ -19,6 +19,9 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.run
+	$(BIN)/python -c 'from adapters.catalogue import page; print(page(), end="")' > docs/methods.md
 
 clean:
 	rm -rf $(VENV) build dist

@@ -13,6 +13,7 @@ from adapters.activation import use
 from adapters.adapted import Adapted
 from adapters.adapter import Adapter
 from adapters.branch import Branch, Tensors
+from adapters.catalogue import methods
 from adapters.combine import combine
 from adapters.errors import (
     AdapterError,
@@ -23,7 +24,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import Copy, LoRA, register
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "combine",
     "inject",
     "load",
+    "methods",
     "patches",
+    "register",
     "use",
 ]

@@ -132,6 +132,7 @@ class Method(ABC):
         paper: Where it comes from.
         formula: What becomes of the weight `W`, in a line.
         kinds: The kinds of `Matrix` that it can adapt.
+        adapts: What it adapts in words, where that is not a kind of layer.
         fast: The tensors that may learn faster than the others.
         additive: Whether it adds to the weight what does not depend on it. Then patches can be combined.
         mergeable: Whether it can be stated as a change of weights.
@@ -141,6 +142,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
+    adapts: ClassVar[tuple[str, ...]] = ()
     fast: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True

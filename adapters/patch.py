@@ -412,12 +412,19 @@ class Patch:
             shared.update({name: tensor.detach() for name, tensor in place.branch.shared_tensors().items()})
         return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
 
-    def save_pretrained(self, path: str | PathLike[str], format: str = "peft") -> Path:
+    def save_pretrained(self, path: str | PathLike[str], format: str | None = None) -> Path:
         """Write it to a folder: tensors, configuration and model card. Returns the folder.
+
+        Args:
+            path: The folder.
+            format: `"peft"`, or `"fluxion"`, this library's own; by default PEFT's, if PEFT has the method.
 
         Raises:
             weights.WeightsError: The folder cannot be written, or the format cannot hold the patch.
         """
+        if format is None:
+            theirs = all("peft" in weights.formats_of(place.branch.method.key) for place in self.places)
+            format = "peft" if theirs else "fluxion"
         return weights.write_adapter(self.adapter_file(), path, format=format)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -525,7 +532,7 @@ def load(
         PatchNameError: The name is in use.
         weights.WeightsError: The source cannot be read.
     """
-    name = name or Path(source).name or "default"
+    name = name or Path(source).name.removesuffix(".safetensors") or "default"
     check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
     found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]

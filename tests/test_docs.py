@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters.methods import METHODS
+
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 
 
@@ -16,5 +18,10 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, object] = {"__name__": page.stem}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks
-    for block in blocks:
-        exec(compile(block, page.name, "exec", dont_inherit=True), names)
+    known = dict(METHODS)
+    try:
+        for block in blocks:
+            exec(compile(block, page.name, "exec", dont_inherit=True), names)
+    finally:  # What a page registers is forgotten.
+        METHODS.clear()
+        METHODS.update(known)

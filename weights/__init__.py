@@ -1,7 +1,7 @@
 """The bytes: tensors in safetensors files and on the Hugging Face Hub, and the file grammars of adapters."""
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.adapter_io import read_adapter, write_adapter
+from weights.adapter_io import formats_of, read_adapter, write_adapter
 from weights.errors import (
     FileFormatError,
     FileWriteError,
@@ -29,6 +29,7 @@ __all__ = [
     "TensorFiles",
     "WeightsError",
     "download",
+    "formats_of",
     "open",
     "publish",
     "read_adapter",

@@ -27,9 +27,13 @@ def read_adapter(source: str | PathLike[str], *, revision: str | None = None, to
     """
     patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
     path = locate(source, revision=revision, token=token, patterns=patterns)
-    for known in FORMATS.values():
-        if known.recognise(path):
-            return known.read(path)
+    recognised = [name for name, known in FORMATS.items() if known.recognise(path)]
+    if len(recognised) > 1:
+        raise FileFormatError(
+            f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
+        )
+    if recognised:
+        return FORMATS[recognised[0]].read(path)
     raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")
 
 
@@ -38,8 +42,9 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
 
     Args:
         adapter_file: What to write.
-        path: For `"peft"`, the folder; it is made if need be, and a `README.md` already in it is kept.
-        format: `"peft"`.
+        path: The folder; it is made if need be, and a `README.md` already in it is kept. `"fluxion"` also takes the
+            name of a `.safetensors` file.
+        format: `"peft"`, that of the PEFT library, or `"fluxion"`, this library's own, which holds every method.
 
     Returns:
         The path as given.
@@ -53,3 +58,8 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
     path = Path(path)
     FORMATS[format].write(adapter_file, path)
     return path
+
+
+def formats_of(method: str) -> tuple[str, ...]:
+    """The formats that can hold adapters of a method, given by its key."""
+    return tuple(name for name, known in FORMATS.items() if method in known.METHODS or not known.METHODS)

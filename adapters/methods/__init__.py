@@ -1,12 +1,13 @@
 """The methods, one per file: formula, initialisation, names of the tensors."""
 
-from collections.abc import Mapping
+from typing import TypeVar
 
+from adapters.errors import AdapterError
 from adapters.method import Method
 from adapters.methods.copied import Copy
 from adapters.methods.lora import LoRA
 
-METHODS: Mapping[str, type[Method]] = {
+METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
         LoRA,
@@ -15,8 +16,24 @@ METHODS: Mapping[str, type[Method]] = {
 }
 """Every method by the name that files give it."""
 
+M = TypeVar("M", bound=type[Method])
+
+
+def register(method: M) -> M:
+    """Make a method of your own known by its `key`, so that files that have it load. To be used as a decorator.
+
+    Raises:
+        AdapterError: Another method has that key.
+    """
+    if METHODS.get(method.key, method) is not method:
+        raise AdapterError(f"The key {method.key!r} is that of {METHODS[method.key].__name__}: choose another.")
+    METHODS[method.key] = method
+    return method
+
+
 __all__ = [
     "METHODS",
     "Copy",
     "LoRA",
+    "register",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from weights.adapter_file import AdapterFile
-from weights.formats import peft
+from weights.formats import native, peft
 
 
 class Format(Protocol):
     """What a module of this package offers."""
+
+    @property
+    def METHODS(self) -> Collection[str]:  # noqa: N802 - a constant of the module
+        """The keys of the methods that it can hold; none where it can hold all."""
 
     @property
     def FILES(self) -> Sequence[str]:  # noqa: N802 - a constant of the module
@@ -27,4 +31,4 @@ class Format(Protocol):
         """Write `adapter` at `path`; raises FileFormatError where the format cannot hold it."""
 
 
-FORMATS: Mapping[str, Format] = {"peft": peft}
+FORMATS: Mapping[str, Format] = {"fluxion": native, "peft": peft}

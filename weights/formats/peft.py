@@ -29,6 +29,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FILES = (CONFIG, TENSORS)
+METHODS = frozenset({"copy", *(grammar.method for grammar in GRAMMARS)})
 
 _PREFIX = "base_model.model."
 _BASE_BIAS = ".base_layer.bias"

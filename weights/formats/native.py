@@ -1,0 +1,101 @@
+"""This library's own format: one safetensors file that says all about itself, for any method.
+
+Tensors are named `<path>/<tensor>`, those that all layers have in common `/<tensor>`. The header's metadata has one
+entry, `fluxion_adapter`, a JSON table: the `version`, the `base_model`, and for each layer its `method` and its
+`hyperparameters`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weights.adapter_file import AdapterFile, LayerWeights
+from weights.atomic import write_files
+from weights.card import model_card
+from weights.errors import FileFormatError, WeightsError
+from weights.files import encode, open_tensors
+
+TENSORS = "adapter.safetensors"
+CARD = "README.md"
+FILES = (TENSORS,)
+METHODS: frozenset[str] = frozenset()
+
+_ENTRY = "fluxion_adapter"
+_VERSION = 1
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is such a file, or a folder with one."""
+    file = path / TENSORS if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
+        return False
+    try:
+        return _ENTRY in open_tensors(file).metadata
+    except WeightsError:
+        return file.name == TENSORS  # It is not sound: `read` says why.
+
+
+def read(path: Path) -> AdapterFile:
+    """Read a file, or the one in a folder.
+
+    Raises:
+        FileFormatError: The file is not sound, or of a later version.
+    """
+    file = path / TENSORS if path.is_dir() else path
+    tensors = open_tensors(file)
+    try:
+        about = json.loads(tensors.metadata[_ENTRY])
+        version, base, layers = about["version"], about["base_model"], about["layers"]
+        described = {str(where): (str(one["method"]), dict(one["hyperparameters"])) for where, one in layers.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(f"{file} does not say what adapter it is ({error}); fetch or save it again.") from error
+    if version != _VERSION or not isinstance(base, str | None):
+        raise FileFormatError(f"{file} is of version {version!r}, this library reads {_VERSION}: get a newer one.")
+    named: dict[str, dict[str, Tensor]] = {where: {} for where in described}
+    shared: dict[str, Tensor] = {}
+    for key in tensors:
+        where, separator, name = key.rpartition("/")
+        if separator and (where in named or not where):
+            named.get(where, shared)[name] = tensors[key]
+        else:
+            raise FileFormatError(f"{file} has a tensor {key!r} of no layer that it describes; fetch or save it again.")
+    content = {where: LayerWeights(*about, named[where]) for where, about in described.items()}
+    return AdapterFile(content, base, tensors.metadata, shared)
+
+
+def write(adapter: AdapterFile, path: Path) -> None:
+    """Write a file, or a folder with it and a model card, unless there is a `README.md` already.
+
+    Raises:
+        FileFormatError: The adapter has no layers, or a hyperparameter is nothing that JSON can hold.
+        FileWriteError: The system refused to write.
+    """
+    if not adapter.layers:
+        raise FileFormatError(f"{path} would have no layers in it: there is nothing to save.")
+    tensors = {f"{where}/{name}": t for where, layer in adapter.layers.items() for name, t in layer.tensors.items()}
+    tensors |= {f"/{name}": tensor for name, tensor in adapter.shared.items()}
+    encoded = encode(tensors, {_ENTRY: _about(adapter)})
+    if path.suffix == ".safetensors":
+        write_files({path: encoded})
+        return
+    contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
+    if not (path / CARD).exists():  # Somebody may have written it by hand.
+        contents[path / CARD] = [model_card(adapter).encode()]
+    write_files(contents)
+
+
+def _about(adapter: AdapterFile) -> str:
+    layers: Mapping[str, Any] = {
+        where: {"method": layer.method, "hyperparameters": dict(layer.hyperparameters)}
+        for where, layer in adapter.layers.items()
+    }
+    table = {"version": _VERSION, "base_model": adapter.base_model, "layers": layers}
+    try:
+        return json.dumps(table, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"A hyperparameter cannot be stored as JSON: {error}.") from error
