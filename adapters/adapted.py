@@ -100,7 +100,9 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
         What has no form as a change of weights comes last, so that merging the others changes nothing.
         """
-        active = sorted(active, key=lambda item: not item[0].names)
+        outside = [item for item in active if not item[0].names]
+        if outside:
+            active = [*(item for item in active if item[0].names), *outside]
         inside = self._count_inside(active)
         merged = self._merged
         if not merged:
@@ -111,18 +113,17 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             weights = self._weights(active[:inside])
         run: Callable[..., Any] = substitute(self.inner, self.base, weights) if weights else self.inner
         for branch, scale in active[inside:]:
-            run = partial(branch.run, run, scale)
+            run = partial(branch.method.run, branch, run, scale)
         return run
 
     def _count_inside(self, active: Active) -> int:
         """How many branches, from the first on, have to be computed in the weights."""
         plain = is_plain(self.base)
-        for number in range(len(active), 0, -1):
-            branch = active[number - 1][0]
-            at_hand = not branch.names or (plain and branch.parameter == "weight")
-            if not (at_hand and branch.method.beside(self.base, branch.matrix)):
-                return number
-        return 0
+        count = 0
+        for number, (branch, _) in enumerate(active, start=1):
+            if not (branch.beside and (plain or not branch.names)):
+                count = number
+        return count
 
     def _weights(self, active: Active) -> dict[str, Tensor | None]:
         """The weights that compute just these branches, where they are not those the layer has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,7 @@ class Branch(fl.Chain):
         parameter: The name of the weight in its layer.
         names: The parameters of the layer that the branch changes, the weight first. None for a method that has no
             form as a change of weights.
+        beside: Whether the method computes it beside the layer, if that is linear in its weight.
         common: The names of the tensors that all branches of the method share, in the patch.
         constants: The names of parameters that are never trained.
         patch: The patch it belongs to.
@@ -69,6 +70,7 @@ class Branch(fl.Chain):
     matrix: Matrix
     parameter: str
     names: tuple[str, ...]
+    beside: bool
     common: frozenset[str] = frozenset()
     constants: frozenset[str] = frozenset()
     patch: Patch
@@ -92,17 +94,6 @@ class Branch(fl.Chain):
             bias = matrix.new_zeros(matrix.shape[-2]) if bias is None else bias
             changed[name] = bias.lerp(self.method.update_bias(bias, matrix, tensors), scale)
         return changed
-
-    def run(self, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
-        """The output of a layer together with this branch.
-
-        Args:
-            layer: Computes the output without it.
-            scale: The strength, 1 for the method as its paper states it.
-            args: The inputs of the layer.
-            kwargs: More inputs of the layer.
-        """
-        return self.method.run(self, layer, scale, *args, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; those of a layer of this chain that has just a weight by the name of the layer."""
@@ -136,7 +127,7 @@ class Branch(fl.Chain):
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the tensors."""
-        for module in (self, *self):
+        for module in (*self._modules.values(), self):
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.is_floating_point():
                     return parameter.dtype

@@ -579,6 +579,7 @@ def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
     branch = method.build(site, shared)
     branch.method, branch.matrix, branch.parameter = method, site.matrix, site.parameter
     branch.names = method.names(site)
+    branch.beside = method.beside(site.layer, site.matrix) and (not branch.names or site.parameter == "weight")
     return branch
 
 
