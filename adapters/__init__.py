@@ -23,18 +23,23 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import BOFT, HRA, OFT, Copy, DiagOFT, LoRA, OutputBOFT
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
+    "BOFT",
+    "HRA",
+    "OFT",
     "Adapted",
     "Adapter",
     "AdapterError",
     "Branch",
     "Copy",
+    "DiagOFT",
     "LayerMismatchError",
     "LoRA",
     "Method",
+    "OutputBOFT",
     "Patch",
     "PatchNameError",
     "PatchStateError",

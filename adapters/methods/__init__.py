@@ -3,20 +3,33 @@
 from collections.abc import Mapping
 
 from adapters.method import Method
+from adapters.methods.boft import BOFT, OutputBOFT
 from adapters.methods.copied import Copy
+from adapters.methods.hra import HRA
 from adapters.methods.lora import LoRA
+from adapters.methods.oft import OFT, DiagOFT
 
 METHODS: Mapping[str, type[Method]] = {
     method.key: method
     for method in (
         LoRA,
         Copy,
+        OFT,
+        DiagOFT,
+        BOFT,
+        OutputBOFT,
+        HRA,
     )
 }
 """Every method by the name that files give it."""
 
 __all__ = [
+    "BOFT",
+    "HRA",
     "METHODS",
+    "OFT",
     "Copy",
+    "DiagOFT",
     "LoRA",
+    "OutputBOFT",
 ]
