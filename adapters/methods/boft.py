@@ -102,6 +102,6 @@ def check_butterfly(method: BOFT | OutputBOFT, site: Site, blocks: int, size: in
     """Raise a TargetError unless blocks of that size and number allow as many factors as there are to be."""
     if method.factors > 1 and (size % 2 or blocks % 2 ** (method.factors - 1)):
         raise TargetError(
-            f"{site.path} has {blocks} blocks of {size}, too few or of an odd size for {method.factors} factors: give"
-            f" it a {type(method).__name__} with fewer factors or an even block_size, or exclude it."
+            f"{site.path} has {blocks} blocks of {size}, too few or of an odd size for {method.factors} factors: choose"
+            " fewer factors or an even block_size, or exclude it."
         )

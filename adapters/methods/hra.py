@@ -46,8 +46,8 @@ class HRA(InputMap):
         inputs = site.shape[-1]
         if self.gram_schmidt and self.rank > inputs:
             raise TargetError(
-                f"{site.path} has {inputs} inputs, so no {self.rank} vectors are orthogonal to each other: give it a"
-                f" HRA with a rank of {inputs} or less, or exclude it."
+                f"{site.path} has {inputs} inputs, so no {self.rank} vectors are orthogonal to each other: choose a"
+                f" rank of {inputs} or less, or exclude it."
             )
 
     def tensors(self, site: Site) -> dict[str, Tensor]:

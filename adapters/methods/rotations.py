@@ -46,8 +46,7 @@ def cut(method: Any, site: Site, features: int, least: int = 2) -> tuple[int, in
     if blocks * size != features or size < least:
         raise TargetError(
             f"{site.path} has {features} features to rotate, which cannot be cut by {name}={number} into equal blocks"
-            f" of {least} or more: give it a {type(method).__name__} with {name}= another divisor of {features}, or"
-            " exclude it."
+            f" of {least} or more: choose another divisor of {features}, or exclude it."
         )
     return blocks, size
 
