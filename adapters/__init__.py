@@ -23,22 +23,25 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import BOFT, HRA, OFT, Copy, DiagOFT, LoRA, OutputBOFT
+from adapters.methods import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, MiSS, OutputBOFT
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
     "BOFT",
+    "C3A",
     "HRA",
     "OFT",
     "Adapted",
     "Adapter",
     "AdapterError",
+    "Bat",
     "Branch",
     "Copy",
     "DiagOFT",
     "LayerMismatchError",
     "LoRA",
     "Method",
+    "MiSS",
     "OutputBOFT",
     "Patch",
     "PatchNameError",

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 from adapters.method import Method
 from adapters.methods.boft import BOFT, OutputBOFT
+from adapters.methods.c3a import C3A
 from adapters.methods.copied import Copy
 from adapters.methods.hra import HRA
 from adapters.methods.lora import LoRA
+from adapters.methods.miss import Bat, MiSS
 from adapters.methods.oft import OFT, DiagOFT
 
 METHODS: Mapping[str, type[Method]] = {
@@ -19,17 +21,23 @@ METHODS: Mapping[str, type[Method]] = {
         BOFT,
         OutputBOFT,
         HRA,
+        C3A,
+        MiSS,
+        Bat,
     )
 }
 """Every method by the name that files give it."""
 
 __all__ = [
     "BOFT",
+    "C3A",
     "HRA",
     "METHODS",
     "OFT",
+    "Bat",
     "Copy",
     "DiagOFT",
     "LoRA",
+    "MiSS",
     "OutputBOFT",
 ]

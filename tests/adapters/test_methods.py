@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import BOFT, HRA, OFT, Copy, DiagOFT, LoRA, Method, OutputBOFT, TargetError
+from adapters import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, Method, MiSS, OutputBOFT, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -69,6 +69,11 @@ VARIANTS: dict[str, Variant] = {
     # No odd number of reflections, and no orthogonal ones, are the identity.
     "hra of odd rank": Variant(HRA(rank=3), starts_at=math.inf),
     "hra, orthogonal": Variant(HRA(rank=2, gram_schmidt=True), starts_at=math.inf),
+    "c3a": Variant(C3A(block_size=2)),
+    "c3a of ones": Variant(C3A(block_size=1)),
+    "miss": Variant(MiSS(rank=3)),
+    "mini miss": Variant(MiSS(rank=2, mini_r=2)),
+    "bat": Variant(Bat(rank=2)),
 }
 
 

@@ -109,6 +109,12 @@ CASES: dict[str, Case] = {
     "hra of odd rank": Case(configured(peft.HRAConfig, r=3), (*LINEARS, *SQUARE_CONVOLUTIONS)),
     "hra, orthogonal": Case(configured(peft.HRAConfig, r=3, apply_GS=True), (*LINEARS, *SQUARE_CONVOLUTIONS)),
     "hra and biases": Case(configured(peft.HRAConfig, bias="hra_only"), ("linear", "conv")),
+    "c3a": Case(configured(peft.C3AConfig, block_size=2), LINEARS, 1e-5),
+    "miss": Case(configured(peft.MissConfig, r=2), LINEARS),
+    "miss of a rank that does not divide": Case(configured(peft.MissConfig, r=5), LINEARS),
+    "mini miss": Case(configured(peft.MissConfig, r=4, mini_r=2, init_weights="mini"), LINEARS),
+    "bat": Case(configured(peft.MissConfig, r=2, init_weights="bat"), LINEARS),
+    "miss and biases": Case(configured(peft.MissConfig, r=2, bias="all"), ("linear",)),
 }
 
 

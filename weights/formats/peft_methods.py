@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Grammar:
         type: PEFT's name for it.
         settings: For each hyperparameter, its name in the JSON file and PEFT's default.
         patterns: For a hyperparameter that may differ between layers, the setting that says where.
+        pattern: The pattern for one path, as PEFT matches those of this method.
         tensors: For each tensor, the end of its name in the file.
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
@@ -38,6 +40,8 @@ class Grammar:
     settings: Mapping[str, tuple[str, Any]]
     tensors: Mapping[str, str]
     patterns: Mapping[str, str] = field(default_factory=dict)
+    # PEFT also tries a pattern on the tail of a longer path; `^` keeps it to the whole path.
+    pattern: Callable[[str], str] = lambda path: f"^{re.escape(path)}"
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -118,6 +122,11 @@ def _boft_factors(config: Settings, path: str, tensors: Mapping[str, Tensor]) ->
     return {"factors": len(tensors["boft_R"])}
 
 
+def _miss_settings(adapter: AdapterFile) -> Settings:
+    mini = any(layer.hyperparameters.get("mini_r") for layer in adapter.layers.values())
+    return {"init_weights": "mini"} if mini else {"mini_r": 1}
+
+
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
         "lora",
@@ -171,6 +180,33 @@ GRAMMARS: tuple[Grammar, ...] = (
         "HRA",
         settings={"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)},
         tensors={"hra_u": "hra_u"},
+    ),
+    Grammar(
+        "c3a",
+        "C3A",
+        settings={"block_size": ("block_size", 256)},
+        patterns={"block_size": "block_size_pattern"},
+        pattern=str,
+        tensors={"c3a_kernel": "c3a_kernel"},
+        of_layer=lambda config, path, tensors: {"block_size": tensors["c3a_kernel"].shape[-1]},
+    ),
+    Grammar(
+        "miss",
+        "MISS",
+        settings={"rank": ("r", 64), "mini_r": ("mini_r", 1)},
+        tensors={"miss_block": "miss_block"},
+        fixed={"init_weights": (True, False, "mini")},
+        inert=frozenset({"miss_dropout"}),
+        of_layer=lambda config, *_: {} if config.get("init_weights") == "mini" else {"mini_r": 0},
+        of_file=_miss_settings,
+    ),
+    Grammar(
+        "bat",
+        "MISS",
+        settings={"rank": ("r", 64)},
+        tensors={"miss_block": "miss_block"},
+        fixed={"init_weights": ("bat",)},
+        inert=frozenset({"miss_dropout", "mini_r"}),
     ),
 )
 """Every method that PEFT's files can hold."""
