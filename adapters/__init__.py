@@ -25,17 +25,26 @@ from adapters.errors import (
 )
 from adapters.method import Method, Site
 from adapters.methods import Copy, LoRA, register
+from adapters.methods import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, MiSS, OutputBOFT
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "HRA",
+    "OFT",
     "Adapted",
     "Adapter",
     "AdapterError",
+    "Bat",
     "Branch",
     "Copy",
+    "DiagOFT",
     "LayerMismatchError",
     "LoRA",
     "Method",
+    "MiSS",
+    "OutputBOFT",
     "Patch",
     "PatchNameError",
     "PatchStateError",

@@ -4,14 +4,27 @@ from typing import TypeVar
 
 from adapters.errors import AdapterError
 from adapters.method import Method
+from adapters.methods.boft import BOFT, OutputBOFT
+from adapters.methods.c3a import C3A
 from adapters.methods.copied import Copy
+from adapters.methods.hra import HRA
 from adapters.methods.lora import LoRA
+from adapters.methods.miss import Bat, MiSS
+from adapters.methods.oft import OFT, DiagOFT
 
 METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
         LoRA,
         Copy,
+        OFT,
+        DiagOFT,
+        BOFT,
+        OutputBOFT,
+        HRA,
+        C3A,
+        MiSS,
+        Bat,
     )
 }
 """Every method by the name that files give it."""
@@ -32,8 +45,16 @@ def register(method: M) -> M:
 
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "HRA",
     "METHODS",
+    "OFT",
+    "Bat",
     "Copy",
+    "DiagOFT",
     "LoRA",
     "register",
+    "MiSS",
+    "OutputBOFT",
 ]

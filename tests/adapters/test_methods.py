@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import threading
 import warnings
 import weakref
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import Copy, LoRA, Method, TargetError
+from adapters import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, Method, MiSS, OutputBOFT, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -29,7 +30,7 @@ class Variant:
 
     Attributes:
         method: The method.
-        starts_at: How far the start may be off the identity, 0 for not a bit.
+        starts_at: How far the start may be off the identity, 0 for not a bit, infinity where it is not meant to be it.
         layers: The kinds of `KINDS` to try, where the method is for few.
         targets: What to adapt, where `KINDS` does not say.
     """
@@ -40,6 +41,8 @@ class Variant:
     targets: Any = None
 
 
+# To rotate an embedding does not show in products of its rows.
+ROTATED = tuple(kind for kind in KINDS if kind != "weight read by the model")
 VARIANTS: dict[str, Variant] = {
     "lora": Variant(LoRA(rank=2, alpha=3)),
     "rslora": Variant(LoRA(rank=3, alpha=2, rslora=True)),
@@ -49,6 +52,28 @@ VARIANTS: dict[str, Variant] = {
     "orthogonal": Variant(LoRA(rank=2, alpha=3, init="orthogonal")),
     "gaussian": Variant(LoRA(rank=2, init="gaussian")),
     "copy": Variant(Copy(), targets=nn.Module),
+    "oft": Variant(OFT(block_size=2), layers=ROTATED),
+    "oft of blocks": Variant(OFT(blocks=2, num_terms=2), layers=ROTATED),
+    "oft, exact": Variant(OFT(block_size=3, cayley_neumann=False), layers=ROTATED),
+    "oft, shared": Variant(OFT(block_size=2, block_share=True, num_terms=3), layers=ROTATED),
+    "coft": Variant(OFT(block_size=2, coft=True, eps=0.5), layers=ROTATED),
+    "diag-oft": Variant(DiagOFT(block_size=2, rescale=True)),
+    "diag-oft, one block": Variant(DiagOFT(blocks=1)),
+    "diag-oft, constrained": Variant(DiagOFT(block_size=3, constraint=0.1)),
+    "boft": Variant(BOFT(block_size=2)),
+    "boft of one block": Variant(BOFT(blocks=1)),
+    "boft of two factors": Variant(BOFT(block_size=2, factors=2)),
+    "output boft": Variant(OutputBOFT(block_size=2, rescale=True)),
+    "output boft, constrained": Variant(OutputBOFT(blocks=2, constraint=0.1, factors=1)),
+    "hra": Variant(HRA(rank=4)),
+    # No odd number of reflections, and no orthogonal ones, are the identity.
+    "hra of odd rank": Variant(HRA(rank=3), starts_at=math.inf),
+    "hra, orthogonal": Variant(HRA(rank=2, gram_schmidt=True), starts_at=math.inf),
+    "c3a": Variant(C3A(block_size=2)),
+    "c3a of ones": Variant(C3A(block_size=1)),
+    "miss": Variant(MiSS(rank=3)),
+    "mini miss": Variant(MiSS(rank=2, mini_r=2)),
+    "bat": Variant(Bat(rank=2)),
 }
 
 
@@ -196,7 +221,8 @@ def test_nothing_keeps_an_ejected_patch_alive(product: Product) -> None:
 def test_gradients_reach_every_tensor(product: Product) -> None:
     patch = product.inject()
     perturb(patch, 1)
-    product.model(product.x).square().sum().backward()
+    output = product.model(product.x)
+    (output * torch.randn_like(output)).sum().backward()  # Not its norm, which rotations leave as it is.
     for name, parameter in patch.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
     assert all(parameter.grad is None for parameter in product.model.parameters() if not parameter.requires_grad)

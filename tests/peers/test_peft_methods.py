@@ -74,6 +74,13 @@ def configured(kind: Callable[..., peft.PeftConfig], **settings: Any) -> Callabl
     return lambda **more: kind(target_modules=["layer"], **settings, **more)
 
 
+def oft(**settings: Any) -> Callable[..., peft.PeftConfig]:
+    return configured(peft.OFTConfig, **{"oft_block_size": 0, **settings})
+
+
+# Its OFT of other convolutions is not the identity at the start, and its BOFT and HRA take a kernel for square.
+OFT_LAYERS = (*LINEARS, "conv of kernel 1", "embedding")
+SQUARE_CONVOLUTIONS = ("conv", "conv of stride 2", "conv of kernel 1")
 LORA_LAYERS = (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "embedding")
 CASES: dict[str, Case] = {
     "lora": Case(configured(peft.LoraConfig, r=3, lora_alpha=5), LORA_LAYERS),
@@ -82,11 +89,45 @@ CASES: dict[str, Case] = {
     "lora and biases": Case(configured(peft.LoraConfig, r=3, bias="lora_only"), (*LINEARS, *CONVOLUTIONS)),
     "lora and all biases": Case(configured(peft.LoraConfig, r=3, bias="all"), ("linear", "linear without bias")),
     "lora and another layer": Case(configured(peft.LoraConfig, r=3, modules_to_save=["other"]), ("linear",)),
+    "oft": Case(oft(oft_block_size=2), OFT_LAYERS),
+    "oft of blocks": Case(oft(r=2, num_cayley_neumann_terms=7), OFT_LAYERS),
+    "oft of few terms": Case(oft(oft_block_size=2, num_cayley_neumann_terms=2), ("linear", "embedding")),
+    "oft of four terms": Case(oft(oft_block_size=2, num_cayley_neumann_terms=4), ("linear", "embedding")),
+    "oft, exact": Case(oft(r=2, use_cayley_neumann=False), OFT_LAYERS),
+    "oft, shared": Case(oft(oft_block_size=2, block_share=True), OFT_LAYERS),
+    "oft, shared, of blocks": Case(oft(r=2, block_share=True), OFT_LAYERS),
+    "coft": Case(oft(oft_block_size=2, coft=True, eps=0.9), OFT_LAYERS, 1e-5),
+    "coft, shared": Case(oft(r=2, coft=True, eps=0.4, block_share=True), OFT_LAYERS, 1e-5),
+    "oft and biases": Case(oft(r=2, bias="oft_only"), ("linear", "linear without bias")),
+    "boft": Case(configured(peft.BOFTConfig, boft_block_size=2), (*LINEARS, *SQUARE_CONVOLUTIONS)),
+    "boft of odd blocks": Case(configured(peft.BOFTConfig, boft_block_size=3), ("linear", "conv")),
+    "boft of blocks": Case(
+        configured(peft.BOFTConfig, boft_block_num=2, boft_block_size=0), (*LINEARS, *SQUARE_CONVOLUTIONS)
+    ),
+    "boft and biases": Case(configured(peft.BOFTConfig, boft_block_size=2, bias="boft_only"), ("linear", "conv")),
+    "hra": Case(configured(peft.HRAConfig, r=4), (*LINEARS, *SQUARE_CONVOLUTIONS)),
+    "hra of odd rank": Case(configured(peft.HRAConfig, r=3), (*LINEARS, *SQUARE_CONVOLUTIONS)),
+    "hra, orthogonal": Case(configured(peft.HRAConfig, r=3, apply_GS=True), (*LINEARS, *SQUARE_CONVOLUTIONS)),
+    "hra and biases": Case(configured(peft.HRAConfig, bias="hra_only"), ("linear", "conv")),
+    "c3a": Case(configured(peft.C3AConfig, block_size=2), LINEARS, 1e-5),
+    "miss": Case(configured(peft.MissConfig, r=2), LINEARS),
+    "miss of a rank that does not divide": Case(configured(peft.MissConfig, r=5), LINEARS),
+    "mini miss": Case(configured(peft.MissConfig, r=4, mini_r=2, init_weights="mini"), LINEARS),
+    "bat": Case(configured(peft.MissConfig, r=2, init_weights="bat"), LINEARS),
+    "miss and biases": Case(configured(peft.MissConfig, r=2, bias="all"), ("linear",)),
 }
 
 
-# What only says how the layers were chosen and how the tensors were made.
-NOT_KEPT = {"auto_mapping", "bias", "fan_in_fan_out", "init_lora_weights", "init_weights", "target_modules"}
+# What only says how the layers were chosen, and how and by what the tensors were made.
+NOT_KEPT = {
+    "auto_mapping",
+    "bias",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "init_weights",
+    "peft_version",
+    "target_modules",
+}
 
 
 def parity() -> list[tuple[str, str]]:

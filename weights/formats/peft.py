@@ -311,7 +311,8 @@ def _config_of(
         values = _values(layers, path, hyperparameter, default)
         config[name] = _most_common(values)
         if hyperparameter in grammar.patterns:
-            config[grammar.patterns[hyperparameter]] = _pattern_table(values, config[name])
+            table = {grammar.pattern(layer): value for layer, value in values.items() if value != config[name]}
+            config[grammar.patterns[hyperparameter]] = table
         elif len(set(map(repr, values.values()))) > 1:
             _refuse(path, [f"its layers differ in {hyperparameter}, PEFT keeps one"])
     return {**config, **grammar.of_file(adapter)}
@@ -333,14 +334,6 @@ def _as_integer(value: float) -> float:
 def _most_common(values: Mapping[str, Any]) -> Any:
     counts = Counter(values.values())
     return max(counts, key=lambda value: (counts[value], -value if _is_number(value) else 0))
-
-
-def _pattern_table(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """Patterns for the layers that differ from the default.
-
-    PEFT also tries a pattern on the tail of a longer path; `^` keeps it to the whole path.
-    """
-    return {f"^{re.escape(layer)}": value for layer, value in values.items() if value != default}
 
 
 def _refuse(path: Path, problems: Iterable[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,7 @@ class Grammar:
         type: PEFT's name for it.
         settings: For each hyperparameter, its name in the JSON file and PEFT's default.
         patterns: For a hyperparameter that may differ between layers, the setting that says where.
+        pattern: The pattern for one path, as PEFT matches those of this method.
         tensors: For each tensor, the end of its name in the file.
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
@@ -37,6 +40,8 @@ class Grammar:
     settings: Mapping[str, tuple[str, Any]]
     tensors: Mapping[str, str]
     patterns: Mapping[str, str] = field(default_factory=dict)
+    # PEFT also tries a pattern on the tail of a longer path; `^` keeps it to the whole path.
+    pattern: Callable[[str], str] = lambda path: f"^{re.escape(path)}"
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -97,6 +102,31 @@ _LORA_INERT = frozenset(
 )
 _RANKS_AND_ALPHAS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 
+
+def _oft_blocks(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
+    """The block size of a layer: where neither setting divides the features, PEFT takes what comes near to it."""
+    blocks, elements = next(iter(tensors.values())).shape
+    size = (1 + math.isqrt(1 + 8 * elements)) // 2
+    told = blocks == config["r"] or config["block_share"] if config["r"] else size == config["oft_block_size"]
+    return {} if told else {"blocks": 0, "block_size": size}
+
+
+def _oft_problem(layer: LayerWeights) -> str | None:
+    names = ", ".join(layer.tensors)
+    (tensor, *others) = layer.tensors.values()
+    return f"{names} of {tuple(tensor.shape)}, not one matrix" if others or tensor.ndim != 2 else None
+
+
+def _boft_factors(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
+    """The number of factors: without a compiler for its kernel, PEFT makes one, whatever the settings say."""
+    return {"factors": len(tensors["boft_R"])}
+
+
+def _miss_settings(adapter: AdapterFile) -> Settings:
+    mini = any(layer.hyperparameters.get("mini_r") for layer in adapter.layers.values())
+    return {"init_weights": "mini"} if mini else {"mini_r": 1}
+
+
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
         "lora",
@@ -113,6 +143,70 @@ GRAMMARS: tuple[Grammar, ...] = (
         inert=_LORA_INERT,
         check=_lora_problem,
         of_layer=_lora_start,
+    ),
+    Grammar(
+        "oft",
+        "OFT",
+        settings={
+            "block_size": ("oft_block_size", 32),
+            "blocks": ("r", 0),
+            "coft": ("coft", False),
+            "eps": ("eps", 6e-5),
+            "block_share": ("block_share", False),
+            "cayley_neumann": ("use_cayley_neumann", True),
+            "num_terms": ("num_cayley_neumann_terms", 5),
+        },
+        tensors={"oft_R": "oft_R.weight", "oft_embedding_R": "oft_embedding_R.weight"},
+        optional=frozenset({"oft_R", "oft_embedding_R"}),
+        inert=frozenset({"module_dropout"}),
+        check=_oft_problem,
+        of_layer=_oft_blocks,
+        of_file=lambda adapter: {"peft_version": "0.18.0"},  # From then on the series ends as it does here.
+    ),
+    Grammar(
+        "boft",
+        "BOFT",
+        settings={
+            "block_size": ("boft_block_size", 4),
+            "blocks": ("boft_block_num", 0),
+            "factors": ("boft_n_butterfly_factor", 1),
+        },
+        tensors={"boft_R": "boft_R", "boft_s": "boft_s"},
+        inert=frozenset({"boft_dropout"}),
+        of_layer=_boft_factors,
+    ),
+    Grammar(
+        "hra",
+        "HRA",
+        settings={"rank": ("r", 8), "gram_schmidt": ("apply_GS", False)},
+        tensors={"hra_u": "hra_u"},
+    ),
+    Grammar(
+        "c3a",
+        "C3A",
+        settings={"block_size": ("block_size", 256)},
+        patterns={"block_size": "block_size_pattern"},
+        pattern=str,
+        tensors={"c3a_kernel": "c3a_kernel"},
+        of_layer=lambda config, path, tensors: {"block_size": tensors["c3a_kernel"].shape[-1]},
+    ),
+    Grammar(
+        "miss",
+        "MISS",
+        settings={"rank": ("r", 64), "mini_r": ("mini_r", 1)},
+        tensors={"miss_block": "miss_block"},
+        fixed={"init_weights": (True, False, "mini")},
+        inert=frozenset({"miss_dropout"}),
+        of_layer=lambda config, *_: {} if config.get("init_weights") == "mini" else {"mini_r": 0},
+        of_file=_miss_settings,
+    ),
+    Grammar(
+        "bat",
+        "MISS",
+        settings={"rank": ("r", 64)},
+        tensors={"miss_block": "miss_block"},
+        fixed={"init_weights": ("bat",)},
+        inert=frozenset({"miss_dropout", "mini_r"}),
     ),
 )
 """Every method that PEFT's files can hold."""

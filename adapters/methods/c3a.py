@@ -1,0 +1,52 @@
+"""C3A: circulant blocks, which hold no more numbers than one of their rows, are added to the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.branch import Tensors
+from adapters.errors import TargetError
+from adapters.forms import Additive
+from adapters.method import Site, need
+
+
+@dataclass(frozen=True)
+class C3A(Additive):
+    """Circular convolution adaptation.
+
+    Args:
+        block_size: The size of the blocks, which has to divide both the outputs and the inputs.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "c3a"
+    paper = "arXiv:2407.19342"
+    formula = "W + C / inputs, with C in blocks of C[i, j] = w[(j - i) mod b]"
+
+    block_size: int = 256
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        need(isinstance(size, int) and size >= 1, self, "a block_size that is an integer of 1 or more", size)
+
+    def check_site(self, site: Site) -> None:
+        outputs, inputs = site.shape
+        if outputs % self.block_size or inputs % self.block_size:
+            raise TargetError(
+                f"{site.path} has {outputs} outputs and {inputs} inputs, which block_size={self.block_size} does not"
+                " divide: choose a common divisor, or exclude it."
+            )
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        outputs, inputs = site.shape
+        return {"c3a_kernel": site.zeros(outputs // self.block_size, inputs // self.block_size, self.block_size)}
+
+    def delta(self, t: Tensors) -> Tensor:
+        places = torch.arange(self.block_size, device=t.c3a_kernel.device)
+        blocks = t.c3a_kernel[..., (places - places.unsqueeze(-1)) % self.block_size]
+        return blocks.transpose(1, 2).reshape(t.shape) / t.shape[-1]
