@@ -23,21 +23,27 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import IA3, Copy, DeLoRA, GLoRA, HiRA, LoRA, LycorisGLoRA, RoAd
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
+    "IA3",
     "Adapted",
     "Adapter",
     "AdapterError",
     "Branch",
     "Copy",
+    "DeLoRA",
+    "GLoRA",
+    "HiRA",
     "LayerMismatchError",
     "LoRA",
+    "LycorisGLoRA",
     "Method",
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "RoAd",
     "RowsError",
     "Site",
     "TargetError",
