@@ -33,6 +33,11 @@ __all__ = [
     "C3A",
     "HRA",
     "OFT",
+from adapters.methods import IA3, Copy, DeLoRA, GLoRA, HiRA, LoRA, LycorisGLoRA, RoAd
+from adapters.patch import Patch, inject, load, patches
+
+__all__ = [
+    "IA3",
     "Adapted",
     "Adapter",
     "AdapterError",
@@ -40,14 +45,19 @@ __all__ = [
     "Branch",
     "Copy",
     "DiagOFT",
+    "DeLoRA",
+    "GLoRA",
+    "HiRA",
     "LayerMismatchError",
     "LoRA",
+    "LycorisGLoRA",
     "Method",
     "MiSS",
     "OutputBOFT",
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "RoAd",
     "RowsError",
     "Site",
     "TargetError",

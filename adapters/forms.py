@@ -78,8 +78,9 @@ class OutputMap(Method):
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(*args, **kwargs)
-        features = branch.cast(output.movedim(features_dim(branch.layer), -1))
-        mapped = features.lerp(self.map(features, branch.values()).to(features.dtype), scale)
+        dtype = _finer(output, branch)
+        features = output.movedim(features_dim(branch.layer), -1).to(dtype)
+        mapped = features.lerp(self.map(features, branch.values(dtype)).to(dtype), scale)
         return mapped.movedim(-1, features_dim(branch.layer)).to(output.dtype)
 
 
@@ -97,6 +98,12 @@ class InputMap(Method):
         return matrix.kind == "linear"
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        inputs = branch.cast(x)
-        mapped = inputs.lerp(self.map(inputs, branch.values(), transposed=False).to(inputs.dtype), scale)
+        dtype = _finer(x, branch)
+        inputs = x.to(dtype)
+        mapped = inputs.lerp(self.map(inputs, branch.values(dtype), transposed=False).to(dtype), scale)
         return layer(mapped.to(x.dtype), *args, **kwargs)
+
+
+def _finer(x: Tensor, branch: Branch) -> torch.dtype:
+    """The dtype to map features in: an adapter of lower precision than the model must not round what it leaves."""
+    return torch.promote_types(x.dtype, branch.dtype or x.dtype)

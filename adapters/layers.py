@@ -29,7 +29,7 @@ class Matrix:
             `"transposed"`, as a transposed convolution does.
         kind: What the layer does with it: `"linear"`, `"convolution"`, `"embedding"`, `"stack"` of several matrices,
             or `"any"` where that is of no interest.
-        groups: Groups of a transposed convolution.
+        groups: Groups of a convolution: as many parts of the rows have other inputs.
     """
 
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class Matrix:
             return cls((layer.embedding_dim, layer.num_embeddings), "columns", "embedding")
         if isinstance(layer, CONVOLUTIONS):
             inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
-            return cls((layer.out_channels, inputs), "rows", "convolution")
+            return cls((layer.out_channels, inputs), "rows", "convolution", layer.groups)
         if isinstance(layer, TRANSPOSED):
             inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
             return cls((layer.out_channels, inputs), "transposed", "convolution", layer.groups)

@@ -11,6 +11,13 @@ from adapters.methods.hra import HRA
 from adapters.methods.lora import LoRA
 from adapters.methods.miss import Bat, MiSS
 from adapters.methods.oft import OFT, DiagOFT
+from adapters.methods.delora import DeLoRA
+from adapters.methods.glora import GLoRA
+from adapters.methods.hira import HiRA
+from adapters.methods.ia3 import IA3
+from adapters.methods.lora import LoRA
+from adapters.methods.lycoris_glora import LycorisGLoRA
+from adapters.methods.road import RoAd
 
 METHODS: dict[str, type[Method]] = {
     method.key: method
@@ -25,6 +32,12 @@ METHODS: dict[str, type[Method]] = {
         C3A,
         MiSS,
         Bat,
+        DeLoRA,
+        GLoRA,
+        HiRA,
+        IA3,
+        LycorisGLoRA,
+        RoAd,
     )
 }
 """Every method by the name that files give it."""
@@ -48,6 +61,7 @@ __all__ = [
     "BOFT",
     "C3A",
     "HRA",
+    "IA3",
     "METHODS",
     "OFT",
     "Bat",
@@ -57,4 +71,10 @@ __all__ = [
     "register",
     "MiSS",
     "OutputBOFT",
+    "DeLoRA",
+    "GLoRA",
+    "HiRA",
+    "LoRA",
+    "LycorisGLoRA",
+    "RoAd",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import adapters
 import fluxion as fl
 from adapters import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, Method, MiSS, OutputBOFT, TargetError
+from adapters import IA3, Copy, DeLoRA, GLoRA, HiRA, LoRA, LycorisGLoRA, Method, RoAd, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -74,6 +75,29 @@ VARIANTS: dict[str, Variant] = {
     "miss": Variant(MiSS(rank=3)),
     "mini miss": Variant(MiSS(rank=2, mini_r=2)),
     "bat": Variant(Bat(rank=2)),
+    "ia3": Variant(IA3()),
+    "ia3 of the input": Variant(IA3(feedforward=True)),
+    "road_1": Variant(RoAd(group_size=2)),
+    "road_2": Variant(RoAd("road_2", group_size=4)),
+    "road_4": Variant(RoAd("road_4", group_size=2)),
+    "glora": Variant(GLoRA(rank=2)),
+    "glora of vectors": Variant(GLoRA(config_a_b="vector", config_c="vector", config_d_e="vector")),
+    "glora of constants": Variant(GLoRA(config_a_b="constant", config_c="none", config_d_e="constant")),
+    "glora of biases": Variant(
+        GLoRA(rank=2, config_a_b="none"),
+        layers=(
+            "linear",
+            "conv1d",
+            "transposed conv2d",
+            "transformers conv1d",
+            "weight norm",
+            "attention",
+            "encoder layer",
+        ),
+    ),
+    "lycoris-glora": Variant(LycorisGLoRA(rank=2, alpha=3)),
+    "hira": Variant(HiRA(rank=2)),
+    "delora": Variant(DeLoRA(rank=2, boundary=3)),
 }
 
 
@@ -97,6 +121,9 @@ class Product:
         self.targets = self.variant.targets if targets is None else targets
         self.wide = self.x.is_floating_point()
         with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name.endswith("bias"):  # Some start at zero, where multiplying them would do nothing.
+                    parameter.normal_()
             self.model(self.x)  # An embedding with max_norm shortens its own rows when it first reads them.
 
     def inject(self, name: str = "a", **options: Any) -> adapters.Patch:

@@ -47,6 +47,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "oblong conv": (conv(4, 6, (3, 2)), lambda: torch.randn(2, 4, 7, 7)),
     "circular conv": (conv(4, 6, padding=1, padding_mode="circular"), lambda: torch.randn(2, 4, 7, 7)),
     "conv of kernel 1": (conv(4, 6, 1), lambda: torch.randn(2, 4, 5, 5)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda: torch.randn(2, 4, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=1), lambda: torch.randn(2, 2, 3, 4, 5)),
     "embedding": (lambda: nn.Embedding(11, 8), lambda: torch.randint(0, 11, (4, 3))),
 }
 LINEARS = ("linear", "linear without bias", "square linear")
@@ -71,7 +73,7 @@ class Case:
 
 
 def configured(kind: Callable[..., peft.PeftConfig], **settings: Any) -> Callable[..., peft.PeftConfig]:
-    return lambda **more: kind(target_modules=["layer"], **settings, **more)
+    return lambda: kind(**{"target_modules": ["layer"], **settings})
 
 
 def oft(**settings: Any) -> Callable[..., peft.PeftConfig]:
@@ -117,8 +119,42 @@ CASES: dict[str, Case] = {
     "miss and biases": Case(configured(peft.MissConfig, r=2, bias="all"), ("linear",)),
 }
 
+IA3_LAYERS = (*LINEARS, "transformers conv1d", *(name for name in LAYERS if "conv" in name and name != "conv1d"))
+HIRA_LAYERS = (*LORA_LAYERS, "conv of stride 2", "conv of dilation 2", "conv1d", "conv3d")
+CASES |= {
+    "ia3": Case(configured(peft.IA3Config, feedforward_modules=[]), IA3_LAYERS),
+    "ia3 of the input": Case(configured(peft.IA3Config, feedforward_modules=["layer"]), IA3_LAYERS),
+    "ia3 by a pattern": Case(configured(peft.IA3Config, feedforward_modules="lay.*"), ("linear",)),
+    "road_1": Case(configured(peft.RoadConfig, group_size=4), LINEARS),
+    "road_2": Case(configured(peft.RoadConfig, group_size=8, variant="road_2"), LINEARS),
+    "road_4": Case(configured(peft.RoadConfig, group_size=4, variant="road_4"), LINEARS),
+    "glora": Case(configured(peft.GloraConfig, r=3), LINEARS),
+    "glora of vectors": Case(
+        configured(peft.GloraConfig, config_A_B="vector", config_C="vector", config_D_E="vector"), LINEARS
+    ),
+    "glora of constants": Case(
+        configured(peft.GloraConfig, config_A_B="constant", config_C="none", config_D_E="constant"), LINEARS
+    ),
+    "glora of biases": Case(configured(peft.GloraConfig, r=2, config_A_B="none"), ("linear", "square linear")),
+    "glora of weights": Case(configured(peft.GloraConfig, r=2, config_C="none", config_D_E="none"), LINEARS),
+    "hira": Case(configured(peft.HiraConfig, r=3), HIRA_LAYERS),
+    "delora": Case(configured(peft.DeloraConfig, r=3, delora_lambda=4), LINEARS),
+    "delora by patterns": Case(
+        configured(
+            peft.DeloraConfig,
+            target_modules=["layer", "other"],
+            r=2,
+            rank_pattern={"^layer": 3},
+            delora_lambda=4,
+            lambda_pattern={"^layer": 7},
+        ),
+        LINEARS,
+    ),
+}
+
 
 # What only says how the layers were chosen, and how and by what the tensors were made.
+# What only says how the layers were chosen and how the tensors were made.
 NOT_KEPT = {
     "auto_mapping",
     "bias",
@@ -126,6 +162,9 @@ NOT_KEPT = {
     "init_lora_weights",
     "init_weights",
     "peft_version",
+    "feedforward_modules",
+    "init_lora_weights",
+    "init_weights",
     "target_modules",
 }
 

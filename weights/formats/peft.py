@@ -202,7 +202,7 @@ def _misfits(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
 
 
 def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
-    known = {*_COMMON, *_INERT, *grammar.inert, *grammar.fixed, *grammar.patterns.values()}
+    known = {*_COMMON, *_INERT, *grammar.inert, *grammar.read, *grammar.fixed, *grammar.patterns.values()}
     known |= {name for name, _ in grammar.settings.values()}
     for name in sorted(fields.keys() - known):
         if fields[name]:
@@ -218,6 +218,9 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
     for name, default in grammar.settings.values():
         if not _is_like(fields[name], default):
             yield f"{name}={fields[name]!r} is not {_KINDS.get(type(default), 'of the right kind')}"
+    for name, usable in grammar.read.items():
+        if not usable(fields.get(name)):
+            yield f"{name}={fields[name]!r} is not of the right kind"
     for name in grammar.patterns.values():
         if not _is_pattern_table(fields[name]):
             yield f"{name} is not a table of regular expressions and numbers"

@@ -1,0 +1,55 @@
+"""HiRA: the weight is multiplied, entry by entry, by one plus a product of low rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adapters.branch import Branch, Tensors
+from adapters.method import Method, Site, need_rank
+
+
+@dataclass(frozen=True)
+class HiRA(Method):
+    """Hadamard high-rank adaptation: the update has a high rank, though B A has a low one.
+
+    Args:
+        rank: Rows of A and columns of B.
+
+    Raises:
+        AdapterError: The rank is no integer of 1 or more.
+    """
+
+    key = "hira"
+    paper = "https://openreview.net/forum?id=TwJrTz9cRS"
+    formula = "W + W ∘ (B A)"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
+    fast = frozenset({"hira_B"})
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        *stack, outputs, inputs = site.shape
+        if site.matrix.kind == "embedding":
+            return {"hira_A": site.zeros(self.rank, inputs), "hira_B": site.normal(outputs, self.rank)}
+        a, b = site.uniform(*stack, self.rank, inputs, bound=inputs**-0.5), site.zeros(*stack, outputs, self.rank)
+        if site.matrix.kind == "convolution":
+            kernel: tuple[int, ...] = site.layer.kernel_size  # type: ignore[assignment]
+            return {"hira_A": a.view(self.rank, -1, *kernel), "hira_B": b.view(*b.shape, *(1 for _ in kernel))}
+        return {"hira_A": a, "hira_B": b}
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        a, b = t.hira_A, t.hira_B
+        if t.matrix.kind == "convolution":
+            a, b = a.flatten(1), b.flatten(1)
+        return weight + weight * (b @ a)
+
+    def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        tensors = super().file_tensors(branch)
+        if branch.matrix.kind == "embedding":
+            return {name.replace("hira_", "hira_embedding_"): tensor for name, tensor in tensors.items()}
+        return tensors

@@ -1,0 +1,76 @@
+"""(IA)³: each feature of the output, or of the input, is multiplied by a trained number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapters.branch import Branch, Tensors
+from adapters.forms import InputMap, OutputMap
+from adapters.layers import Matrix
+from adapters.method import Site
+
+
+@dataclass(frozen=True)
+class IA3(OutputMap, InputMap):
+    """Infused adapter by inhibiting and amplifying inner activations.
+
+    The paper rescales the output of the keys and values of an attention, and the input of the second layer of a
+    feed-forward block: `inject(model, {"k_proj": IA3(), "v_proj": IA3(), "down_proj": IA3(feedforward=True)})`.
+
+    Args:
+        feedforward: Multiply the input (of a convolution, its channels; of an embedding, its entries) rather than the
+            output with its bias.
+    """
+
+    key = "ia3"
+    paper = "arXiv:2205.05638"
+    formula = "diag(l) W and diag(l) b, or W diag(l) for an input"
+
+    feedforward: bool = False
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        outputs, inputs = site.shape
+        if site.matrix.kind == "convolution":
+            channels: Any = site.layer.in_channels if self.feedforward else outputs
+            return {"ia3_l": site.ones(1, channels, *(1 for _ in site.layer.kernel_size))}  # type: ignore[union-attr]
+        return {"ia3_l": site.ones(1, inputs) if self.feedforward else site.ones(outputs, 1)}
+
+    def map(self, x: Tensor, t: Tensors, transposed: bool = False) -> Tensor:
+        return x * (_of_each_entry(t.ia3_l, t.matrix) if self.feedforward else t.ia3_l.flatten())
+
+    # Which of the two forms it has
+
+    @property
+    def _form(self) -> type[OutputMap] | type[InputMap]:
+        return InputMap if self.feedforward else OutputMap
+
+    def names(self, site: Site) -> tuple[str, ...]:
+        return self._form.names(self, site)
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return self._form.update(self, weight, t)
+
+    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
+        return self._form.update_bias(self, bias, weight, t)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return self._form.beside(self, layer, matrix)
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+        return self._form.run(self, branch, layer, scale, *args, **kwargs)
+
+
+def _of_each_entry(channels: Tensor, matrix: Matrix) -> Tensor:
+    """What multiplies each input of a matrix: that of its channel, in each row that of the channel in the row's group.
+
+    Returns:
+        Of shape `(inputs,)`, or `(outputs, inputs)` for a convolution in groups.
+    """
+    outputs, inputs = matrix.shape
+    groups = channels.reshape(matrix.groups, -1)
+    entries = groups.repeat_interleave(inputs // groups.shape[1], 1)
+    return entries[0] if matrix.groups == 1 else entries.repeat_interleave(outputs // matrix.groups, 0)

@@ -1,0 +1,60 @@
+"""GLoRA as LyCORIS has it: a product of low rank is applied to the input, and another is added to the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.branch import Tensors
+from adapters.method import Method, Site, need_alpha, need_rank
+
+
+@dataclass(frozen=True)
+class LycorisGLoRA(Method):
+    """LyCORIS' part of GLoRA: of the five tensors of the paper those that adapt the weight, A from the other side.
+
+    On a convolution A acts on the channels.
+
+    Args:
+        rank: Rank of both products.
+        alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "lycoris-glora"
+    paper = "arXiv:2306.07967"
+    formula = "W + s (W A₁ A₂ + B₁ B₂), with s = alpha / rank"
+    fast = frozenset({"a2", "b2"})
+
+    rank: int = 4
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_alpha(self)
+
+    @property
+    def scaling(self) -> float:
+        """`s` of the formula."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        outputs, inputs = site.shape
+        kernel: tuple[int, ...] = getattr(site.layer, "kernel_size", ()) if site.matrix.kind == "convolution" else ()
+        ones, channels = tuple(1 for _ in kernel), inputs // torch.Size(kernel).numel()
+        return {
+            "a1": site.uniform(channels, self.rank, *ones),
+            "a2": site.zeros(self.rank, channels, *ones),
+            "b1": site.uniform(outputs, self.rank, *ones),
+            "b2": site.zeros(self.rank, channels, *kernel),
+        }
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        a1, a2, b1, b2 = (t[name].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+        channels = weight.unflatten(1, (len(a1), -1))
+        mapped = torch.einsum("ock,cr,rd->odk", channels, a1, a2).flatten(1)
+        return weight + self.scaling * (mapped + b1 @ b2)

@@ -1,0 +1,142 @@
+"""The forms in mixed precision, under autocast, in checkpointed training and on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adapters
+from adapters import IA3, DeLoRA, LoRA, Method, Patch, RoAd
+from adapters.forms import InputMap, LowRank, OutputMap
+from tests.adapters.models import perturb
+
+METHODS: dict[str, Method] = {
+    "output, ia3": IA3(),
+    "output, road": RoAd("road_4", group_size=4),
+    "input": IA3(feedforward=True),
+    "low rank": DeLoRA(rank=3, boundary=2),
+    "layers": LoRA(rank=3),
+}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(16, 24), (4, 3, 16)),
+    "convolution": (lambda: nn.Conv2d(4, 8, 3, padding=1), (2, 4, 6, 6)),
+}
+ROUNDING = 2.0**-8
+"""Of a number to bfloat16, relative."""
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=LAYERS)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    make, shape = LAYERS[request.param]
+    return nn.Sequential(make()), torch.randn(shape)
+
+
+def exact(patch: Patch, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output and the gradients of the sum of its squares, by the weights and in double precision."""
+    (place,) = patch.places
+    branch = copy.deepcopy(place.branch).double()
+    layer = copy.deepcopy(place.target).double()
+    own = {name: getattr(layer, name).detach() for name in branch.names}
+    output = torch.func.functional_call(layer, branch.change(own, 1.0), (x.double(),))
+    parameters = [parameter for _, parameter in branch.named_weights()]
+    return output, list(torch.autograd.grad(output.square().sum(), parameters))
+
+
+def near(found: Tensor, expected: Tensor, roundings: float) -> None:
+    """Whether the error, as a whole, is what so many roundings make of each number."""
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error <= roundings * ROUNDING, f"{error / ROUNDING:.2f} roundings"
+
+
+def test_the_methods_have_these_forms() -> None:
+    assert isinstance(METHODS["output, road"], OutputMap)
+    assert isinstance(METHODS["input"], InputMap)
+    assert isinstance(METHODS["low rank"], LowRank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(method: Method, case: tuple[nn.Module, Tensor], dtype: torch.dtype) -> None:
+    """Forward and backward are the exact ones to rounding, whichever precision the adapter is in."""
+    model, x = case
+    patch = adapters.inject(model, method, dtype=dtype)
+    perturb(patch, std=0.5)
+    output, gradients = exact(patch, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert found.dtype == torch.bfloat16
+    near(found, output, 2)
+    found.float().square().sum().backward()
+    for parameter, gradient in zip(patch.parameters(), gradients, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == dtype
+        near(parameter.grad, gradient, 6)
+
+
+def test_single_precision_on_a_base_of_less(method: Method, case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case[0].to(torch.bfloat16), case[1].to(torch.bfloat16)
+    patch = adapters.inject(model, method, dtype=torch.float32)
+    perturb(patch, std=0.5)
+    assert all(parameter.dtype == torch.float32 for parameter in patch.parameters())
+    output, gradients = exact(patch, x)
+    found = model(x)
+    assert found.dtype == torch.bfloat16
+    near(found, output, 2)
+    found.float().square().sum().backward()
+    for parameter, gradient in zip(patch.parameters(), gradients, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+        near(parameter.grad, gradient, 6)
+
+
+def test_an_adapter_of_less_precision_does_not_round_the_base(method: Method, case: tuple[nn.Module, Tensor]) -> None:
+    model, x = case
+    base = model(x)
+    patch = adapters.inject(model, method, dtype=torch.bfloat16)
+    found = model(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, base, rtol=1e-6, atol=1e-6)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in patch.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointed_training(method: Method, case: tuple[nn.Module, Tensor], reentrant: bool, autocast: bool) -> None:
+    """What is computed again in the backward is what was computed before."""
+    model, x = case
+    x.requires_grad_()
+    patch = adapters.inject(model, method)
+    perturb(patch, std=0.5)
+    gradients: list[list[Tensor | None]] = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = run(x).float().square().sum()
+        loss.backward()
+        gradients.append([tensor.grad for tensor in (x, *patch.parameters())])
+        for tensor in (x, *patch.parameters()):
+            tensor.grad = None
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_meta_device(method: Method, case: tuple[nn.Module, Tensor]) -> None:
+    """An adapter can be made before there are weights, and be given its values with them."""
+    model, x = case
+    patch = adapters.inject(model, method)
+    perturb(patch)
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    patch.eject()
+    with torch.device("meta"):
+        empty = copy.deepcopy(model).to("meta")
+        made = adapters.inject(empty, method)
+        assert empty(x.to("meta")).shape == expected.shape
+    assert all(tensor.is_meta for tensor in made.state_dict().values())
+    empty.load_state_dict(state, assign=True)
+    torch.testing.assert_close(empty(x), expected)
