@@ -23,7 +23,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import Copy, FourierFT, LoRA, RandLoRA, SHiRA, VBLoRA, VeRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -32,16 +32,21 @@ __all__ = [
     "AdapterError",
     "Branch",
     "Copy",
+    "FourierFT",
     "LayerMismatchError",
     "LoRA",
     "Method",
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "RandLoRA",
     "RowsError",
+    "SHiRA",
     "Site",
     "TargetError",
     "Tensors",
+    "VBLoRA",
+    "VeRA",
     "combine",
     "inject",
     "load",
