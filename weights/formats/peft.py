@@ -131,9 +131,9 @@ def write(adapter: AdapterFile, path: Path) -> None:
 
 
 def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
-    """The layer and the tensor that a key names; no layer for a shared tensor."""
+    """The layer and the tensor that a key names; no layer for a shared tensor, which some files have in each layer."""
     for name, whole in grammar.shared.items():
-        if key == whole:
+        if key == whole or (key.startswith(_PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
     if key.startswith(_PREFIX):
         for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):

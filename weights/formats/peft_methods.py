@@ -153,6 +153,8 @@ GRAMMARS: tuple[Grammar, ...] = (
         patterns={"n_frequency": "n_frequency_pattern"},
         only=_after_dot,
         tensors={"fourierft_spectrum": "fourierft_spectrum"},
+        # PEFT sorts the patterns when it saves them, which can make another one the first that matches.
+        of_layer=lambda config, path, tensors: {"n_frequency": tensors["fourierft_spectrum"].shape[-1]},
     ),
     Grammar(
         "randlora",
