@@ -306,24 +306,15 @@ def need_alpha(method: Any) -> None:
 def need_number(method: Any, name: str) -> None:
     """Check that a hyperparameter is a finite number."""
     value = getattr(method, name)
-    need(
-        isinstance(value, (int, float)) and math.isfinite(value),
-        method,
-        f"{_article(name)} that is a finite number",
-        value,
-    )
+    need(isinstance(value, (int, float)) and math.isfinite(value), method, f"{name} to be a finite number", value)
 
 
 def need_count(method: Any, name: str) -> None:
     """Check that a hyperparameter is an integer of 1 or more."""
     value = getattr(method, name)
-    need(isinstance(value, int) and value >= 1, method, f"{_article(name)} that is an integer of 1 or more", value)
+    need(isinstance(value, int) and value >= 1, method, f"{name} to be an integer of 1 or more", value)
 
 
 def need_seed(method: Any) -> None:
     """Check `seed`."""
     need(isinstance(method.seed, int), method, "a seed that is an integer", method.seed)
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -74,10 +74,15 @@ class RandLoRA(LowRank):
         else:
             a = _uniform((self.rank, 1, short), generator)
             b = torch.cat([_uniform((long, 1, self.rank), generator) for _ in range(bases)], dim=1)
-        if not (a.any() and b.any()):
-            raise TargetError(f"All values of a base are zero, by chance, at seed={self.seed}: choose another one.")
-        normalised = {"randlora_A": a / a.std(), "randlora_B": b / b.std()}
-        return {name: base.to(sites[0].device, sites[0].dtype) for name, base in normalised.items()}
+        if not all(base.numel() > 1 and base.std() > 0 for base in (a, b)):
+            raise TargetError(
+                f"The values of a base of {type(self).__name__} are all the same at rank={self.rank} and"
+                f" seed={self.seed}: choose another seed, or a larger rank."
+            )
+        return {
+            name: (base / base.std()).to(sites[0].device, sites[0].dtype)
+            for name, base in (("randlora_A", a), ("randlora_B", b))
+        }
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         outputs, inputs = t.shape[-2:]
