@@ -24,40 +24,20 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA, register
-from adapters.methods import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, MiSS, OutputBOFT
+from adapters.methods import *
+from adapters.methods import __all__ as _methods
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
-    "BOFT",
-    "C3A",
-    "HRA",
-    "OFT",
-from adapters.methods import IA3, Copy, DeLoRA, GLoRA, HiRA, LoRA, LycorisGLoRA, RoAd
-from adapters.patch import Patch, inject, load, patches
-
-__all__ = [
-    "IA3",
     "Adapted",
     "Adapter",
     "AdapterError",
-    "Bat",
     "Branch",
-    "Copy",
-    "DiagOFT",
-    "DeLoRA",
-    "GLoRA",
-    "HiRA",
     "LayerMismatchError",
-    "LoRA",
-    "LycorisGLoRA",
     "Method",
-    "MiSS",
-    "OutputBOFT",
     "Patch",
     "PatchNameError",
     "PatchStateError",
-    "RoAd",
     "RowsError",
     "Site",
     "TargetError",
@@ -67,6 +47,6 @@ __all__ = [
     "load",
     "methods",
     "patches",
-    "register",
     "use",
+    *_methods,
 ]

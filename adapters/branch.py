@@ -108,9 +108,14 @@ class Branch(fl.Chain):
         """The tensors as a formula takes them.
 
         Args:
-            dtype: What to convert floating-point ones to; by default they stay as they are.
+            dtype: What to convert floating-point ones to; by default they stay as they are, but for those that are
+                shared with layers on other devices or in other dtypes.
         """
         tensors = self.tensors()
+        if self.common and (own := self._first()) is not None:
+            for name in self.common:
+                shared = tensors[name]
+                tensors[name] = shared.to(own.device, own.dtype if shared.is_floating_point() else None)
         if dtype is not None:
             tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         return Tensors(tensors, self.matrix)
@@ -125,12 +130,21 @@ class Branch(fl.Chain):
         return self.parent.base  # type: ignore[union-attr]
 
     @property
+    def device(self) -> torch.device | None:
+        """The device of its own tensors."""
+        return None if (tensor := self._first()) is None else tensor.device
+
+    @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the tensors."""
+        """The dtype of its own tensors."""
+        return None if (tensor := self._first()) is None else tensor.dtype
+
+    def _first(self) -> Tensor | None:
+        """A tensor of its own that has a dtype to compute in."""
         for module in (*self._modules.values(), self):
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    return parameter.dtype
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.is_floating_point() and name not in self.common:
+                    return tensor
         return None
 
     def cast(self, x: Tensor) -> Tensor:

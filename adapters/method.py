@@ -183,15 +183,30 @@ class Method(ABC):
         return {}
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Tensors that all branches have in common: parameters, if they are to be trained."""
+        """Tensors that all branches have in common: parameters, if they are to be trained.
+
+        Args:
+            sites: Every weight that has this method, with these hyperparameters, in one patch.
+        """
         return {}
+
+    def share(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """What `shared` makes, as parameters for `build`: one object for all branches.
+
+        They are parameters even where they are never trained. A buffer would be another tensor in each branch after
+        the model has moved or changed its dtype.
+        """
+        return {
+            name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            for name, tensor in self.shared(sites).items()
+        }
 
     def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
         """A branch for one weight.
 
         Args:
             site: The weight.
-            shared: What `shared` made for all weights.
+            shared: What `share` made for all weights.
 
         Raises:
             TargetError: The hyperparameters do not fit this weight.
@@ -202,11 +217,9 @@ class Method(ABC):
         for name, tensor in self.constants(site).items():
             branch.register_buffer(name, tensor)
         for name, tensor in shared.items():
-            # A buffer would be another tensor in each branch after the model has moved.
-            own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-            branch.register_parameter(name, own)
+            branch.register_parameter(name, cast(nn.Parameter, tensor))
         branch.common = frozenset(shared)
-        branch.constants = frozenset(name for name, tensor in shared.items() if not isinstance(tensor, nn.Parameter))
+        branch.constants = frozenset(name for name, tensor in shared.items() if not tensor.requires_grad)
         return branch
 
     def names(self, site: Site) -> tuple[str, ...]:
@@ -290,3 +303,20 @@ def need_alpha(method: Any) -> None:
         "an alpha that is a finite number",
         method.alpha,
     )
+
+
+def need_number(method: Any, name: str) -> None:
+    """Check that a hyperparameter is a finite number."""
+    value = getattr(method, name)
+    need(isinstance(value, (int, float)) and math.isfinite(value), method, f"{name} to be a finite number", value)
+
+
+def need_count(method: Any, name: str) -> None:
+    """Check that a hyperparameter is an integer of 1 or more."""
+    value = getattr(method, name)
+    need(isinstance(value, int) and value >= 1, method, f"{name} to be an integer of 1 or more", value)
+
+
+def need_seed(method: Any) -> None:
+    """Check `seed`."""
+    need(isinstance(method.seed, int), method, "a seed that is an integer", method.seed)

@@ -7,7 +7,7 @@ import difflib
 import itertools
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -194,8 +194,15 @@ class Patch:
         return [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": lr * ratio}]
 
     def num_parameters(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers it trains, with those that several layers share once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _shared_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that layers share, each once."""
+        common = {name for place in self.places for name in place.branch.common}
+        for path, parameter in self.named_parameters():
+            if (name := path.rpartition(".")[2]) in common:
+                yield name, parameter
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its tensors, detached, named as in `named_parameters`, with those that are never trained."""
@@ -244,8 +251,10 @@ class Patch:
     def __str__(self) -> str:
         rows = [("path", "method", "parameters")]
         for place in self.places:
-            count = sum(parameter.numel() for parameter in place.branch.parameters())
-            rows.append((place.path, str(place.branch.method), f"{count:,}"))
+            branch = place.branch
+            count = sum(parameter.numel() for name, parameter in branch.named_weights() if name not in branch.common)
+            rows.append((place.path, str(branch.method), f"{count:,}"))
+        rows += [("all of these", name, f"{parameter.numel():,}") for name, parameter in self._shared_weights()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         state = "merged" if self.merged else "injected" if self.injected else "ejected"
         title = f"Patch {self.name!r}: {state}, scale {self.scale:g}{'' if self.enabled else ', disabled'}"
@@ -402,14 +411,24 @@ class Patch:
     # To files
 
     def adapter_file(self) -> weights.AdapterFile:
-        """What a file needs to say of this patch."""
+        """What a file needs to say of this patch.
+
+        Raises:
+            AdapterError: A method is there with several hyperparameters, and its layers share tensors.
+        """
         content: dict[str, weights.LayerWeights] = {}
         shared: dict[str, Tensor] = {}
         for place in self.places:
             method, tensors = place.branch.method.saved(place.branch)
             own = {name: tensor.detach() for name, tensor in tensors.items()}
             content[place.path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
-            shared.update({name: tensor.detach() for name, tensor in place.branch.shared_tensors().items()})
+            for name, tensor in place.branch.shared_tensors().items():
+                if shared.setdefault(name, tensor) is not tensor:
+                    raise AdapterError(
+                        f"The layers of the patch {self.name!r} do not all share the same {name}, and a file has one:"
+                        " make a patch for each set of hyperparameters."
+                    )
+        shared = {name: tensor.detach() for name, tensor in shared.items()}
         return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
 
     def save_pretrained(self, path: str | PathLike[str], format: str | None = None) -> Path:
@@ -492,14 +511,12 @@ def _new_places(
 ) -> list[Place]:
     """New branches for layers, and their places."""
     sites = [Site.of(layer, method, device, dtype) for (layer, *_), method in chosen]
-    places: list[Place] = []
-    shared: dict[Method, dict[str, Tensor]] = {}
-    for ((layer, *tied), method), site in zip(chosen, sites, strict=True):
+    for ((layer, *_), method), site in zip(chosen, sites, strict=True):
         method.check_site(site)
         method.check_training(layer.module, layer.parameter)
-        if method not in shared:
-            others = [site for site, (_, other) in zip(sites, chosen, strict=True) if other == method]
-            shared[method] = method.shared(others)
+    shared = _shared(zip((method for _, method in chosen), sites, strict=True))
+    places: list[Place] = []
+    for ((layer, *tied), method), site in zip(chosen, sites, strict=True):
         branch = build(method, site, shared[method])
         places.append(Place.of(layer, branch))
         places += [Place.of(other, _tied_to(branch)) for other in tied]
@@ -574,6 +591,14 @@ def find(model: nn.Module, name: str) -> Patch:
     return known[name]
 
 
+def _shared(sites: Iterable[tuple[Method, Site]]) -> dict[Method, dict[str, Tensor]]:
+    """What the weights of each method have in common."""
+    by_method: dict[Method, list[Site]] = {}
+    for method, site in sites:
+        by_method.setdefault(method, []).append(site)
+    return {method: method.share(sites) for method, sites in by_method.items()}
+
+
 def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
     """A new branch of a method for a weight, with the tensors that it shares with others."""
     branch = method.build(site, shared)
@@ -612,16 +637,21 @@ def _restored(
             problems.append(f"{path}: {problem}")
         else:
             sites.append((layer, path, method, site))
-    shared = {method: method.shared([site for *_, other, site in sites if other == method]) for *_, method, _ in sites}
+    shared = _shared((method, site) for *_, method, site in sites)
+    for tensors in shared.values():
+        given = {name: file.shared[name] for name in tensors if name in file.shared}
+        if len(given) < len(tensors) and file.layers.keys() > {path for _, path in found}:
+            names = ", ".join(tensors.keys() - given.keys())
+            problems.append(f"{names} is not in the file, and depends on the layers that are not in the model")
+        problems += _fill({name: tensors[name] for name in given}, given)
     places: list[Place] = []
     for layer, path, method, site in sites:
         branch = build(method, site, shared[method])
         problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), file.layers[path].tensors)]
-        given = {name: file.shared[name] for name in branch.shared_tensors() if name in file.shared}
-        problems += _fill({name: branch.shared_tensors()[name] for name in given}, given)
-        for _, parameter in branch.named_weights():
-            parameter.requires_grad_(trainable)
         places.append(Place.of(layer, branch))
+    for place in places:
+        for _, parameter in place.branch.named_weights():
+            parameter.requires_grad_(trainable)
     return places, problems
 
 

@@ -7,17 +7,21 @@ from adapters.method import Method
 from adapters.methods.boft import BOFT, OutputBOFT
 from adapters.methods.c3a import C3A
 from adapters.methods.copied import Copy
-from adapters.methods.hra import HRA
-from adapters.methods.lora import LoRA
-from adapters.methods.miss import Bat, MiSS
-from adapters.methods.oft import OFT, DiagOFT
 from adapters.methods.delora import DeLoRA
+from adapters.methods.fourierft import FourierFT
 from adapters.methods.glora import GLoRA
 from adapters.methods.hira import HiRA
+from adapters.methods.hra import HRA
 from adapters.methods.ia3 import IA3
 from adapters.methods.lora import LoRA
 from adapters.methods.lycoris_glora import LycorisGLoRA
+from adapters.methods.miss import Bat, MiSS
+from adapters.methods.oft import OFT, DiagOFT
+from adapters.methods.randlora import RandLoRA
 from adapters.methods.road import RoAd
+from adapters.methods.shira import SHiRA
+from adapters.methods.vblora import VBLoRA
+from adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {
     method.key: method
@@ -38,6 +42,11 @@ METHODS: dict[str, type[Method]] = {
         IA3,
         LycorisGLoRA,
         RoAd,
+        FourierFT,
+        RandLoRA,
+        SHiRA,
+        VBLoRA,
+        VeRA,
     )
 }
 """Every method by the name that files give it."""
@@ -66,15 +75,19 @@ __all__ = [
     "OFT",
     "Bat",
     "Copy",
-    "DiagOFT",
-    "LoRA",
-    "register",
-    "MiSS",
-    "OutputBOFT",
     "DeLoRA",
+    "DiagOFT",
+    "FourierFT",
     "GLoRA",
     "HiRA",
     "LoRA",
     "LycorisGLoRA",
+    "MiSS",
+    "OutputBOFT",
+    "RandLoRA",
     "RoAd",
+    "SHiRA",
+    "VBLoRA",
+    "VeRA",
+    "register",
 ]

@@ -19,8 +19,31 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import BOFT, C3A, HRA, OFT, Bat, Copy, DiagOFT, LoRA, Method, MiSS, OutputBOFT, TargetError
-from adapters import IA3, Copy, DeLoRA, GLoRA, HiRA, LoRA, LycorisGLoRA, Method, RoAd, TargetError
+from adapters import (
+    BOFT,
+    C3A,
+    HRA,
+    IA3,
+    OFT,
+    Bat,
+    Copy,
+    DeLoRA,
+    DiagOFT,
+    FourierFT,
+    GLoRA,
+    HiRA,
+    LoRA,
+    LycorisGLoRA,
+    Method,
+    MiSS,
+    OutputBOFT,
+    RandLoRA,
+    RoAd,
+    SHiRA,
+    TargetError,
+    VBLoRA,
+    VeRA,
+)
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -98,6 +121,18 @@ VARIANTS: dict[str, Variant] = {
     "lycoris-glora": Variant(LycorisGLoRA(rank=2, alpha=3)),
     "hira": Variant(HiRA(rank=2)),
     "delora": Variant(DeLoRA(rank=2, boundary=3)),
+    "vera": Variant(VeRA(rank=3, d_initial=0.5)),
+    "vera from another seed": Variant(VeRA(rank=1, seed=5)),
+    "randlora": Variant(RandLoRA(rank=3, alpha=60)),
+    "sparse randlora": Variant(RandLoRA(rank=3, alpha=20, sparse=True, seed=4)),
+    "very sparse randlora": Variant(RandLoRA(rank=2, alpha=20, very_sparse=True, seed=3)),
+    # The bank cannot start at zero, see its class.
+    "vblora": Variant(VBLoRA(rank=3, num_vectors=5, vector_length=2), starts_at=0.02),
+    "vblora of pieces of one": Variant(VBLoRA(rank=2, num_vectors=7, vector_length=1, topk=3), starts_at=0.02),
+    "fourierft": Variant(FourierFT(n_frequency=6)),
+    "fourierft of one frequency": Variant(FourierFT(n_frequency=1, scaling=30.0, seed=1)),
+    "shira": Variant(SHiRA(rank=1)),
+    "shira from a seed": Variant(SHiRA(rank=1, seed=4)),
 }
 
 
@@ -186,6 +221,7 @@ def test_all_promises(product: Product) -> None:
     seen: dict[tuple[str, ...], Tensor] = {}
 
     def run(choice: tuple[str, ...]) -> None:
+        torch.set_num_threads(1)  # A new thread has a number of its own, and products of matrices round by it.
         with adapters.use(model, *choice):
             seen[choice] = product()
 

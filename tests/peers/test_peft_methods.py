@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,33 @@ class Net(nn.Module):
         return self.layer(x)
 
 
+class Holder(nn.Module):
+    """Puts a layer under the name that the configurations target."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Several(nn.Module):
+    """Layers of different sizes, all adapted."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*map(Holder, layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def around(layer: nn.Module) -> nn.Module:
+    """A model with what `LAYERS` makes."""
+    return layer if isinstance(layer, Several) else Net(layer)
+
+
 def conv(inputs: int, outputs: int, kernel: Any = 3, **options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Conv2d(inputs, outputs, kernel, **options)
 
@@ -50,6 +78,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda: torch.randn(2, 4, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=1), lambda: torch.randn(2, 2, 3, 4, 5)),
     "embedding": (lambda: nn.Embedding(11, 8), lambda: torch.randint(0, 11, (4, 3))),
+    "several linears": (
+        lambda: Several(nn.Linear(6, 8), nn.Linear(8, 12, bias=False), nn.Linear(12, 4)),
+        lambda: torch.randn(4, 3, 6),
+    ),
+    "several conv1ds": (lambda: Several(Conv1D(8, 6), nn.Linear(8, 4)), lambda: torch.randn(4, 3, 6)),
 }
 LINEARS = ("linear", "linear without bias", "square linear")
 # What PEFT's adapters on a convolution compute is what they say, whatever the convolution.
@@ -83,7 +116,9 @@ def oft(**settings: Any) -> Callable[..., peft.PeftConfig]:
 # Its OFT of other convolutions is not the identity at the start, and its BOFT and HRA take a kernel for square.
 OFT_LAYERS = (*LINEARS, "conv of kernel 1", "embedding")
 SQUARE_CONVOLUTIONS = ("conv", "conv of stride 2", "conv of kernel 1")
+SEVERAL = ("several linears", "several conv1ds")
 LORA_LAYERS = (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "embedding")
+LINEAR_MAPS = (*LINEARS, "transformers conv1d", *SEVERAL)
 CASES: dict[str, Case] = {
     "lora": Case(configured(peft.LoraConfig, r=3, lora_alpha=5), LORA_LAYERS),
     "rslora": Case(configured(peft.LoraConfig, r=3, lora_alpha=5, use_rslora=True), LORA_LAYERS),
@@ -151,10 +186,40 @@ CASES |= {
         LINEARS,
     ),
 }
+CASES |= {
+    "vera": Case(configured(peft.VeraConfig, r=3), LINEAR_MAPS),
+    "vera from a key": Case(configured(peft.VeraConfig, r=5, projection_prng_key=7, d_initial=0.5), LINEAR_MAPS),
+    "vera and biases": Case(configured(peft.VeraConfig, r=5, bias="vera_only"), ("linear", "several linears")),
+    "randlora": Case(configured(peft.RandLoraConfig, r=3, randlora_alpha=30), LINEAR_MAPS),
+    "randlora of rank 1": Case(configured(peft.RandLoraConfig, r=1, randlora_alpha=4), LINEAR_MAPS),
+    "randlora of high rank": Case(configured(peft.RandLoraConfig, r=16, randlora_alpha=40), LINEAR_MAPS),
+    "sparse randlora": Case(
+        configured(peft.RandLoraConfig, r=3, randlora_alpha=30, sparse=True, projection_prng_key=3), LINEAR_MAPS
+    ),
+    "very sparse randlora": Case(
+        configured(peft.RandLoraConfig, r=2, randlora_alpha=30, very_sparse=True, projection_prng_key=5), LINEAR_MAPS
+    ),
+    "vblora": Case(configured(peft.VBLoRAConfig, r=3, num_vectors=7, vector_length=2), LINEAR_MAPS),
+    "vblora of one vector": Case(
+        configured(peft.VBLoRAConfig, r=2, num_vectors=300, vector_length=1, topk=1), LINEAR_MAPS
+    ),
+    "vblora of many vectors": Case(
+        configured(peft.VBLoRAConfig, r=3, num_vectors=9, vector_length=2, topk=5), LINEAR_MAPS
+    ),
+    "fourierft": Case(configured(peft.FourierFTConfig, n_frequency=9, random_loc_seed=5), LINEAR_MAPS, 1e-5),
+    "fourierft from another seed": Case(
+        configured(peft.FourierFTConfig, n_frequency=2, scaling=20.0, random_loc_seed=5, init_weights=True),
+        LINEAR_MAPS,
+        1e-5,
+    ),
+    "shira": Case(configured(peft.ShiraConfig, r=1), (*LINEARS, "several linears")),
+    "shira from a seed": Case(configured(peft.ShiraConfig, r=2, random_seed=3), (*LINEARS, "several linears")),
+}
 
 
+# PEFT writes what all layers share once more for each layer.
+REPEATED = re.compile(r"base_model\.model\..*\.randlora_[AB]")
 # What only says how the layers were chosen, and how and by what the tensors were made.
-# What only says how the layers were chosen and how the tensors were made.
 NOT_KEPT = {
     "auto_mapping",
     "bias",
@@ -163,8 +228,6 @@ NOT_KEPT = {
     "init_weights",
     "peft_version",
     "feedforward_modules",
-    "init_lora_weights",
-    "init_weights",
     "target_modules",
 }
 
@@ -177,7 +240,7 @@ def parity() -> list[tuple[str, str]]:
 def test_files_mean_the_same_there_and_here(name: str, layer: str, tmp_path: Path) -> None:
     case, (make, sample) = CASES[name], LAYERS[layer]
     torch.manual_seed(0)
-    base, x = Net(make()).double().eval(), sample()
+    base, x = around(make()).double().eval(), sample()
     x = x.double() if x.is_floating_point() else x
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         theirs = peft.get_peft_model(copy.deepcopy(base), case.config()).double().eval()
@@ -205,11 +268,12 @@ def test_a_file_from_here_has_what_a_file_from_there_has(name: str, layer: str, 
     """The same names and shapes of tensors, and settings that PEFT reads to the same configuration."""
     case, (make, _) = CASES[name], LAYERS[layer]
     with warnings.catch_warnings(action="ignore"):
-        theirs = peft.get_peft_model(Net(make()), case.config())
+        theirs = peft.get_peft_model(around(make()), case.config())
         theirs.save_pretrained(tmp_path / "theirs")
-        model = Net(make())
+        model = around(make())
         adapters.load(model, tmp_path / "theirs").save_pretrained(tmp_path / "ours")
         one, other = (weights.open(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
+        one = {key: tensor for key, tensor in one.items() if not REPEATED.fullmatch(key)}
         assert {key: tensor.shape for key, tensor in one.items()} == {key: t.shape for key, t in other.items()}
         configs = [peft.PeftConfig.from_pretrained(tmp_path / who).to_dict() for who in ("theirs", "ours")]
     one, other = ({name: value for name, value in config.items() if name not in NOT_KEPT} for config in configs)

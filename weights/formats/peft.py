@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def read(path: Path) -> AdapterFile:
         where: LayerWeights(grammar.method, _hyperparameters(fields, grammar, where, own), dict(sorted(own.items())))
         for where, own in named.items()
     }
-    _refuse(folder, _layer_problems(layers, grammar))
+    _refuse(folder, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
     return AdapterFile({**layers, **copies}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
 
 
@@ -111,13 +111,13 @@ def write(adapter: AdapterFile, path: Path) -> None:
     layers = {where: layer for where, layer in adapter.layers.items() if layer.method != "copy"}
     copies = {where: layer for where, layer in adapter.layers.items() if layer.method == "copy"}
     grammar = _grammar_of(layers, path)
-    _refuse(path, _layer_problems(layers, grammar))
+    settings = {**_config_of(adapter, layers, grammar, path), **_copy_settings(copies, layers, grammar)}
+    _refuse(path, (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar)))
     tensors = {
         grammar.key(where, name): tensor for where, layer in layers.items() for name, tensor in layer.tensors.items()
     }
     tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
     tensors |= {_copied_key(where, layers): layer.tensors["copy"] for where, layer in copies.items()}
-    settings = {**_config_of(adapter, layers, grammar, path), **_copy_settings(copies, layers, grammar)}
     config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     contents: dict[Path, Iterable[bytes | memoryview]] = {
         path / TENSORS: encode(tensors, {"format": "pt"}),
@@ -132,9 +132,9 @@ def write(adapter: AdapterFile, path: Path) -> None:
 
 
 def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
-    """The layer and the tensor that a key names; no layer for a shared tensor."""
+    """The layer and the tensor that a key names; no layer for a shared tensor, which some files have in each layer."""
     for name, whole in grammar.shared.items():
-        if key == whole:
+        if key == whole or (key.startswith(_PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
     if key.startswith(_PREFIX):
         for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):
@@ -190,6 +190,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Grammar]:
         _refuse(path, [f"peft_type is {fields['peft_type']!r}, which is none of {known}"])
     grammar = min(candidates, key=lambda grammar: len(list(_misfits(fields, grammar))))
     defaults = {**dict(grammar.settings.values()), **{name: {} for name in grammar.patterns.values()}}
+    defaults |= {grammar.shared_if: True} if grammar.shared_if else {}
     fields = {**defaults, **fields}
     _refuse(path, _config_problems(fields, grammar))
     return fields, grammar
@@ -203,7 +204,7 @@ def _misfits(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
 
 def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
     known = {*_COMMON, *_INERT, *grammar.inert, *grammar.read, *grammar.fixed, *grammar.patterns.values()}
-    known |= {name for name, _ in grammar.settings.values()}
+    known |= {grammar.shared_if or "", *(name for name, _ in grammar.settings.values())}
     for name in sorted(fields.keys() - known):
         if fields[name]:
             yield f"{name}={fields[name]!r} is not supported"
@@ -215,6 +216,8 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
         yield "modules_to_save is not a list of names"
     if not isinstance(fields["bias"], str):
         yield "bias is not a text"
+    if grammar.shared_if and not isinstance(fields[grammar.shared_if], bool):
+        yield f"{grammar.shared_if} is not true or false"
     for name, default in grammar.settings.values():
         if not _is_like(fields[name], default):
             yield f"{name}={fields[name]!r} is not {_KINDS.get(type(default), 'of the right kind')}"
@@ -298,6 +301,13 @@ def _layer_problems(layers: Mapping[str, LayerWeights], grammar: Grammar) -> Ite
             yield f"layer {path!r} has {problem}"
 
 
+def _shared_problems(shared: Iterable[str], settings: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
+    """What is missing of the tensors that all layers have in common."""
+    if grammar.shared_if is None or settings[grammar.shared_if]:
+        for name in sorted(grammar.shared.keys() - set(shared)):
+            yield f"the tensor {grammar.shared[name]!r} is missing"
+
+
 def _config_of(
     adapter: AdapterFile, layers: Mapping[str, LayerWeights], grammar: Grammar, path: Path
 ) -> dict[str, Any]:
@@ -314,10 +324,11 @@ def _config_of(
         values = _values(layers, path, hyperparameter, default)
         config[name] = _most_common(values)
         if hyperparameter in grammar.patterns:
-            table = {grammar.pattern(layer): value for layer, value in values.items() if value != config[name]}
-            config[grammar.patterns[hyperparameter]] = table
+            config[grammar.patterns[hyperparameter]] = _pattern_table(values, config[name], grammar.pattern)
         elif len(set(map(repr, values.values()))) > 1:
             _refuse(path, [f"its layers differ in {hyperparameter}, PEFT keeps one"])
+    if grammar.shared_if:
+        config[grammar.shared_if] = bool(adapter.shared)
     return {**config, **grammar.of_file(adapter)}
 
 
@@ -337,6 +348,16 @@ def _as_integer(value: float) -> float:
 def _most_common(values: Mapping[str, Any]) -> Any:
     counts = Counter(values.values())
     return max(counts, key=lambda value: (counts[value], -value if _is_number(value) else 0))
+
+
+def _pattern_table(values: Mapping[str, float], default: float, pattern: Callable[[str], str]) -> dict[str, float]:
+    """Patterns for the layers that differ from the default, and before them for those that they catch too.
+
+    PEFT takes the first pattern that matches, and also tries them on the tail of a longer path.
+    """
+    table = {pattern(layer): value for layer, value in values.items() if value != default}
+    caught = {pattern(layer): value for layer, value in values.items() if _lookup(table, layer, default) != value}
+    return {**caught, **table}
 
 
 def _refuse(path: Path, problems: Iterable[str]) -> None:

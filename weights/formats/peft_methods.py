@@ -24,10 +24,11 @@ class Grammar:
         type: PEFT's name for it.
         settings: For each hyperparameter, its name in the JSON file and PEFT's default.
         patterns: For a hyperparameter that may differ between layers, the setting that says where.
-        pattern: The pattern for one path, as PEFT matches those of this method.
+        pattern: The pattern for a layer and, if it can be said, no other, as PEFT matches those of this method.
         tensors: For each tensor, the end of its name in the file.
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
+        shared_if: The setting that says whether those are in the file, by default true; None where they always are.
         fixed: Settings that have to have one of these values, the first of which is written.
         inert: Settings that do not change what the saved tensors compute.
         read: Settings that only `of_layer` reads, each with what says whether a value is one that it can have.
@@ -45,6 +46,7 @@ class Grammar:
     pattern: Callable[[str], str] = lambda path: f"^{re.escape(path)}"
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
+    shared_if: str | None = None
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     inert: frozenset[str] = frozenset()
     read: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
@@ -75,6 +77,24 @@ def _lora_start(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> M
     return {"init": start} if start in ("pissa", "olora") else {}
 
 
+def _vblora_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the names of the tensors."""
+    only = layer.hyperparameters.get("only_topk")
+    ends = ("_topk_indices", "_topk_weights") if only else ("",)
+    needed = sorted(f"vblora_logits_{factor}{end}" for factor in "AB" for end in ends)
+    have = ", ".join(sorted(layer.tensors))
+    return None if have == ", ".join(needed) else f"{have} instead of {', '.join(needed)}"
+
+
+def _after_dot(path: str) -> str:
+    """A pattern for a layer, in settings of which PEFT matches patterns only after a dot and whole paths as they are.
+
+    So where there is a dot, what is before it is looked back at.
+    """
+    head, dot, name = path.rpartition(".")
+    return rf"(?<=^{re.escape(head)}\.){re.escape(name)}" if dot else path
+
+
 _LORA_ENDS = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -102,6 +122,11 @@ _LORA_INERT = frozenset(
         "runtime_config",
     }
 )
+_VBLORA_ENDS = {
+    f"vblora_logits_{factor}{end}": f"vblora_logits_{factor}{end}"
+    for factor in "AB"
+    for end in ("", "_topk_indices", "_topk_weights")
+}
 _RANKS_AND_ALPHAS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 
 
@@ -249,6 +274,8 @@ GRAMMARS: tuple[Grammar, ...] = (
         tensors={"miss_block": "miss_block"},
         fixed={"init_weights": ("bat",)},
         inert=frozenset({"miss_dropout", "mini_r"}),
+    ),
+    Grammar(
         "ia3",
         "IA3",
         settings={},
@@ -292,6 +319,68 @@ GRAMMARS: tuple[Grammar, ...] = (
         patterns={"rank": "rank_pattern", "boundary": "lambda_pattern"},
         tensors={name: name for name in ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")},
         inert=frozenset({"module_dropout"}),
+    ),
+    Grammar(
+        "fourierft",
+        "FOURIERFT",
+        settings={
+            "n_frequency": ("n_frequency", 1000),
+            "scaling": ("scaling", 150.0),
+            "seed": ("random_loc_seed", 777),
+        },
+        patterns={"n_frequency": "n_frequency_pattern"},
+        pattern=_after_dot,
+        tensors={"fourierft_spectrum": "fourierft_spectrum"},
+        # PEFT sorts the patterns when it saves them, which can make another one the first that matches.
+        of_layer=lambda config, path, tensors: {"n_frequency": tensors["fourierft_spectrum"].shape[-1]},
+    ),
+    Grammar(
+        "randlora",
+        "RANDLORA",
+        settings={
+            "rank": ("r", 32),
+            "alpha": ("randlora_alpha", 640.0),
+            "seed": ("projection_prng_key", 0),
+            "sparse": ("sparse", False),
+            "very_sparse": ("very_sparse", False),
+        },
+        tensors={"randlora_lambda": "randlora_lambda", "randlora_gamma": "randlora_gamma"},
+        shared={"randlora_A": "base_model.randlora_A", "randlora_B": "base_model.randlora_B"},
+        shared_if="save_projection",
+        inert=frozenset({"randlora_dropout"}),
+    ),
+    Grammar(
+        "shira",
+        "SHIRA",
+        settings={"rank": ("r", 32), "seed": ("random_seed", None)},
+        tensors={"shira_weight": "shira_weight", "shira_indices": "shira_indices"},
+        # How the entries were chosen: which they are is in the file.
+        inert=frozenset({"mask_type"}),
+    ),
+    Grammar(
+        "vblora",
+        "VBLORA",
+        settings={
+            "rank": ("r", 4),
+            "num_vectors": ("num_vectors", 256),
+            "vector_length": ("vector_length", 256),
+            "topk": ("topk", 2),
+            "only_topk": ("save_only_topk_weights", False),
+        },
+        tensors=_VBLORA_ENDS,
+        optional=frozenset(_VBLORA_ENDS),
+        shared={"vblora_vector_bank": "base_model.vblora_vector_bank"},
+        inert=frozenset({"init_logits_std", "init_vector_bank_bound", "vblora_dropout"}),
+        check=_vblora_problem,
+    ),
+    Grammar(
+        "vera",
+        "VERA",
+        settings={"rank": ("r", 256), "seed": ("projection_prng_key", 0), "d_initial": ("d_initial", 0.1)},
+        tensors={"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"},
+        shared={"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"},
+        shared_if="save_projection",
+        inert=frozenset({"vera_dropout"}),
     ),
 )
 """Every method that PEFT's files can hold."""

@@ -1,0 +1,70 @@
+"""FourierFT: a few coefficients of the Fourier transform of the update are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.branch import Branch, Tensors
+from adapters.errors import TargetError
+from adapters.forms import Additive
+from adapters.method import Site, need_count, need_number, need_seed
+
+
+@dataclass(frozen=True)
+class FourierFT(Additive):
+    """Fine-tuning of Fourier coefficients.
+
+    Which coefficients of an `(outputs, inputs)` update are trained is drawn from the seed, so layers of one shape
+    train the same ones. The spectrum starts at zero, which changes nothing; the paper starts at normally distributed
+    values.
+
+    Args:
+        n_frequency: How many coefficients each layer trains.
+        scaling: The strength.
+        seed: Where the positions of the coefficients come from.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "fourierft"
+    paper = "arXiv:2405.03003"
+    formula = "W + s Re(ifft2(F)), with F zero but for some trained values"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    seed: int = 777
+
+    def __post_init__(self) -> None:
+        need_count(self, "n_frequency")
+        need_number(self, "scaling")
+        need_seed(self)
+
+    def check_site(self, site: Site) -> None:
+        outputs, inputs = site.shape[-2:]
+        if self.n_frequency > outputs * inputs:
+            raise TargetError(
+                f"{site.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}: it takes no"
+                f" n_frequency of {self.n_frequency}; give it a smaller one."
+            )
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {"fourierft_spectrum": site.zeros(*site.shape[:-2], self.n_frequency)}
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        outputs, inputs = site.shape[-2:]
+        generator = torch.Generator().manual_seed(self.seed)
+        positions = torch.randperm(outputs * inputs, generator=generator, device="cpu")[: self.n_frequency]
+        return {"positions": positions.to(site.device, copy=True)}
+
+    def delta(self, t: Tensors) -> Tensor:
+        spectrum = t.fourierft_spectrum
+        flat = spectrum.new_zeros(*t.shape[:-2], t.shape[-2] * t.shape[-1])
+        return torch.fft.ifft2(flat.index_copy(-1, t.positions, spectrum).view(t.shape)).real * self.scaling
+
+    def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        return {"fourierft_spectrum": branch.fourierft_spectrum}

@@ -1,0 +1,113 @@
+"""RandLoRA: full-rank updates out of random low-rank bases that all layers share, with trained diagonals between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Tensors
+from adapters.errors import TargetError
+from adapters.forms import LowRank
+from adapters.method import Site, need, need_alpha, need_rank, need_seed
+from adapters.methods.vera import largest
+
+
+@dataclass(frozen=True)
+class RandLoRA(LowRank):
+    """Full-rank adaptation by random bases.
+
+    The bases `B` and `A` are as large as the largest layer needs, never trained, and exist once for all layers. There
+    are as many of `B` as make the update full-rank, and one `A`. Where a weight has fewer outputs than inputs, the
+    update is the transpose of the formula.
+
+    Args:
+        rank: The rank of each base. The smaller it is, the more is trained.
+        alpha: The strength. The update is scaled by `alpha / rank`.
+        seed: Where the bases come from.
+        sparse: Let two of three values of the bases be zero, and the others 1 or -1 but for a factor.
+        very_sparse: Let all but one of `√n` be zero, with `n` the shorter side of the largest layer.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "randlora"
+    paper = "arXiv:2502.00987"
+    formula = "W + s Σᵢ Bᵢ diag(λᵢ) A diag(γᵢ), with s = alpha / rank"
+    kinds = frozenset({"linear", "convolution", "stack"})
+    fast = frozenset({"randlora_lambda"})
+
+    rank: int = 32
+    alpha: float | None = 640.0
+    seed: int = 0
+    sparse: bool = False
+    very_sparse: bool = False
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_alpha(self)
+        need_seed(self)
+        for name in ("sparse", "very_sparse"):
+            need(isinstance(getattr(self, name), bool), self, f"{name} to be true or false", getattr(self, name))
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        *stack, outputs, inputs = site.shape
+        short = min(outputs, inputs)
+        bases = math.ceil(short / self.rank)
+        return {
+            "randlora_lambda": site.zeros(*stack, self.rank, bases),
+            "randlora_gamma": site.ones(*stack, bases, short) / max(bases, short),
+        }
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        short, long = sorted(largest(sites))
+        generator = torch.Generator().manual_seed(self.seed)
+        bases = math.ceil(short / self.rank)
+        if self.sparse or self.very_sparse:
+            share = 1 / (math.sqrt(short) if self.very_sparse else 3)
+            a = _signs((self.rank, 1, short), share, generator)
+            b = _signs((long, bases, self.rank), share, generator)
+        else:
+            a = _uniform((self.rank, 1, short), generator)
+            b = torch.cat([_uniform((long, 1, self.rank), generator) for _ in range(bases)], dim=1)
+        if not all(base.numel() > 1 and base.std() > 0 for base in (a, b)):
+            raise TargetError(
+                f"The values of a base of {type(self).__name__} are all the same at rank={self.rank} and"
+                f" seed={self.seed}: choose another seed, or a larger rank."
+            )
+        return {
+            name: (base / base.std()).to(sites[0].device, sites[0].dtype)
+            for name, base in (("randlora_A", a), ("randlora_B", b))
+        }
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        outputs, inputs = t.shape[-2:]
+        bases, short = t.randlora_gamma.shape[-2:]
+        # The columns of B come base by base, the scaled rows of A row by row, and file formats count on that: each
+        # column meets another row than in the formula, and all of them are random.
+        long = t.randlora_B[: max(outputs, inputs), :bases].flatten(1)
+        scaled = (t.randlora_lambda * self.scaling).unsqueeze(-1) * t.randlora_gamma.unsqueeze(-3)
+        rows = (scaled * t.randlora_A[..., :short]).flatten(-3, -2)
+        columns = long.expand(*rows.shape[:-2], *long.shape)
+        return (columns, rows) if inputs <= outputs else (rows.mT, columns.mT)
+
+    @property
+    def scaling(self) -> float:
+        """`s` of the formula."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # The generator gives other numbers in other dtypes, and bfloat16 is what files without the bases count on.
+    empty = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+    return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
+
+def _signs(shape: tuple[int, ...], share: float, generator: torch.Generator) -> Tensor:
+    """Zeros, but for a share of values that are as often 1 as -1."""
+    chance = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (chance > 1 - share / 2).float() - (chance < share / 2).float()

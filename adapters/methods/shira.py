@@ -1,0 +1,65 @@
+"""SHiRA: a few entries of the weight are trained, at fixed places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.branch import Tensors
+from adapters.errors import TargetError
+from adapters.forms import Additive
+from adapters.method import Site, need, need_rank
+
+
+@dataclass(frozen=True)
+class SHiRA(Additive):
+    """Sparse high-rank adaptation.
+
+    Args:
+        rank: How many entries are trained, as many as LoRA of this rank has: `rank · (outputs + inputs)`. The rank of
+            the update is not limited by it.
+        seed: Where the places come from, which are then the same in all layers of one shape. None draws others for
+            each layer, by the seed of `inject`.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "shira"
+    paper = "arXiv:2406.13175"
+    formula = "W + S, with S zero but for some trained entries"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
+
+    rank: int = 32
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need(self.seed is None or isinstance(self.seed, int), self, "a seed that is an integer or None", self.seed)
+
+    def check_site(self, site: Site) -> None:
+        outputs, inputs = site.shape[-2:]
+        if self._count(site) > outputs * inputs:
+            raise TargetError(
+                f"{site.path} has {outputs * inputs} entries, {outputs} × {inputs}, and rank={self.rank} asks for"
+                f" {self._count(site)}: give it a smaller rank."
+            )
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {"shira_weight": site.zeros(*site.shape[:-2], self._count(site))}
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        outputs, inputs = site.shape[-2:]
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        places = torch.randperm(outputs * inputs, generator=generator, device="cpu")[: self._count(site)].sort().values
+        return {"shira_indices": torch.stack([places // inputs, places % inputs]).to(site.device, torch.int32)}
+
+    def _count(self, site: Site) -> int:
+        return self.rank * sum(site.shape[-2:])
+
+    def delta(self, t: Tensors) -> Tensor:
+        rows, columns = t.shira_indices.long()
+        flat = t.shira_weight.new_zeros(*t.shape[:-2], t.shape[-2] * t.shape[-1])
+        return flat.index_add(-1, rows * t.shape[-1] + columns, t.shira_weight).view(t.shape)

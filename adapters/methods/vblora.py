@@ -1,0 +1,110 @@
+"""VB-LoRA: the factors are put together of vectors out of one trained bank that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Tensors
+from adapters.errors import TargetError
+from adapters.forms import LowRank
+from adapters.method import Site, need, need_count, need_rank
+
+
+@dataclass(frozen=True)
+class VBLoRA(LowRank):
+    """Low-rank adaptation with a vector bank.
+
+    Rows of A and columns of B are cut into pieces. Each piece is a mixture of the `topk` vectors of the bank that have
+    the largest logits, weighted by their softmax. The bank starts at small random values, as a bank of zeros could
+    not learn, so the update is small at the start, at most `rank · 0.02²` in each entry, and not zero.
+
+    Args:
+        rank: Rows of A and columns of B.
+        num_vectors: How many vectors the bank has.
+        vector_length: How long they are. The inputs and the outputs of every layer are multiples of it.
+        topk: How many vectors are mixed for each piece.
+        only_topk: There are no logits, only the numbers of the vectors and their weights, as files have them that
+            were saved for inference. Such an adapter cannot be trained.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "vblora"
+    paper = "arXiv:2405.15179"
+    formula = "W + B A, with pieces Σ softmax(top-k logits) · vectors of the bank"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
+
+    rank: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    only_topk: bool = False
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        for name in ("num_vectors", "vector_length", "topk"):
+            need_count(self, name)
+        need(self.topk <= self.num_vectors, self, f"a topk of at most num_vectors={self.num_vectors}", self.topk)
+
+    def check_site(self, site: Site) -> None:
+        outputs, inputs = site.shape[-2:]
+        if outputs % self.vector_length or inputs % self.vector_length:
+            raise TargetError(
+                f"{site.path} is {outputs} × {inputs}, not multiples of vector_length={self.vector_length}: choose a"
+                " length that divides both, or exclude the layer."
+            )
+
+    def check_training(self, layer: nn.Module, parameter: str) -> None:
+        if self.only_topk:
+            raise TargetError(
+                f"{type(self).__name__} without logits cannot be trained: it was saved for inference, with"
+                " save_only_topk_weights. Save it with all logits to train on."
+            )
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        shapes = {} if self.only_topk else self._pieces(site)
+        return {name: site.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        tensors = {}
+        for name, shape in (self._pieces(site) if self.only_topk else {}).items():
+            tensors[f"{name}_topk_indices"] = site.zeros(*shape, self.topk).to(_integers(self.num_vectors))
+            tensors[f"{name}_topk_weights"] = site.zeros(*shape, self.topk - 1)
+        return tensors
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        bank = sites[0].uniform(self.num_vectors, self.vector_length, bound=0.02)
+        return {"vblora_vector_bank": nn.Parameter(bank)}
+
+    def _pieces(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """The logits, and how many pieces each has."""
+        *stack, outputs, inputs = site.shape
+        return {
+            "vblora_logits_A": (*stack, self.rank, inputs // self.vector_length),
+            "vblora_logits_B": (*stack, outputs // self.vector_length, self.rank),
+        }
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        up, down = self._mixed("vblora_logits_B", t), self._mixed("vblora_logits_A", t)
+        return up.mT.flatten(-3, -2), down.flatten(-2)
+
+    def _mixed(self, logits: str, t: Tensors) -> Tensor:
+        """The pieces, each a mixture of vectors of the bank."""
+        if self.only_topk:  # All but the last weight, as they add up to 1.
+            weights, indices = t[f"{logits}_topk_weights"], t[f"{logits}_topk_indices"].long()
+            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+        else:
+            weights, indices = t[logits].topk(self.topk, dim=-1)
+            weights = weights.softmax(-1)
+        return (weights.unsqueeze(-1) * t.vblora_vector_bank[indices]).sum(-2)
+
+
+def _integers(count: int) -> torch.dtype:
+    """The smallest dtype for indices below a count."""
+    sizes = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}
+    return next((dtype for size, dtype in sizes.items() if count < size), torch.int64)

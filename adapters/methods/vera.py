@@ -1,0 +1,72 @@
+"""VeRA: low-rank updates that differ only in two vectors, between random matrices that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Tensors
+from adapters.forms import LowRank
+from adapters.method import Site, need_number, need_rank, need_seed
+
+
+@dataclass(frozen=True)
+class VeRA(LowRank):
+    """Vector-based random matrix adaptation.
+
+    `A` and `B` are as large as the largest layer needs, and each layer uses the first columns of `A` and the first
+    rows of `B`. They are never trained, exist once for all layers, and are the same for the same `rank`, `seed` and
+    layers; files hold them all the same, so that they do not depend on torch's generators.
+
+    Args:
+        rank: Rows of A and columns of B.
+        seed: Where A and B come from.
+        d_initial: What `d` starts at; `b` starts at zero.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "vera"
+    paper = "arXiv:2310.11454"
+    formula = "W + diag(b) B diag(d) A"
+    kinds = frozenset({"linear", "convolution", "stack"})
+    fast = frozenset({"vera_lambda_b"})
+
+    rank: int = 256
+    seed: int = 0
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_seed(self)
+        need_number(self, "d_initial")
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        *stack, outputs, _ = site.shape
+        return {
+            "vera_lambda_b": site.zeros(*stack, outputs),
+            "vera_lambda_d": site.zeros(*stack, self.rank).fill_(self.d_initial),
+        }
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        outputs, inputs = largest(sites)
+        generator = torch.Generator().manual_seed(self.seed)
+        a, b = (
+            nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator)
+            for shape in ((self.rank, inputs), (outputs, self.rank))
+        )
+        return {name: tensor.to(sites[0].device, sites[0].dtype) for name, tensor in (("vera_A", a), ("vera_B", b))}
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        outputs, inputs = t.shape[-2:]
+        up = t.vera_lambda_b.unsqueeze(-1) * t.vera_B[:outputs]
+        return up, t.vera_lambda_d.unsqueeze(-1) * t.vera_A[:, :inputs]
+
+
+def largest(sites: Sequence[Site]) -> tuple[int, int]:
+    """The most outputs and the most inputs that any of some weights has."""
+    return max(site.shape[-2] for site in sites), max(site.shape[-1] for site in sites)
