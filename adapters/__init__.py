@@ -12,6 +12,7 @@ Example:
 from adapters.activation import use
 from adapters.adapted import Adapted
 from adapters.adapter import Adapter
+from adapters.allocator import RankAllocator
 from adapters.branch import Branch, Tensors
 from adapters.combine import combine
 from adapters.errors import (
@@ -22,27 +23,32 @@ from adapters.errors import (
     RowsError,
     TargetError,
 )
+from adapters.initialize import initialize
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import AdaLoRA, Copy, DoRA, LoRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
+    "AdaLoRA",
     "Adapted",
     "Adapter",
     "AdapterError",
     "Branch",
     "Copy",
+    "DoRA",
     "LayerMismatchError",
     "LoRA",
     "Method",
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "RankAllocator",
     "RowsError",
     "Site",
     "TargetError",
     "Tensors",
     "combine",
+    "initialize",
     "inject",
     "load",
     "patches",

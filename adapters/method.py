@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, read_weight
 
 if TYPE_CHECKING:
@@ -288,3 +288,12 @@ def need_alpha(method: Any) -> None:
         "an alpha that is a finite number",
         method.alpha,
     )
+
+
+def refuse_dropout(method: Any, layer: nn.Module) -> None:
+    """Raise a TargetError if a method is to drop inputs of a layer whose weight it changes, where it sees none."""
+    if method.dropout:
+        raise TargetError(
+            f"A {type(layer).__name__} is adapted through its weight, where no input can be dropped: give it a"
+            f" {type(method).__name__} with dropout=0, or exclude it."
+        )

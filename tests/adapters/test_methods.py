@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import Copy, LoRA, Method, TargetError
+from adapters import AdaLoRA, Copy, DoRA, LoRA, Method, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -48,6 +48,13 @@ VARIANTS: dict[str, Variant] = {
     "olora": Variant(LoRA(rank=2, alpha=3, init="olora")),
     "orthogonal": Variant(LoRA(rank=2, alpha=3, init="orthogonal")),
     "gaussian": Variant(LoRA(rank=2, init="gaussian")),
+    "eva": Variant(LoRA(rank=2, alpha=3, init="eva")),
+    "lora_ga": Variant(LoRA(rank=2, alpha=3, init="lora_ga")),
+    "dora": Variant(DoRA(rank=2, alpha=3)),
+    "rsdora": Variant(DoRA(rank=3, alpha=2, rslora=True)),
+    "dora from pissa": Variant(DoRA(rank=2, alpha=3, init="pissa")),
+    "adalora": Variant(AdaLoRA(rank=3, alpha=5)),
+    "pruned adalora": Variant(AdaLoRA(rank=12, alpha=30, kept=2)),
     "copy": Variant(Copy(), targets=nn.Module),
 }
 

@@ -81,6 +81,16 @@ CASES: dict[str, Case] = {
     "lora with bias": Case(configured(peft.LoraConfig, r=3, lora_alpha=5, lora_bias=True), (*LINEARS[::2], "conv")),
     "lora and biases": Case(configured(peft.LoraConfig, r=3, bias="lora_only"), (*LINEARS, *CONVOLUTIONS)),
     "lora and all biases": Case(configured(peft.LoraConfig, r=3, bias="all"), ("linear", "linear without bias")),
+    "dora": Case(configured(peft.LoraConfig, r=3, lora_alpha=5, use_dora=True), LORA_LAYERS),
+    "rsdora": Case(configured(peft.LoraConfig, r=3, lora_alpha=5, use_rslora=True, use_dora=True), LORA_LAYERS),
+    "dora by patterns": Case(
+        configured(peft.LoraConfig, use_dora=True, rank_pattern={"layer": 3}, alpha_pattern={"layer": 7}), LORA_LAYERS
+    ),
+    "adalora": Case(
+        configured(peft.AdaLoraConfig, init_r=4, lora_alpha=5, total_step=1),
+        (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "conv of dilation 2"),
+    ),
+    "adalora of no alpha": Case(configured(peft.AdaLoraConfig, init_r=4, lora_alpha=0, total_step=1), ("linear",)),
     "lora and another layer": Case(configured(peft.LoraConfig, r=3, modules_to_save=["other"]), ("linear",)),
 }
 

@@ -136,7 +136,7 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
         if key == whole:
             return None, name
     if key.startswith(_PREFIX):
-        for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):
+        for end, name in grammar.ends().items():
             if key.endswith(f".{end}"):
                 return key[len(_PREFIX) : -len(end) - 1], name
     return None
