@@ -71,8 +71,9 @@ def _lora_problem(layer: LayerWeights) -> str | None:
 
 
 def _lora_start(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
+    """The start that PEFT subtracts from the weight: embeddings have none, whatever the settings say."""
     start = config.get("init_lora_weights", True)
-    return {"init": start} if start in ("pissa", "olora") else {}
+    return {"init": start} if start in ("pissa", "olora") and "lora_embedding_A" not in tensors else {}
 
 
 def _adalora_problem(layer: LayerWeights) -> str | None:
