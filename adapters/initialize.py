@@ -63,7 +63,7 @@ def initialize(
         known = ", ".join(repr(name) for name, start in STARTS.items() if start.needs)
         raise AdapterError(f"No branch of the patch {patch.name!r} starts from data: give LoRA an init out of {known}.")
     with choosing({patch: 0.0}):
-        evidence = _observe(patch.model, places, batches, run) | _losses_by_quantising(places, originals)
+        evidence = _observe(patch.model, places, batches, run) | _quantising_errors(places, originals)
         with torch.no_grad():
             own = [place for place in places if not place.branch.tied]
             weights = [_effective(place) for place in own]
@@ -161,13 +161,13 @@ def _watch(place: Place, seen: Evidence) -> Any:
     """Remember the inputs of a layer from now on."""
     key, matrix = _key(place), place.branch.matrix
 
-    def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rows = _wide(input_rows(layer, next(iter((*args, *kwargs.values())))))
         if key not in seen:
             seen[key] = Inputs.like(rows.new_empty(matrix.shape))
         seen[key].add(rows)
 
-    return _node(place).base.register_forward_pre_hook(remember, with_kwargs=True)
+    return _node(place).base.register_forward_hook(remember, with_kwargs=True)
 
 
 def _own_weight(place: Place) -> nn.Parameter:
@@ -189,7 +189,7 @@ def _gradients(output: Any, weights: list[nn.Parameter]) -> tuple[Tensor | None,
     return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
-def _losses_by_quantising(places: Sequence[Place], originals: Mapping[str, Tensor] | None) -> Evidence:
+def _quantising_errors(places: Sequence[Place], originals: Mapping[str, Tensor] | None) -> Evidence:
     """The original weights less the present ones."""
     found: Evidence = {}
     for place in _needing(places, "originals"):
@@ -198,7 +198,7 @@ def _losses_by_quantising(places: Sequence[Place], originals: Mapping[str, Tenso
         branch = place.branch
         name = place.path if branch.parameter != "weight" else f"{place.path}.weight"
         own = cast(Tensor, _node(place).own_weight(branch.parameter))
-        original = originals[name] if name in originals else None
+        original = originals.get(name)
         if original is None or original.shape != own.shape:
             shape = "missing" if original is None else f"{tuple(original.shape)} instead of {tuple(own.shape)}"
             raise LayerMismatchError(f"The originals do not fit the model: {name} is {shape}.")

@@ -91,7 +91,7 @@ _GAMMA = 16  # That of the paper's experiments.
 
 
 def loftq(weight: Tensor, error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The product nearest to what a weight lost when it was quantised (arXiv:2310.08659, the step that finds A and B)."""
+    """The product nearest to what a weight lost when it was quantised (arXiv:2310.08659, one step)."""
     u, singular, vt = torch.linalg.svd(error, full_matrices=False)
     root = (singular[..., :rank] / abs(scaling)).sqrt()
     sign = 1 if scaling > 0 else -1
