@@ -12,6 +12,7 @@ Example:
 from adapters.activation import use
 from adapters.adapted import Adapted
 from adapters.adapter import Adapter
+from adapters.allocator import RankAllocator
 from adapters.branch import Branch, Tensors
 from adapters.catalogue import methods
 from adapters.combine import combine
@@ -23,6 +24,7 @@ from adapters.errors import (
     RowsError,
     TargetError,
 )
+from adapters.initialize import initialize
 from adapters.method import Method, Site
 from adapters.methods import *
 from adapters.methods import __all__ as _methods
@@ -38,11 +40,13 @@ __all__ = [
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "RankAllocator",
     "RowsError",
     "Site",
     "TargetError",
     "Tensors",
     "combine",
+    "initialize",
     "inject",
     "load",
     "methods",

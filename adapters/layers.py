@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 # A recurrent network keeps its weights a second time, in one flat buffer that its kernels read.
@@ -108,6 +109,22 @@ def is_plain(layer: nn.Module) -> bool:
 def features_dim(layer: nn.Module) -> int:
     """The dimension of a layer's output that has the rows of its matrix."""
     return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
+
+
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer multiplies by the transpose of its matrix, one row after the other, for an input of the layer."""
+    if not isinstance(layer, CONVOLUTIONS):
+        return x.flatten(0, -2)
+    dims = len(layer.kernel_size)
+    x = x if x.ndim == dims + 2 else x.unsqueeze(0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+    for dim, geometry in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2):
+        size, stride, dilation = geometry
+        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # (batch, groups, channels of one, *positions, *kernel), the kernel and the channels last.
+    x = x.unflatten(1, (layer.groups, -1)).movedim(2, -1 - dims)
+    return x.flatten(-1 - dims).flatten(0, -2)
 
 
 def is_stored(layer: nn.Module, parameter: str) -> bool:

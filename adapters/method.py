@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, read_weight
 
 if TYPE_CHECKING:
@@ -320,3 +320,12 @@ def need_count(method: Any, name: str) -> None:
 def need_seed(method: Any) -> None:
     """Check `seed`."""
     need(isinstance(method.seed, int), method, "a seed that is an integer", method.seed)
+
+
+def refuse_dropout(method: Any, layer: nn.Module) -> None:
+    """Raise a TargetError if a method is to drop inputs of a layer whose weight it changes, where it sees none."""
+    if method.dropout:
+        raise TargetError(
+            f"A {type(layer).__name__} is adapted through its weight, where no input can be dropped: give it a"
+            f" {type(method).__name__} with dropout=0, or exclude it."
+        )

@@ -4,10 +4,12 @@ from typing import TypeVar
 
 from adapters.errors import AdapterError
 from adapters.method import Method
+from adapters.methods.adalora import AdaLoRA
 from adapters.methods.boft import BOFT, OutputBOFT
 from adapters.methods.c3a import C3A
 from adapters.methods.copied import Copy
 from adapters.methods.delora import DeLoRA
+from adapters.methods.dora import DoRA
 from adapters.methods.fourierft import FourierFT
 from adapters.methods.glora import GLoRA
 from adapters.methods.hira import HiRA
@@ -26,24 +28,26 @@ from adapters.methods.vera import VeRA
 METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
-        LoRA,
-        Copy,
-        OFT,
-        DiagOFT,
-        BOFT,
-        OutputBOFT,
-        HRA,
-        C3A,
-        MiSS,
+        AdaLoRA,
         Bat,
+        BOFT,
+        C3A,
+        Copy,
         DeLoRA,
+        DiagOFT,
+        DoRA,
+        FourierFT,
         GLoRA,
         HiRA,
+        HRA,
         IA3,
+        LoRA,
         LycorisGLoRA,
-        RoAd,
-        FourierFT,
+        MiSS,
+        OFT,
+        OutputBOFT,
         RandLoRA,
+        RoAd,
         SHiRA,
         VBLoRA,
         VeRA,
@@ -73,10 +77,12 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "AdaLoRA",
     "Bat",
     "Copy",
     "DeLoRA",
     "DiagOFT",
+    "DoRA",
     "FourierFT",
     "GLoRA",
     "HiRA",

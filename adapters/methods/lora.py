@@ -14,9 +14,10 @@ import fluxion as fl
 from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
 from adapters.forms import LowRank
-from adapters.layers import CONVOLUTIONS, Matrix, is_conv1d, is_plain
-from adapters.method import Method, Site, need, need_alpha, need_rank
-from adapters.methods.starts import STARTS, as_matrices
+from adapters.layers import Matrix, is_plain
+from adapters.method import Method, Site, need, need_alpha, need_rank, refuse_dropout
+from adapters.methods.factors import GroupsToSamples, SamplesToGroups, as_matrices, factors, groups_of, is_layer
+from adapters.methods.starts import STARTS
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class LoRA(LowRank):
         rslora: Scale by `alpha / √rank` instead (arXiv:2312.03732).
         bias: Train a bias of B too, which is added to that of the layer.
         init: How A and B start, one of `adapters.methods.starts.STARTS`. Those that start at a part of the weight
-            (`"pissa"`, `"olora"`) leave the weight as it is: their start is subtracted, and files hold both.
+            (`"pissa"`, `"olora"`, `"corda"`, `"corda_kpm"`, `"lora_ga"`) leave the weight as it is: their start is
+            subtracted, and files hold both. Those that are found from data (`"eva"`, `"corda"`, `"corda_kpm"`,
+            `"lora_ga"`, `"loftq"`) start like `"kaiming"`, until `adapters.initialize` is called.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -54,6 +57,8 @@ class LoRA(LowRank):
         need_alpha(self)
         need(0 <= self.dropout < 1, self, "a dropout of 0 or more and less than 1", self.dropout)
         need(self.init in STARTS, self, f"an init out of {', '.join(STARTS)}", self.init)
+        zero_or_alpha = self.alpha != 0 or not STARTS[self.init].divides
+        need(zero_or_alpha, self, f"an alpha other than 0 for init={self.init!r}", self.alpha)
 
     @property
     def scaling(self) -> float:
@@ -62,20 +67,22 @@ class LoRA(LowRank):
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check_site(self, site: Site) -> None:
-        if self.bias and not _is_layer(site.layer, site.parameter):
-            raise TargetError(f"{site.path} takes no bias of B: give it a {type(self).__name__} with bias=False.")
-
-    def check_training(self, layer: nn.Module, parameter: str) -> None:
-        if self.dropout and not isinstance(layer, nn.Embedding) and not (parameter == "weight" and is_plain(layer)):
+        name = type(self).__name__
+        if self.bias and not is_layer(site.layer, site.parameter):
+            raise TargetError(f"{site.path} takes no bias of B: give it a {name} with bias=False.")
+        if STARTS[self.init].needs == "inputs" and not is_layer(site.layer, site.parameter):
             raise TargetError(
-                f"A {type(layer).__name__} is adapted through its weight, where no input can be dropped: give it a LoRA"
-                " with dropout=0, or exclude it."
+                f"{site.path} has no inputs that its weight is multiplied by, as init={self.init!r} needs: give it a"
+                f" {name} with another init, or exclude it."
             )
 
+    def check_training(self, layer: nn.Module, parameter: str) -> None:
+        if not isinstance(layer, nn.Embedding) and not (parameter == "weight" and is_plain(layer)):
+            refuse_dropout(self, layer)
+
     def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
-        branch = Branch()
-        groups = site.layer.groups if isinstance(site.layer, CONVOLUTIONS) else 1
-        down, up = self._factors(site, groups)
+        branch, groups = Branch(), groups_of(site.layer)
+        down, up = factors(site, self.rank, self.bias)
         if self.dropout and not isinstance(site.layer, nn.Embedding):
             branch.append(fl.Dropout(self.dropout))
         if groups > 1:
@@ -92,29 +99,8 @@ class LoRA(LowRank):
         STARTS[self.init].apply(branch, site, down.weight, up.weight, self.scaling)
         return branch
 
-    def _factors(self, site: Site, groups: int) -> tuple[fl.WeightedModule, fl.WeightedModule]:
-        """A and B, as layers where the method is computed beside the layer."""
-        *stack, outputs, inputs = site.shape
-        layer = site.layer
-        where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
-        if isinstance(layer, nn.Embedding):
-            down = fl.Embedding(inputs, self.rank, padding_idx=layer.padding_idx, **where)
-            return down, fl.Linear(self.rank, outputs, bias=False, **where)
-        if isinstance(layer, CONVOLUTIONS):
-            conv = _CONVOLUTIONS[len(layer.kernel_size)]
-            # One A for all groups of a convolution: only so does the update have the shape of the weight.
-            geometry = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-            channels = layer.in_channels // groups
-            return (
-                conv(channels, self.rank, **geometry, padding_mode=layer.padding_mode, use_bias=False, **where),
-                conv(self.rank * groups, outputs, 1, groups=groups, use_bias=self.bias, **where),
-            )
-        if _is_layer(layer, site.parameter):
-            return (
-                fl.Linear(inputs, self.rank, bias=False, **where),
-                fl.Linear(self.rank, outputs, bias=self.bias, **where),
-            )
-        return Factor(*stack, self.rank, inputs, **where), Factor(*stack, outputs, self.rank, **where)
+    def settle(self, branch: Branch, weight: Tensor) -> None:
+        """Set what depends on how A and B start, for a weight: called when they have been given other values."""
 
     def names(self, site: Site) -> tuple[str, ...]:
         return (site.parameter, "bias") if self.bias else (site.parameter,)
@@ -141,46 +127,8 @@ class LoRA(LowRank):
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         tensors = {name: t for name, t in branch.tensors().items() if not name.startswith("start_")}
         if branch.matrix.kind == "embedding":
-            return {"lora_embedding_A": tensors["lora_A"].T, "lora_embedding_B": tensors["lora_B"]}
+            tensors["lora_embedding_A"], tensors["lora_embedding_B"] = tensors.pop("lora_A").T, tensors.pop("lora_B")
         return tensors
 
     def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
         return STARTS[self.init].saved(self, branch)
-
-
-def _is_layer(layer: nn.Module, parameter: str) -> bool:
-    return parameter == "weight" and (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(layer))
-
-
-_CONVOLUTIONS: dict[int, Any] = {1: fl.Conv1d, 2: fl.Conv2d, 3: fl.Conv3d}
-
-
-class Factor(fl.WeightedModule):
-    """A factor of an update that is only ever added to a weight."""
-
-    def __init__(self, *shape: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.shape = shape
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-
-class GroupsToSamples(fl.Module):
-    """`(batch, groups * channels, height, width)` to `(batch * groups, channels, height, width)`."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.groups, -1)).flatten(0, 1)
-
-
-class SamplesToGroups(fl.Module):
-    """`(batch * groups, channels, height, width)` to `(batch, groups * channels, height, width)`."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, self.groups)).flatten(1, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +16,17 @@ from torch import Tensor, nn
 
 from adapters.branch import Branch
 from adapters.errors import TargetError
-from adapters.layers import Matrix
 from adapters.method import Site
+from adapters.methods.data_starts import corda, eva, loftq, lora_ga
+from adapters.methods.factors import as_matrices
 
 if TYPE_CHECKING:
     from adapters.methods.lora import LoRA
 
 Fill = Callable[[Site, Tensor, Tensor, float], None]
 """Sets A and B, as the matrices `(rank, inputs)` and `(outputs, rank)`, for a weight and a scale."""
+Fit = Callable[[Tensor, Any, int, float], tuple[Tensor, Tensor]]
+"""Gives A and B, as these matrices, for a weight, what was seen of its layer, a rank and a scale."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,18 @@ class Start:
 
     Attributes:
         fill: Sets A and B.
-        moves: Whether their product is not zero, so that it has to be subtracted.
+        moves: Whether their product is a part of the weight, so that it has to be subtracted.
+        divides: Whether it undoes the scale, which cannot be 0 then.
+        needs: What A and B are found from, if not from the weight alone: `"inputs"` of the layer, `"gradients"` of its
+            weight, or its `"originals"`, weights from before they were quantised.
+        fit: Finds A and B from these.
     """
 
     fill: Fill
     moves: bool = False
+    divides: bool = False
+    needs: str = ""
+    fit: Fit | None = None
 
     def apply(self, branch: Branch, site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
         """Set the factors of a new branch."""
@@ -48,25 +59,33 @@ class Start:
                 branch.register_buffer("start_A", a.clone())
                 branch.register_buffer("start_B", b.clone())
 
+    def restart(self, branch: Branch, down: Tensor, up: Tensor) -> None:
+        """Give the factors of a branch other values to start with."""
+        t = branch.values()
+        a, b = as_matrices(t.lora_A, t.lora_B, branch.matrix)
+        a.copy_(down)
+        b.copy_(up)
+        if self.moves:  # As the factors hold it: just what is added is subtracted.
+            t.start_A.copy_(a)
+            t.start_B.copy_(b)
+
     def saved(self, method: LoRA, branch: Branch) -> tuple[LoRA, dict[str, Tensor]]:
         """The method and the tensors that a file of plain LoRA has: the start beside the present values."""
         tensors = method.file_tensors(branch)
         if not self.moves:
             return method, tensors
-        (a, down), (b, up) = sorted(tensors.items())
+        a, b = sorted(name for name in tensors if name.endswith(("_A", "_B")))
+        down, up = tensors[a], tensors[b]
         start_a, start_b = branch.start_A.view_as(down), branch.start_B.view_as(up)
         rank = 2 * method.rank
         alpha = method.scaling * (rank**0.5 if method.rslora else rank)
         plain = replace(method, rank=rank, alpha=alpha, init="kaiming")
-        stack = down.ndim == 3 and len(branch.matrix.shape) == 3
-        return plain, {a: torch.cat([down, start_a], int(stack)), b: torch.cat([up, -start_b], 1 + int(stack))}
-
-
-def as_matrices(down: Tensor, up: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
-    """A and B as the matrices `(rank, inputs)` and `(outputs, rank)`, with the experts in front, sharing memory."""
-    if matrix.kind == "embedding":
-        return down.T, up
-    return (down.flatten(1), up.flatten(1)) if matrix.kind == "convolution" else (down, up)
+        stack = int(down.ndim == 3 and len(branch.matrix.shape) == 3)
+        return plain, {
+            **tensors,
+            a: torch.cat([down, start_a], stack),
+            b: torch.cat([up, -start_b], 1 + stack),
+        }
 
 
 def _zero_product(fill: Callable[[Tensor, int], Any]) -> Fill:
@@ -122,11 +141,18 @@ def _set(factor: Tensor, value: Tensor) -> None:
     factor.copy_(value)
 
 
+_usual = _zero_product(_kaiming)
+
 STARTS: Mapping[str, Start] = {
-    "kaiming": Start(_zero_product(_kaiming)),
+    "kaiming": Start(_usual),
     "gaussian": Start(_zero_product(lambda down, rank: down.normal_(std=1 / rank))),
     "orthogonal": Start(_orthogonal),
-    "pissa": Start(_pissa, moves=True),
+    "pissa": Start(_pissa, moves=True, divides=True),
     "olora": Start(_olora, moves=True),
+    "eva": Start(_usual, needs="inputs", fit=eva),
+    "corda": Start(_usual, moves=True, divides=True, needs="inputs", fit=partial(corda, principal=True)),
+    "corda_kpm": Start(_usual, moves=True, divides=True, needs="inputs", fit=partial(corda, principal=False)),
+    "lora_ga": Start(_usual, moves=True, needs="gradients", fit=lora_ga),
+    "loftq": Start(_usual, divides=True, needs="originals", fit=loftq),
 }
 """The ways by name."""

@@ -137,7 +137,7 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
         if key == whole or (key.startswith(_PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
     if key.startswith(_PREFIX):
-        for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):
+        for end, name in grammar.ends().items():
             if key.endswith(f".{end}"):
                 return key[len(_PREFIX) : -len(end) - 1], name
     return None

@@ -26,6 +26,7 @@ class Grammar:
         patterns: For a hyperparameter that may differ between layers, the setting that says where.
         pattern: The pattern for a layer and, if it can be said, no other, as PEFT matches those of this method.
         tensors: For each tensor, the end of its name in the file.
+        aliases: Other ends of names that are read, and the tensor that each stands for.
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
         shared_if: The setting that says whether those are in the file, by default true; None where they always are.
@@ -44,6 +45,7 @@ class Grammar:
     patterns: Mapping[str, str] = field(default_factory=dict)
     # PEFT also tries a pattern on the tail of a longer path; `^` keeps it to the whole path.
     pattern: Callable[[str], str] = lambda path: f"^{re.escape(path)}"
+    aliases: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_if: str | None = None
@@ -57,6 +59,11 @@ class Grammar:
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
         return f"base_model.model.{path}.{self.tensors[name]}"
+
+    def ends(self) -> Mapping[str, str]:
+        """The tensor that each end of a name stands for, the longest end first."""
+        ends = {**{end: name for name, end in self.tensors.items()}, **self.aliases}
+        return dict(sorted(ends.items(), key=lambda item: -len(item[0])))
 
 
 def _lora_problem(layer: LayerWeights) -> str | None:
@@ -73,8 +80,34 @@ def _lora_problem(layer: LayerWeights) -> str | None:
 
 
 def _lora_start(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
+    """The start that PEFT subtracts from the weight: embeddings have none, whatever the settings say."""
     start = config.get("init_lora_weights", True)
-    return {"init": start} if start in ("pissa", "olora") else {}
+    return {"init": start} if start in ("pissa", "olora") and "lora_embedding_A" not in tensors else {}
+
+
+def _adalora_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the shapes of A, B and E."""
+    a, b, e = (tuple(layer.tensors[name].shape) for name in ("lora_A", "lora_B", "lora_E"))
+    if len(a) == len(b) == 2 and e == (a[0], 1) and b[1] == a[0]:
+        return None
+    return f"lora_A {a}, lora_B {b} and lora_E {e}, which do not fit each other"
+
+
+def _adalora_rows(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
+    """How many rows are left, where they are fewer, and PEFT's alpha for one that is not positive."""
+    rank, rows = int(config["init_r"]), len(tensors.get("lora_E", ()))
+    kept: Mapping[str, Hyperparameter] = {"kept": rows} if rows != rank else {}
+    return kept if config["lora_alpha"] > 0 else {**kept, "alpha": float(rank)}
+
+
+def _rank_pattern(adapter: AdapterFile) -> Settings:
+    """Which rows of each layer are left: PEFT only counts them, when it loads a file."""
+    pattern = {
+        f"{path}.lora_E": [row < len(layer.tensors["lora_E"]) for row in range(int(layer.hyperparameters["rank"] or 0))]
+        for path, layer in adapter.layers.items()
+        if layer.method == "adalora"
+    }
+    return {"rank_pattern": None if all(map(all, pattern.values())) else pattern}
 
 
 def _vblora_problem(layer: LayerWeights) -> str | None:
@@ -127,7 +160,27 @@ _VBLORA_ENDS = {
     for factor in "AB"
     for end in ("", "_topk_indices", "_topk_weights")
 }
+# The schedule of the ranks, and what PEFT's AdaLoRA takes over from its LoRA and does not use.
+_ADALORA_INERT = frozenset(
+    {
+        "alpha_pattern",
+        "beta1",
+        "beta2",
+        "deltaT",
+        "init_lora_weights",
+        "orth_reg_weight",
+        "r",
+        "rank_pattern",
+        "target_r",
+        "tfinal",
+        "tinit",
+        "total_step",
+        "use_rslora",
+    }
+)
 _RANKS_AND_ALPHAS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+# The other initialisations change the base model's weights too when PEFT loads the file.
+_LORA_STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora")
 
 
 def _oft_blocks(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
@@ -202,11 +255,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         patterns=_RANKS_AND_ALPHAS,
         tensors=_LORA_ENDS,
         optional=frozenset(_LORA_ENDS),
-        fixed={
-            "use_dora": (False,),
-            # The other initialisations change the base model's weights too when PEFT loads the file.
-            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora"),
-        },
+        fixed={"use_dora": (False,), "init_lora_weights": _LORA_STARTS},
         inert=_LORA_INERT,
         check=_lora_problem,
         of_layer=_lora_start,
@@ -381,6 +430,31 @@ GRAMMARS: tuple[Grammar, ...] = (
         shared={"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"},
         shared_if="save_projection",
         inert=frozenset({"vera_dropout"}),
+    ),
+    Grammar(
+        "dora",
+        "LORA",
+        settings=_LORA_SETTINGS,
+        patterns=_RANKS_AND_ALPHAS,
+        tensors={**_LORA_ENDS, "lora_magnitude_vector": "lora_magnitude_vector"},
+        aliases={"lora_magnitude_vector.weight": "lora_magnitude_vector"},
+        optional=frozenset(_LORA_ENDS),
+        fixed={"use_dora": (True,), "init_lora_weights": _LORA_STARTS},
+        inert=_LORA_INERT,
+        check=_lora_problem,
+        of_layer=_lora_start,
+    ),
+    Grammar(
+        "adalora",
+        "ADALORA",
+        settings={"rank": ("init_r", 12), "alpha": ("lora_alpha", 8.0), "dropout": ("lora_dropout", 0.0)},
+        tensors={name: name for name in ("lora_A", "lora_B", "lora_E")},
+        fixed={"use_dora": (False,), "lora_bias": (False,)},
+        inert=_LORA_INERT | _ADALORA_INERT,
+        check=_adalora_problem,
+        of_layer=_adalora_rows,
+        # PEFT refuses a configuration without steps.
+        of_file=lambda adapter: {"total_step": 1, **_rank_pattern(adapter)},
     ),
 )
 """Every method that PEFT's files can hold."""

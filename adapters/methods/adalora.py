@@ -1,0 +1,80 @@
+"""AdaLoRA: a product of three, of which the middle one says how much each rank counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Branch, Tensors
+from adapters.forms import LowRank
+from adapters.method import Method, Site, need, need_alpha, need_rank, refuse_dropout
+
+
+@dataclass(frozen=True)
+class AdaLoRA(LowRank):
+    """Adaptive low-rank adaptation: `adapters.RankAllocator` moves the rank to where it matters during training.
+
+    Args:
+        rank: Rows of A and columns of B at the start.
+        alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`, whatever rank is left.
+        dropout: For files that have it: it can be kept, but not trained with.
+        kept: Rows of A and columns of B that are left, `rank` when it is None. Files leave out those of no effect.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "adalora"
+    paper = "arXiv:2303.10512"
+    formula = "W + s B diag(E) A, with s = alpha / rank"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
+    fast = frozenset({"lora_E"})
+
+    rank: int = 12
+    alpha: float | None = None
+    dropout: float = 0.0
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_alpha(self)
+        need(0 <= self.dropout < 1, self, "a dropout of 0 or more and less than 1", self.dropout)
+        fits = self.kept is None or (isinstance(self.kept, int) and 0 <= self.kept <= self.rank)
+        need(fits, self, f"a kept of 0 up to the rank, {self.rank}", self.kept)
+
+    @property
+    def scaling(self) -> float:
+        """`s` of the formula."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank + 1e-5)  # As the authors and PEFT have it, against a rank of 0.
+
+    def check_training(self, layer: nn.Module, parameter: str) -> None:
+        refuse_dropout(self, layer)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        *stack, outputs, inputs = site.shape
+        rank = self.rank if self.kept is None else self.kept
+        return {
+            "lora_A": site.normal(*stack, rank, inputs, std=0.02),
+            "lora_B": site.normal(*stack, outputs, rank, std=0.02),
+            "lora_E": site.zeros(*stack, rank, 1),
+        }
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        return t.lora_B * self.scaling, t.lora_A * t.lora_E
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {name: value for name, value in super().hyperparameters().items() if name != "kept"}
+
+    def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
+        """Without the rows of no effect, unless there are no others, as before training."""
+        tensors = self.file_tensors(branch)
+        has_effect = tensors["lora_E"].squeeze(-1) != 0
+        if has_effect.ndim > 1 or has_effect.all() or not has_effect.any():
+            return self, tensors
+        a, b, e = (tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
+        pruned = {"lora_A": a[has_effect], "lora_B": b[:, has_effect], "lora_E": e[has_effect]}
+        return replace(self, kept=int(torch.count_nonzero(has_effect))), pruned

@@ -1,0 +1,70 @@
+"""DoRA: LoRA turns the rows of the weight, and their lengths are trained apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Branch, Tensors
+from adapters.forms import decomposed, row_norms
+from adapters.layers import Matrix
+from adapters.method import Method, Site, need, refuse_dropout
+from adapters.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation.
+
+    Args:
+        rank: As in `LoRA`, like `alpha`, `rslora` and `init`.
+        dropout: For files that have it: it can be kept, but not trained with.
+        bias: There is none.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "dora"
+    paper = "arXiv:2402.09353"
+    formula = "m V / ‖V‖ for each row, with V = W + s B A"
+    additive = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(not self.bias, self, "bias=False", self.bias)
+
+    def check_training(self, layer: nn.Module, parameter: str) -> None:
+        refuse_dropout(self, layer)
+
+    def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
+        branch = super().build(site, shared)
+        branch.matrix = site.matrix
+        branch.register_parameter("lora_magnitude_vector", nn.Parameter(site.empty(*site.shape[:-1])))
+        if not branch.lora_magnitude_vector.is_meta:
+            self.settle(branch, site.weight)
+        return branch
+
+    def settle(self, branch: Branch, weight: Tensor) -> None:
+        """The lengths are those of the rows as they start."""
+        with torch.no_grad():
+            start = weight + self.delta(branch.values(weight.dtype))
+            branch.lora_magnitude_vector.copy_(row_norms(start))
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return decomposed(weight + self.delta(t), t.lora_magnitude_vector)
+
+    def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
+        return Method.change(self, weight, t, scale)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return False
+
+    def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        tensors = super().file_tensors(branch)
+        if branch.matrix.kind == "convolution":  # As the weight of B, the other way round.
+            ones = (1,) * (tensors["lora_B"].ndim - 2)
+            tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].view(1, -1, *ones)
+        return tensors
