@@ -23,7 +23,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import Copy, LoHa, LoKr, LoRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -33,6 +33,8 @@ __all__ = [
     "Branch",
     "Copy",
     "LayerMismatchError",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
     "Patch",

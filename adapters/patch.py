@@ -618,17 +618,23 @@ def _restored(
 
 
 def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Copy tensors into others, or say what does not fit."""
+    """Copy tensors into others, or say what does not fit. Formats differ in how many sizes of 1 end a shape."""
     problems = [
         f"{key} is {_shape(given.get(key))} in the file, {_shape(own.get(key))} in the model"
         for key in {**own, **given}
-        if _shape(given.get(key)) != _shape(own.get(key))
+        if key not in own or key not in given or _significant(own[key]) != _significant(given[key])
     ]
     if not problems:
         with torch.no_grad():
             for key, tensor in own.items():
-                tensor.copy_(given[key])
+                tensor.copy_(given[key].view(tensor.shape))
     return problems
+
+
+def _significant(tensor: Tensor) -> tuple[int, ...]:
+    """The shape without the sizes of 1 at its end."""
+    last = max((place for place, size in enumerate(tensor.shape) if size != 1), default=-1)
+    return tuple(tensor.shape[: last + 1])
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 
 from adapters.method import Method
 from adapters.methods.copied import Copy
+from adapters.methods.loha import LoHa
+from adapters.methods.lokr import LoKr
 from adapters.methods.lora import LoRA
 
 METHODS: Mapping[str, type[Method]] = {
     method.key: method
     for method in (
         LoRA,
+        LoHa,
+        LoKr,
         Copy,
     )
 }
@@ -18,5 +22,7 @@ METHODS: Mapping[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "Copy",
+    "LoHa",
+    "LoKr",
     "LoRA",
 ]

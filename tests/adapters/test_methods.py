@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import Copy, LoRA, Method, TargetError
+from adapters import Copy, LoHa, LoKr, LoRA, Method, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -48,6 +48,12 @@ VARIANTS: dict[str, Variant] = {
     "olora": Variant(LoRA(rank=2, alpha=3, init="olora")),
     "orthogonal": Variant(LoRA(rank=2, alpha=3, init="orthogonal")),
     "gaussian": Variant(LoRA(rank=2, init="gaussian")),
+    "loha": Variant(LoHa(rank=2, alpha=3)),
+    "loha with cores": Variant(LoHa(rank=3, alpha=2, tucker=True)),
+    "lokr": Variant(LoKr(rank=1, alpha=2)),
+    "lokr of full factors": Variant(LoKr(rank=8, alpha=4)),
+    "lokr of two decomposed factors": Variant(LoKr(rank=1, factor=4, decompose_both=True)),
+    "lokr with a core": Variant(LoKr(rank=1, alpha=2, factor=2, tucker=True)),
     "copy": Variant(Copy(), targets=nn.Module),
 }
 

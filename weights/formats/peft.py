@@ -112,7 +112,9 @@ def write(adapter: AdapterFile, path: Path) -> None:
     grammar = _grammar_of(layers, path)
     _refuse(path, _layer_problems(layers, grammar))
     tensors = {
-        grammar.key(where, name): tensor for where, layer in layers.items() for name, tensor in layer.tensors.items()
+        grammar.key(where, name): grammar.written(name, tensor)
+        for where, layer in layers.items()
+        for name, tensor in layer.tensors.items()
     }
     tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
     tensors |= {_copied_key(where, layers): layer.tensors["copy"] for where, layer in copies.items()}

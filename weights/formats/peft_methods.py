@@ -30,6 +30,7 @@ class Grammar:
         check: Says what is wrong with a layer besides missing tensors, or None.
         of_layer: What else the settings say of a layer: takes its path and its tensors.
         of_file: What else the settings have to say of an adapter.
+        written: The shape that PEFT gives a tensor, by its name.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Grammar:
     check: Callable[[LayerWeights], str | None] = lambda layer: None
     of_layer: Callable[[Settings, str, Mapping[str, Tensor]], Mapping[str, Hyperparameter]] = lambda *_: {}
     of_file: Callable[[AdapterFile], Settings] = lambda adapter: {}
+    written: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
 
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
@@ -66,6 +68,30 @@ def _lora_problem(layer: LayerWeights) -> str | None:
 def _lora_start(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
     start = config.get("init_lora_weights", True)
     return {"init": start} if start in ("pissa", "olora") else {}
+
+
+def _loha_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the cores."""
+    if ("hada_t1" in layer.tensors) != ("hada_t2" in layer.tensors):
+        return "only one of hada_t1 and hada_t2"
+    return None
+
+
+def _lokr_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the names or the shapes of the factors."""
+    decomposed = {"lokr_w2_a", "lokr_w2_b"}
+    firsts: tuple[set[str], ...] = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+    seconds: tuple[set[str], ...] = ({"lokr_w2"}, decomposed, {*decomposed, "lokr_t2"})
+    if layer.tensors.keys() not in [first | second for first in firsts for second in seconds]:
+        return f"{', '.join(sorted(layer.tensors))}, which are not two factors"
+    if "lokr_w2" in layer.tensors and layer.tensors["lokr_w2"].ndim == 3:
+        return "a whole second factor of a Conv1d, for which PEFT multiplies the factors in the wrong order"
+    return None
+
+
+def _with_two_positions(name: str, tensor: Tensor) -> Tensor:
+    """The kernel of a core has two dimensions, also that of a Conv1d."""
+    return tensor.unsqueeze(-1) if name in ("hada_t1", "hada_t2", "lokr_t2") and tensor.ndim == 3 else tensor
 
 
 _LORA_ENDS = {
@@ -97,6 +123,15 @@ _LORA_INERT = frozenset(
 )
 _RANKS_AND_ALPHAS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 
+_LOHA_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOKR_TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_LYCORIS_SETTINGS = {
+    "rank": ("r", 8),
+    "alpha": ("alpha", 8.0),
+    "tucker": ("use_effective_conv2d", False),
+}
+_LYCORIS_INERT = frozenset({"module_dropout", "rank_dropout", "rank_dropout_scale"})
+
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
         "lora",
@@ -113,6 +148,32 @@ GRAMMARS: tuple[Grammar, ...] = (
         inert=_LORA_INERT,
         check=_lora_problem,
         of_layer=_lora_start,
+    ),
+    Grammar(
+        "loha",
+        "LOHA",
+        settings=_LYCORIS_SETTINGS,
+        patterns=_RANKS_AND_ALPHAS,
+        tensors={name: name for name in (*_LOHA_FACTORS, "hada_t1", "hada_t2")},
+        optional=frozenset({"hada_t1", "hada_t2"}),
+        inert=_LYCORIS_INERT,
+        check=_loha_problem,
+        written=_with_two_positions,
+    ),
+    Grammar(
+        "lokr",
+        "LOKR",
+        settings={
+            **_LYCORIS_SETTINGS,
+            "factor": ("decompose_factor", -1),
+            "decompose_both": ("decompose_both", False),
+        },
+        patterns=_RANKS_AND_ALPHAS,
+        tensors={name: name for name in _LOKR_TENSORS},
+        optional=frozenset(_LOKR_TENSORS),
+        inert=_LYCORIS_INERT,
+        check=_lokr_problem,
+        written=_with_two_positions,
     ),
 )
 """Every method that PEFT's files can hold."""
