@@ -24,9 +24,10 @@ from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import is_stored
+from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
-from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
+from adapters.targets import Layer, Pattern, Patterns, as_rules, select
 
 _numbers = itertools.count()
 _known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
@@ -413,10 +414,15 @@ class Patch:
         return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
 
     def save_pretrained(self, path: str | PathLike[str], format: str = "peft") -> Path:
-        """Write it to a folder: tensors, configuration and model card. Returns the folder.
+        """Write it to files. Returns the path.
+
+        Args:
+            path: For `"peft"`, a folder, which gets tensors, configuration and model card; for `"lycoris"`, a file
+                whose name ends in `.safetensors`.
+            format: Whose files to write, `"peft"` or `"lycoris"`.
 
         Raises:
-            weights.WeightsError: The folder cannot be written, or the format cannot hold the patch.
+            weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
         return weights.write_adapter(self.adapter_file(), path, format=format)
 
@@ -505,6 +511,7 @@ def load(
     *,
     name: str | None = None,
     scale: float = 1.0,
+    component: str | None = None,
     revision: str | None = None,
     strict: bool = True,
     trainable: bool = False,
@@ -516,6 +523,8 @@ def load(
         source: A folder, a file, or the id of a repository on the Hub.
         name: The name of the patch, by default the last part of the source.
         scale: How strongly it acts.
+        component: The part to load of a file that is for several models, such as `"unet"` or `"text_encoder_2"`. By
+            default everything, in a model that has the others by their names, or from a file that is for one.
         revision: Branch, tag or commit, for a repository on the Hub.
         strict: Raise when the file has layers that the model does not have. Otherwise they are left out.
         trainable: Leave the tensors trainable and freeze the base.
@@ -525,15 +534,22 @@ def load(
         PatchNameError: The name is in use.
         weights.WeightsError: The source cannot be read.
     """
-    name = name or Path(source).name or "default"
+    name = name or Path(source).name.removesuffix(".safetensors") or "default"
     check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
-    found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
-    missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
-    problems = [f"there is no layer {path}" for path in sorted(missing)]
+    if component is not None:
+        whole, file = file, file.part(component)
+        if not file.layers:
+            parts = ", ".join(whole.components) or "none"
+            raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
+    found, missing, problems = find_layers(model, file)
+    problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     restored, problems_of_layers = _restored(found, file, trainable)
     problems += problems_of_layers
-    _refuse(f"{source} is for another model", problems)
+    mismatch = f"{source} is for another model"
+    if file.flattened and len(file.components) > 1:
+        mismatch += f", or for several: choose one with component=, out of {', '.join(file.components)}"
+    _refuse(mismatch, problems)
     return Patch(name, model, restored, scale, freezes=trainable).inject()
 
 

@@ -38,8 +38,9 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
 
     Args:
         adapter_file: What to write.
-        path: For `"peft"`, the folder; it is made if need be, and a `README.md` already in it is kept.
-        format: `"peft"`.
+        path: For `"peft"`, the folder; it is made if need be, and a `README.md` already in it is kept. For `"lycoris"`,
+            the file, which ends in `.safetensors`.
+        format: `"peft"` or `"lycoris"`.
 
     Returns:
         The path as given.

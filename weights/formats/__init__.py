@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weights.adapter_file import AdapterFile
-from weights.formats import peft
+from weights.formats import lycoris, peft
 
 
 class Format(Protocol):
@@ -27,4 +27,4 @@ class Format(Protocol):
         """Write `adapter` at `path`; raises FileFormatError where the format cannot hold it."""
 
 
-FORMATS: Mapping[str, Format] = {"peft": peft}
+FORMATS: Mapping[str, Format] = {"peft": peft, "lycoris": lycoris}

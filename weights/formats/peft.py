@@ -109,6 +109,8 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """
     layers = {where: layer for where, layer in adapter.layers.items() if layer.method != "copy"}
     copies = {where: layer for where, layer in adapter.layers.items() if layer.method == "copy"}
+    if adapter.flattened:
+        _refuse(path, ["the paths of its layers are flattened: load it into the model, and save it from there"])
     grammar = _grammar_of(layers, path)
     _refuse(path, _layer_problems(layers, grammar))
     tensors = {
