@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 import weights
-from adapters.targets import Layer, layers
+from adapters.targets import Layer
 
 
-def find_layers(model: nn.Module, file: weights.AdapterFile) -> tuple[list[tuple[Layer, str]], list[str], list[str]]:
-    """Those of a model that a file is for.
+def find_layers(
+    layers: Sequence[Layer], file: weights.AdapterFile
+) -> tuple[list[tuple[Layer, str]], list[str], list[str]]:
+    """Those of the layers of a model that a file is for.
 
     A flattened name does not say which `_` was a `.`. So it is the names of the model that are flattened and compared,
     with the component in front for a model that has it by that name, or else without.
@@ -21,8 +21,7 @@ def find_layers(model: nn.Module, file: weights.AdapterFile) -> tuple[list[tuple
         wrong with the others.
     """
     places: dict[str, dict[int, Layer]] = {}
-    order = layers(model)
-    for number, layer in enumerate(order):
+    for number, layer in enumerate(layers):
         for path in layer.paths:
             places.setdefault(_flat(path) if file.flattened else path, {})[number] = layer
     found: dict[int, list[str]] = {}
@@ -39,8 +38,8 @@ def find_layers(model: nn.Module, file: weights.AdapterFile) -> tuple[list[tuple
             found.setdefault(next(iter(at)), []).append(name)
     for number, names in found.items():
         if len(names) > 1:
-            problems.append(f"{' and '.join(names)} are both for {order[number].path}")
-    return [(order[number], names[0]) for number, names in sorted(found.items())], missing, problems
+            problems.append(f"{' and '.join(names)} are both for {layers[number].path}")
+    return [(layers[number], names[0]) for number, names in sorted(found.items())], missing, problems
 
 
 def _spellings(name: str, file: weights.AdapterFile) -> Sequence[str]:

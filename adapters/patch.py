@@ -27,7 +27,7 @@ from adapters.layers import is_stored
 from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
-from adapters.targets import Layer, Pattern, Patterns, as_rules, select
+from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
 
 _numbers = itertools.count()
 _known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
@@ -542,7 +542,7 @@ def load(
         if not file.layers:
             parts = ", ".join(whole.components) or "none"
             raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
-    found, missing, problems = find_layers(model, file)
+    found, missing, problems = find_layers(layers(model), file)
     problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     restored, problems_of_layers = _restored(found, file, trainable)
     problems += problems_of_layers

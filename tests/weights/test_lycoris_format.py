@@ -258,7 +258,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     for method, target, match in (
         (LoRA(rank=1, bias=True), "fc", "lora_B.bias, for which there are no names in it"),
         (LoRA(rank=1), "embed", "lora_embedding_A, lora_embedding_B, for which there are no names"),
-        (adapters.Copy(), "fc", "the method 'copy', which is none of lora, loha, lokr"),
+        (adapters.Copy(), "fc", "the method 'copy', which is none of lora, dora, loha, lokr"),
     ):
         patch = adapters.inject(model, method, target)
         with pytest.raises(weights.FileFormatError, match=match):

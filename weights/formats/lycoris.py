@@ -8,7 +8,7 @@ made of. Beside the tensors of a layer is its `alpha`. What each method calls it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ COMPONENTS: Mapping[str, str] = {
 """The component of a pipeline that a prefix means."""
 
 _ALPHA = "alpha"
-_ENDS = {_ALPHA, *(end for grammar in GRAMMARS for end in grammar.ends)}
+_BIASES = {end: grammar.end(name) for grammar in GRAMMARS for name, end in grammar.bias.items()}
+_ENDS = {_ALPHA, *_BIASES, *(end for grammar in GRAMMARS for end in grammar.ends)}
 
 
 def recognise(path: Path) -> bool:
@@ -53,10 +54,13 @@ def read(path: Path) -> AdapterFile:
     named: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for key in file:
-        if (where := _split(key)) is None:
+        where, end = _split(key), key.partition(".")[2]
+        if where is None:
             problems.append(f"the key {key!r} is not expected")
+        elif end in _BIASES:  # A bias is a layer of its own here.
+            named.setdefault(f"{where}_bias", {})[_BIASES[end]] = file[key]
         else:
-            named.setdefault(where, {})[key.partition(".")[2]] = file[key]
+            named.setdefault(where, {})[end] = file[key]
     layers: dict[str, LayerWeights] = {}
     for where, tensors in named.items():
         try:
@@ -80,19 +84,19 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """
     problems = ["its name does not end in .safetensors"] if path.suffix != ".safetensors" else []
     problems += [f"it has no place for {name}, which all layers share" for name in adapter.shared]
-    stems: dict[str, str] = {}
+    places: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for where, layer in adapter.layers.items():
-        stem = _stem(where, adapter)
-        if stem in stems:
-            problems.append(f"{stems[stem]} and {where} have the same name in it, {stem}")
-        stems[stem] = where
         try:
-            written = _write_layer(layer)
+            written = _write_layer(where, layer, adapter)
         except ValueError as problem:
             problems.append(f"layer {where!r} has {problem}")
-        else:
-            tensors.update({f"{stem}.{end}": tensor for end, tensor in written.items()})
+            continue
+        for key, tensor in written.items():
+            tensors[key] = tensor
+            if places.setdefault(key, where) != where:
+                problems.append(f"{places[key]} and {where} have the same name in it, {key.partition('.')[0]}")
+                break
     _refuse(path, problems or ([] if tensors else ["it has no layers with an adapter"]))
     save(tensors, path, adapter.metadata)
 
@@ -124,19 +128,16 @@ def _stem(where: str, adapter: AdapterFile) -> str:
 
 def _read_layer(found: Mapping[str, Tensor]) -> LayerWeights:
     """What the tensors of a layer mean, by the ends of their names; raises a ValueError that says what is wrong."""
-    ends = found.keys() - {_ALPHA}
-    grammar = next((grammar for grammar in GRAMMARS if _names(grammar, ends) in grammar.sets), None)
-    if grammar is None or (_ALPHA in found and not grammar.has_alpha):
+    for grammar in GRAMMARS:
+        tensors = {grammar.ends.get(end, end): found[end] for end in sorted(found.keys() - {_ALPHA})}
+        if grammar.fits(tensors) and (grammar.has_alpha or _ALPHA not in found):
+            break
+    else:
         raise ValueError(f"{', '.join(sorted(found))}, which is no method that is known here")
-    tensors = {grammar.ends[end]: found[end] for end in sorted(ends)}
     if grammar.has_alpha and any(tensor.ndim < 2 or not tensor.numel() for tensor in tensors.values()):
         raise ValueError("a tensor that is no matrix")
     hyperparameters, tensors = grammar.read(tensors, _read_alpha(found.get(_ALPHA)))
     return LayerWeights(grammar.method, hyperparameters, tensors)
-
-
-def _names(grammar: Grammar, ends: Iterable[str]) -> frozenset[str]:
-    return frozenset(grammar.ends.get(end, end) for end in ends)
 
 
 def _read_alpha(alpha: Tensor | None) -> float | None:
@@ -147,16 +148,32 @@ def _read_alpha(alpha: Tensor | None) -> float | None:
     return float(alpha.item())
 
 
-def _write_layer(layer: LayerWeights) -> dict[str, Tensor]:
-    """The tensors of a layer by the ends of their names; raises a ValueError for what there is no place for."""
-    grammar = next((grammar for grammar in GRAMMARS if grammar.method == layer.method), None)
-    if grammar is None:
-        raise ValueError(f"the method {layer.method!r}, which is none of {', '.join(g.method for g in GRAMMARS)}")
-    if frozenset(layer.tensors) not in grammar.sets:
-        raise ValueError(f"{', '.join(sorted(layer.tensors))}, for which there are no names in it")
-    tensors, alpha = grammar.write(layer)
-    written = {grammar.names.get(name, name): tensor for name, tensor in tensors.items()}
-    return written if alpha is None else {**written, _ALPHA: _written_alpha(alpha)}
+def _write_layer(where: str, layer: LayerWeights, adapter: AdapterFile) -> dict[str, Tensor]:
+    """The tensors of a layer by their names in a file; raises a ValueError for what there is no place for."""
+    grammar = _grammar(layer)
+    owner = where.removesuffix("_bias" if adapter.flattened else ".bias")
+    if grammar.bias and owner != where and all(tensor.ndim == 1 for tensor in layer.tensors.values()):
+        beside = adapter.layers.get(owner)
+        if beside is None or beside.method != layer.method:
+            raise ValueError(f"a bias without the weight of {owner!r}, which LyCORIS does not read")
+        where, tensors = owner, {_grammar(beside).bias[name]: tensor for name, tensor in layer.tensors.items()}
+    else:
+        tensors, alpha = grammar.write(layer)
+        tensors = {grammar.end(name): tensor for name, tensor in tensors.items()}
+        tensors |= {} if alpha is None else {_ALPHA: _written_alpha(alpha)}
+    return {f"{_stem(where, adapter)}.{end}": tensor for end, tensor in tensors.items()}
+
+
+def _grammar(layer: LayerWeights) -> Grammar:
+    """That of a layer; raises a ValueError if there is none."""
+    of_method = [grammar for grammar in GRAMMARS if grammar.method == layer.method]
+    if not of_method:
+        known = ", ".join(dict.fromkeys(grammar.method for grammar in GRAMMARS))
+        raise ValueError(f"the method {layer.method!r}, which is none of {known}")
+    for grammar in of_method:
+        if grammar.fits(layer.tensors):
+            return grammar
+    raise ValueError(f"{', '.join(sorted(layer.tensors))}, for which there are no names in it")
 
 
 def _written_alpha(alpha: float) -> Tensor:

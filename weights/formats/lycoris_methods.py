@@ -23,12 +23,14 @@ class Grammar:
 
     Attributes:
         method: The key of the method.
-        names: For a tensor whose name in the file is another, the end of that.
         sets: The tensors that a layer may have together.
         read: The hyperparameters and the tensors, from the tensors of a file and its alpha, or None where it has none.
             Raises a ValueError that says what does not fit.
         write: The reverse. Raises a ValueError that says what the format has no place for.
+        names: For a tensor whose name in the file is another, the end of that.
+        bias: For a tensor, the end of the name of the one that does the same to the bias of the layer.
         has_alpha: Whether a layer may have an alpha.
+        holds: Whether it is for these tensors, of all that have their names.
     """
 
     method: str
@@ -36,12 +38,22 @@ class Grammar:
     read: Callable[[Tensors, float | None], Read]
     write: Callable[[LayerWeights], Written]
     names: Mapping[str, str] = field(default_factory=dict)
+    bias: Mapping[str, str] = field(default_factory=dict)
     has_alpha: bool = True
+    holds: Callable[[Tensors], bool] = lambda tensors: True
 
     @property
     def ends(self) -> dict[str, str]:
         """The name of a tensor by the end of its name in a file."""
-        return {self.names.get(name, name): name for names in self.sets for name in names}
+        return {self.end(name): name for names in self.sets for name in names}
+
+    def end(self, name: str) -> str:
+        """How the name of a tensor ends in a file."""
+        return self.names.get(name, name)
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Whether a layer of these tensors is one of this grammar."""
+        return frozenset(tensors) in self.sets and self.holds(tensors)
 
 
 def _alpha(alpha: float | None, rank: int) -> float:
@@ -93,6 +105,27 @@ def _write_lora(layer: LayerWeights) -> Written:
     ) else alpha
 
 
+def _read_dora(tensors: Tensors, alpha: float | None) -> Read:
+    hyperparameters, factors = _read_lora(tensors, alpha)
+    lengths, outputs = tensors["lora_magnitude_vector"], factors["lora_B"].shape[0]
+    if lengths.shape[0] != outputs or lengths.numel() != outputs:
+        raise ValueError(f"a dora_scale {tuple(lengths.shape)} that is not for each of {outputs} outputs")
+    return hyperparameters, {**factors, "lora_magnitude_vector": _lengths(lengths, factors["lora_A"], first=1)}
+
+
+def _write_dora(layer: LayerWeights) -> Written:
+    tensors, alpha = _write_lora(layer)
+    lengths = layer.tensors["lora_magnitude_vector"]
+    return {**tensors, "lora_magnitude_vector": _lengths(lengths, layer.tensors["lora_A"], first=0)}, alpha
+
+
+def _lengths(lengths: Tensor, like: Tensor, first: int) -> Tensor:
+    """Those of the rows of a weight, with dimensions of size 1 around them. PEFT has none for a linear layer."""
+    if like.ndim == 2:
+        return lengths.flatten() if first else lengths.view(-1, 1)
+    return lengths.view(*[1] * first, -1, *[1] * (like.ndim - 1 - first))
+
+
 def _read_loha(tensors: Tensors, alpha: float | None) -> Read:
     rank = tensors["hada_w1_b"].shape[0]
     return {"rank": rank, "alpha": _alpha(alpha, rank), "tucker": "hada_t1" in tensors}, dict(tensors)
@@ -128,6 +161,65 @@ def _write_lokr(layer: LayerWeights) -> Written:
     return tensors, alpha
 
 
+def _read_glora(tensors: Tensors, alpha: float | None) -> Read:
+    rank = tensors["a2"].shape[0]
+    return {"rank": rank, "alpha": _alpha(alpha, rank)}, dict(tensors)
+
+
+def _write_glora(layer: LayerWeights) -> Written:
+    if _number(layer, "alpha") == 0:
+        raise ValueError("an alpha of 0, which would stand for the rank")
+    return dict(layer.tensors), _number(layer, "alpha")
+
+
+def _read_rotation(tensors: Tensors, alpha: float | None) -> Read:
+    """What is called alpha is the constraint; blocks in three dimensions, or in four those of several rotations."""
+    return {
+        "block_size": tensors["oft_blocks"].shape[-1],
+        "constraint": alpha or 0.0,
+        "rescale": "rescale" in tensors,
+    }, dict(tensors)
+
+
+def _read_butterfly(tensors: Tensors, alpha: float | None) -> Read:
+    hyperparameters, tensors = _read_rotation(tensors, alpha)
+    return {**hyperparameters, "factors": tensors["oft_blocks"].shape[0]}, tensors
+
+
+def _write_rotation(layer: LayerWeights) -> Written:
+    return dict(layer.tensors), _number(layer, "constraint")
+
+
+def _read_full(tensors: Tensors, alpha: float | None) -> Read:
+    return {}, dict(tensors)
+
+
+def _write_full(layer: LayerWeights) -> Written:
+    return dict(layer.tensors), None
+
+
+def _read_ia3(tensors: Tensors, alpha: float | None) -> Read:
+    """Files hold what is added to a factor of 1."""
+    if not tensors.get("on_input", torch.tensor(0)).any():
+        raise ValueError("factors of the outputs, which LyCORIS does not apply to the bias as (IA)³ does")
+    factors = 1 + tensors["ia3_l"].to(torch.promote_types(tensors["ia3_l"].dtype, torch.float32))
+    return {"feedforward": True}, {"ia3_l": factors.view(1, -1) if factors.ndim == 1 else factors}
+
+
+def _write_ia3(layer: LayerWeights) -> Written:
+    if not layer.hyperparameters.get("feedforward"):
+        raise ValueError("factors of the outputs, which LyCORIS does not apply to the bias as (IA)³ does")
+    factors = layer.tensors["ia3_l"]
+    added = factors.to(torch.promote_types(factors.dtype, torch.float32)) - 1
+    return {"ia3_l": added.flatten() if added.ndim == 2 else added, "on_input": torch.tensor(1)}, None
+
+
+_LORA = {
+    "lora_A": "lora_down.weight",
+    "lora_B": "lora_up.weight",
+    "lora_mid": "lora_mid.weight",
+    "lora_magnitude_vector": "dora_scale",
+}
 _HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 _KRON_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
 _KRON_SECOND = (
@@ -135,14 +227,22 @@ _KRON_SECOND = (
     frozenset({"lokr_w2_a", "lokr_w2_b"}),
     frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
 )
+_ROTATION = (frozenset({"oft_blocks"}), frozenset({"oft_blocks", "rescale"}))
 
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
         "lora",
         sets=(frozenset({"lora_A", "lora_B"}), frozenset({"lora_A", "lora_B", "lora_mid"})),
-        names={"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_mid": "lora_mid.weight"},
+        names=_LORA,
         read=_read_lora,
         write=_write_lora,
+    ),
+    Grammar(
+        "dora",
+        sets=(frozenset({"lora_A", "lora_B", "lora_magnitude_vector"}), frozenset(_LORA)),
+        names=_LORA,
+        read=_read_dora,
+        write=_write_dora,
     ),
     Grammar("loha", sets=(_HADA, _HADA | {"hada_t1", "hada_t2"}), read=_read_loha, write=_write_loha),
     Grammar(
@@ -150,6 +250,54 @@ GRAMMARS: tuple[Grammar, ...] = (
         sets=[first | second for first in _KRON_FIRST for second in _KRON_SECOND],
         read=_read_lokr,
         write=_write_lokr,
+    ),
+    Grammar(
+        "lycoris-glora",
+        sets=(frozenset({"a1", "a2", "b1", "b2"}),),
+        names={name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
+        read=_read_glora,
+        write=_write_glora,
+    ),
+    Grammar(
+        "diag-oft",
+        sets=_ROTATION,
+        read=_read_rotation,
+        write=_write_rotation,
+        holds=lambda tensors: tensors["oft_blocks"].ndim == 3,
+    ),
+    Grammar(
+        "output-boft",
+        sets=_ROTATION,
+        read=_read_butterfly,
+        write=_write_rotation,
+        holds=lambda tensors: tensors["oft_blocks"].ndim == 4,
+    ),
+    Grammar(
+        "full",
+        sets=(frozenset({"diff"}),),
+        bias={"diff": "diff_b"},
+        read=_read_full,
+        write=_write_full,
+        has_alpha=False,
+        holds=lambda tensors: tensors["diff"].ndim > 1,
+    ),
+    Grammar(  # Of normalisation layers.
+        "full",
+        sets=(frozenset({"diff"}),),
+        names={"diff": "w_norm"},
+        bias={"diff": "b_norm"},
+        read=_read_full,
+        write=_write_full,
+        has_alpha=False,
+        holds=lambda tensors: tensors["diff"].ndim == 1,
+    ),
+    Grammar(
+        "ia3",
+        sets=(frozenset({"ia3_l"}), frozenset({"ia3_l", "on_input"})),
+        names={"ia3_l": "weight"},
+        read=_read_ia3,
+        write=_write_ia3,
+        has_alpha=False,
     ),
 )
 """Every method that LyCORIS's files can hold."""
