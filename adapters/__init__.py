@@ -23,7 +23,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoHa, LoKr, LoRA
+from adapters.methods import Copy, DoHa, DoKr, LoHa, LoKr, LoRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "AdapterError",
     "Branch",
     "Copy",
+    "DoHa",
+    "DoKr",
     "LayerMismatchError",
     "LoHa",
     "LoKr",

@@ -1,4 +1,7 @@
-"""The forms a formula can have: added to the weight, applied to the output, or applied to the input of a layer."""
+"""The forms a formula can have: added to the weight, applied to the output, or applied to the input of a layer.
+
+And the decomposition of a weight into lengths and directions, which goes with several of them.
+"""
 
 from __future__ import annotations
 
@@ -100,3 +103,24 @@ class InputMap(Method):
         inputs = branch.cast(x)
         mapped = inputs.lerp(self.map(inputs, branch.values(), transposed=False).to(inputs.dtype), scale)
         return layer(mapped.to(x.dtype), *args, **kwargs)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The length of each row of a matrix, `(outputs,)`, with the experts in front for a stack."""
+    return torch.linalg.vector_norm(weight, dim=-1)
+
+
+def decomposed(direction: Tensor, magnitude: Tensor) -> Tensor:
+    """A matrix with the direction of each row, at another length (DoRA, arXiv:2402.09353).
+
+    The lengths that the rows have are constants to the gradient, as the paper proposes in 4.3. A row of zeros, which
+    has no direction, stays as it is.
+
+    Args:
+        direction: The matrix, `(outputs, inputs)`, with the experts in front for a stack.
+        magnitude: The lengths, `(outputs,)`, with the experts in front for a stack.
+    """
+    norms = row_norms(direction).detach()
+    zero = norms == 0
+    factors = torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norms))
+    return direction * factors.unsqueeze(-1)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from adapters.method import Method
 from adapters.methods.copied import Copy
-from adapters.methods.loha import LoHa
-from adapters.methods.lokr import LoKr
+from adapters.methods.loha import DoHa, LoHa
+from adapters.methods.lokr import DoKr, LoKr
 from adapters.methods.lora import LoRA
 
 METHODS: Mapping[str, type[Method]] = {
@@ -13,7 +13,9 @@ METHODS: Mapping[str, type[Method]] = {
     for method in (
         LoRA,
         LoHa,
+        DoHa,
         LoKr,
+        DoKr,
         Copy,
     )
 }
@@ -22,6 +24,8 @@ METHODS: Mapping[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "Copy",
+    "DoHa",
+    "DoKr",
     "LoHa",
     "LoKr",
     "LoRA",

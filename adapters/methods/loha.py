@@ -10,6 +10,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.forms import Additive
 from adapters.method import Site, need_alpha, need_rank
+from adapters.methods.decomposed import Decomposed
 from adapters.methods.tucker import channels, has_core, product
 
 
@@ -59,3 +60,11 @@ class LoHa(Additive):
         first = product(t.hada_w1_a, t.hada_w1_b, t.get("hada_t1"))
         second = product(t.hada_w2_a, t.hada_w2_b, t.get("hada_t2"))
         return first * second * (cast(float, self.alpha) / self.rank)
+
+
+@dataclass(frozen=True)
+class DoHa(Decomposed, LoHa):
+    """Weight-decomposed LoHa, as LyCORIS has it. For its arguments see `LoHa`."""
+
+    key = "doha"
+    formula = "m V / ‖V‖ for each row, with V = W + s (A₁ B₁) ∘ (A₂ B₂)"

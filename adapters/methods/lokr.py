@@ -15,6 +15,7 @@ from adapters.errors import TargetError
 from adapters.forms import Additive
 from adapters.layers import Matrix
 from adapters.method import Site, need, need_alpha, need_rank
+from adapters.methods.decomposed import Decomposed
 from adapters.methods.tucker import channels, has_core, product
 
 
@@ -110,6 +111,14 @@ class LoKr(Additive):
         first, second = self.factors(branch.values())
         rows = branch.cast(x).unflatten(-1, (first.shape[1], second.shape[1]))
         return output + ((first @ (rows @ second.mT)).flatten(-2) * scale).to(output.dtype)
+
+
+@dataclass(frozen=True)
+class DoKr(Decomposed, LoKr):
+    """Weight-decomposed LoKr, as LyCORIS has it. For its arguments see `LoKr`."""
+
+    key = "dokr"
+    formula = "m V / ‖V‖ for each row, with V = W + s w₁ ⊗ w₂"
 
 
 def divisor(size: int, factor: int) -> int:

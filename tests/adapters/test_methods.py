@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import Copy, LoHa, LoKr, LoRA, Method, TargetError
+from adapters import Copy, DoHa, DoKr, LoHa, LoKr, LoRA, Method, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -50,10 +50,12 @@ VARIANTS: dict[str, Variant] = {
     "gaussian": Variant(LoRA(rank=2, init="gaussian")),
     "loha": Variant(LoHa(rank=2, alpha=3)),
     "loha with cores": Variant(LoHa(rank=3, alpha=2, tucker=True)),
+    "doha": Variant(DoHa(rank=2, alpha=3)),
     "lokr": Variant(LoKr(rank=1, alpha=2)),
     "lokr of full factors": Variant(LoKr(rank=8, alpha=4)),
     "lokr of two decomposed factors": Variant(LoKr(rank=1, factor=4, decompose_both=True)),
     "lokr with a core": Variant(LoKr(rank=1, alpha=2, factor=2, tucker=True)),
+    "dokr": Variant(DoKr(rank=1, alpha=2)),
     "copy": Variant(Copy(), targets=nn.Module),
 }
 

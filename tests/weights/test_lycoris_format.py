@@ -215,6 +215,130 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert weights.open(again).metadata == {"ss_v2": "False"}
 
 
+# Other methods
+
+
+def write(layers: dict[str, weights.LayerWeights], path: Path) -> dict[str, Tensor]:
+    return dict(weights.open(weights.write_adapter(weights.AdapterFile(layers), path, "lycoris")))
+
+
+def test_the_lengths_of_a_decomposed_weight_are_those_of_its_rows(tmp_path: Path) -> None:
+    """PEFT holds them as a vector, or for a convolution as its outputs have them; LyCORIS as the weight has them."""
+    conv = {"lora_up.weight": (5, 2, 1, 1), "lora_down.weight": (2, 4, 3, 2)}
+    for shapes, there, here in ((LORA, (5, 1), (5,)), (conv, (5, 1, 1, 1), (1, 5, 1, 1))):
+        path = file(tmp_path, {"lycoris_fc": {**shapes, "dora_scale": there}}, alpha=3.0)
+        layer = only(path)
+        assert (layer.method, layer.hyperparameters) == ("dora", {"rank": 2, "alpha": 3.0})
+        assert layer.tensors["lora_magnitude_vector"].shape == here
+        again = write({"fc": layer}, tmp_path / "again.safetensors")
+        assert all(torch.equal(tensor, again[key]) for key, tensor in weights.open(path).items())
+    for method, shapes in (("doha", LOHA), ("dokr", LOKR)):
+        path = file(tmp_path, {"lycoris_fc": {**shapes, "dora_scale": (5, 1)}})
+        assert only(path).method == method
+
+
+@pytest.mark.parametrize("shapes", [LORA, LOHA, LOKR])
+def test_lengths_of_columns_are_refused(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    path = file(tmp_path, {"lycoris_fc": {**shapes, "dora_scale": (1, 4)}})
+    with pytest.raises(weights.FileFormatError, match=r"a dora_scale \(1, 4\), for the inputs"):
+        weights.read_adapter(path)
+
+
+def test_biases_are_layers_of_their_own_here(tmp_path: Path) -> None:
+    shapes = {
+        "lora_unet_fc": {"diff": (5, 4), "diff_b": (5,)},
+        "lora_unet_norm": {"w_norm": (4,), "b_norm": (4,)},
+        "lora_unet_q": {**LORA, "diff_b": (5,)},
+    }
+    path = file(tmp_path, shapes)
+    adapter = weights.read_adapter(path)
+    assert {name: layer.method for name, layer in adapter.layers.items()} == {
+        "unet.fc": "full",
+        "unet.fc_bias": "full",
+        "unet.norm": "full",
+        "unet.norm_bias": "full",
+        "unet.q": "lora",
+        "unet.q_bias": "full",
+    }
+    stored = weights.open(path)
+    assert torch.equal(adapter.layers["unet.norm_bias"].tensors["diff"], stored["lora_unet_norm.b_norm"])
+    with pytest.raises(weights.FileFormatError, match=r"'unet\.q_bias' has a bias without the weight of 'unet\.q'"):
+        weights.write_adapter(adapter, tmp_path / "again.safetensors", "lycoris")
+    # By their names in a model, and flattened.
+    for dot, flattened in (("_", True), (".", False)):
+        layers = {
+            name.replace("_bias", f"{dot}bias"): layer for name, layer in adapter.layers.items() if "q" not in name
+        }
+        if not flattened:
+            layers = {name.removeprefix("unet."): layer for name, layer in layers.items()}
+        again = weights.AdapterFile(layers, flattened=flattened)
+        weights.write_adapter(again, tmp_path / "again.safetensors", "lycoris")
+        prefix = "lora_unet" if flattened else "lycoris"
+        other = weights.open(tmp_path / "again.safetensors")
+        expected = {
+            key.replace("lora_unet", prefix): tensor
+            for key, tensor in stored.items()
+            if not key.startswith("lora_unet_q")
+        }
+        assert other.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in other.items())
+
+
+def test_factors_of_ia3_are_of_inputs_and_near_1(tmp_path: Path) -> None:
+    for shape in ((4,), (1, 4, 1, 1)):
+        path = file(tmp_path, {"lycoris_fc": {"weight": shape}}, on_input=torch.tensor(1))
+        layer = only(path)
+        assert (layer.method, layer.hyperparameters) == ("ia3", {"feedforward": True})
+        added = weights.open(path)["lycoris_fc.weight"]
+        torch.testing.assert_close(layer.tensors["ia3_l"].flatten(), 1 + added.flatten())
+        again = write({"fc": layer}, tmp_path / "again.safetensors")
+        assert again["lycoris_fc.on_input"] == 1 and again["lycoris_fc.weight"].shape == shape
+        torch.testing.assert_close(again["lycoris_fc.weight"], added)
+    outputs = weights.LayerWeights("ia3", {"feedforward": False}, {"ia3_l": torch.ones(4, 1)})
+    with pytest.raises(
+        weights.FileFormatError, match="factors of the outputs, which LyCORIS does not apply to the bias"
+    ):
+        write({"fc": outputs}, tmp_path / "again.safetensors")
+    for numbers in ({"on_input": torch.tensor(0)}, {}):
+        with pytest.raises(weights.FileFormatError, match="factors of the outputs, which LyCORIS does not apply"):
+            weights.read_adapter(file(tmp_path, {"lycoris_fc": {"weight": (4,)}}, **numbers))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "numbers", "method", "hyperparameters"),
+    [
+        (
+            {"a1.weight": (4, 2), "a2.weight": (2, 4), "b1.weight": (5, 2), "b2.weight": (2, 4)},
+            {"alpha": 3.0},
+            "lycoris-glora",
+            {"rank": 2, "alpha": 3.0},
+        ),
+        (
+            {"oft_blocks": (2, 3, 3)},
+            {"alpha": 0.0},
+            "diag-oft",
+            {"block_size": 3, "constraint": 0.0, "rescale": False},
+        ),
+        (
+            {"oft_blocks": (2, 4, 2, 2), "rescale": (8, 1)},
+            {"alpha": 0.25},
+            "output-boft",
+            {"block_size": 2, "factors": 2, "constraint": 0.25, "rescale": True},
+        ),
+    ],
+)
+def test_what_the_tensors_of_other_methods_say(
+    tmp_path: Path, shapes: Any, numbers: Any, method: str, hyperparameters: dict[str, Any]
+) -> None:
+    path = file(tmp_path, {"lycoris_fc": shapes}, **numbers)
+    layer = only(path)
+    assert (layer.method, layer.hyperparameters) == (method, hyperparameters)
+    again = write({"fc": layer}, tmp_path / "again.safetensors")
+    stored = weights.open(path)
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in again.items())
+
+
 # Refusals
 
 
@@ -258,7 +382,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     for method, target, match in (
         (LoRA(rank=1, bias=True), "fc", "lora_B.bias, for which there are no names in it"),
         (LoRA(rank=1), "embed", "lora_embedding_A, lora_embedding_B, for which there are no names"),
-        (adapters.Copy(), "fc", "the method 'copy', which is none of lora, dora, loha, lokr"),
+        (adapters.Copy(), "fc", "the method 'copy', which is none of lora, dora, loha, doha"),
     ):
         patch = adapters.inject(model, method, target)
         with pytest.raises(weights.FileFormatError, match=match):

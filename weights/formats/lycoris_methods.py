@@ -107,10 +107,25 @@ def _write_lora(layer: LayerWeights) -> Written:
 
 def _read_dora(tensors: Tensors, alpha: float | None) -> Read:
     hyperparameters, factors = _read_lora(tensors, alpha)
-    lengths, outputs = tensors["lora_magnitude_vector"], factors["lora_B"].shape[0]
-    if lengths.shape[0] != outputs or lengths.numel() != outputs:
-        raise ValueError(f"a dora_scale {tuple(lengths.shape)} that is not for each of {outputs} outputs")
+    lengths = tensors["lora_magnitude_vector"]
+    _need_rows(lengths)
     return hyperparameters, {**factors, "lora_magnitude_vector": _lengths(lengths, factors["lora_A"], first=1)}
+
+
+def _of_rows(read: Callable[[Tensors, float | None], Read]) -> Callable[[Tensors, float | None], Read]:
+    """For a method whose weight is decomposed."""
+
+    def read_decomposed(tensors: Tensors, alpha: float | None) -> Read:
+        _need_rows(tensors["dora_scale"])
+        return read(tensors, alpha)
+
+    return read_decomposed
+
+
+def _need_rows(lengths: Tensor) -> None:
+    """LyCORIS can also decompose the columns of a weight: then the lengths are in the second dimension."""
+    if lengths.numel() != lengths.shape[0]:
+        raise ValueError(f"a dora_scale {tuple(lengths.shape)}, for the inputs: only one for the outputs is supported")
 
 
 def _write_dora(layer: LayerWeights) -> Written:
@@ -220,13 +235,16 @@ _LORA = {
     "lora_mid": "lora_mid.weight",
     "lora_magnitude_vector": "dora_scale",
 }
+_SCALE = {"dora_scale"}
 _HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+_HADA_SETS = (_HADA, _HADA | {"hada_t1", "hada_t2"})
 _KRON_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
 _KRON_SECOND = (
     frozenset({"lokr_w2"}),
     frozenset({"lokr_w2_a", "lokr_w2_b"}),
     frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
 )
+_KRON_SETS = [first | second for first in _KRON_FIRST for second in _KRON_SECOND]
 _ROTATION = (frozenset({"oft_blocks"}), frozenset({"oft_blocks", "rescale"}))
 
 GRAMMARS: tuple[Grammar, ...] = (
@@ -244,13 +262,10 @@ GRAMMARS: tuple[Grammar, ...] = (
         read=_read_dora,
         write=_write_dora,
     ),
-    Grammar("loha", sets=(_HADA, _HADA | {"hada_t1", "hada_t2"}), read=_read_loha, write=_write_loha),
-    Grammar(
-        "lokr",
-        sets=[first | second for first in _KRON_FIRST for second in _KRON_SECOND],
-        read=_read_lokr,
-        write=_write_lokr,
-    ),
+    Grammar("loha", sets=_HADA_SETS, read=_read_loha, write=_write_loha),
+    Grammar("doha", sets=[names | _SCALE for names in _HADA_SETS], read=_of_rows(_read_loha), write=_write_loha),
+    Grammar("lokr", sets=_KRON_SETS, read=_read_lokr, write=_write_lokr),
+    Grammar("dokr", sets=[names | _SCALE for names in _KRON_SETS], read=_of_rows(_read_lokr), write=_write_lokr),
     Grammar(
         "lycoris-glora",
         sets=(frozenset({"a1", "a2", "b1", "b2"}),),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapters
-from adapters import AdapterError, LoHa
+from adapters import AdapterError, DoHa, DoKr, LoHa, LoKr, Method
 from tests.adapters.models import perturb
 
 few = st.integers(1, 5)
@@ -76,6 +76,37 @@ def test_its_rank_is_up_to_the_square() -> None:
     perturb(patch)
     patch.merge()
     assert torch.linalg.matrix_rank(model[0].weight - weight) == 9
+
+
+@pytest.mark.parametrize(
+    ("decomposed", "plain"),
+    [
+        (DoHa(rank=2, alpha=3), LoHa(rank=2, alpha=3)),
+        (DoHa(rank=2, tucker=True), LoHa(rank=2, tucker=True)),
+        (DoKr(rank=1, alpha=3), LoKr(rank=1, alpha=3)),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(6, 4, (3, 2)), lambda: nn.Conv1d(4, 6, 3)])
+@torch.no_grad()
+def test_a_decomposed_weight_has_the_directions_of_the_plain_update(
+    decomposed: Method, plain: Method, make: Any
+) -> None:
+    model = nn.Sequential(make()).double()
+    weight = model[0].weight.clone()
+    patch = adapters.inject(model, decomposed)
+    lengths = patch.places[0].branch.dora_scale
+    torch.testing.assert_close(lengths.flatten(), torch.stack([row.norm() for row in weight]))
+    assert lengths.shape == (len(weight), *[1] * (weight.ndim - 1))
+    perturb(patch)
+    other = adapters.inject(model, plain, name="plain")
+    for name, tensor in other.places[0].branch.named_parameters():
+        tensor.copy_(dict(patch.places[0].branch.named_parameters())[name])
+    with adapters.use(model, "plain"):
+        rows = model[0].weight
+    with adapters.use(model, "default"):
+        found = model[0].weight
+    expected = torch.stack([length * row / row.norm() for length, row in zip(lengths.flatten(), rows, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
