@@ -81,6 +81,11 @@ class Site:
         """Of the matrix: `(outputs, inputs)`, with the experts in front for a stack."""
         return self.matrix.shape
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The size of the kernel of a convolution, `()` for what is none."""
+        return tuple(cast(Any, self.layer).kernel_size) if self.matrix.kind == "convolution" else ()
+
     @cached_property
     def weight(self) -> Tensor:
         """The matrix of the weight, in at least single precision."""

@@ -24,6 +24,7 @@ from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import is_stored
+from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
@@ -432,14 +433,16 @@ class Patch:
         return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
 
     def save_pretrained(self, path: str | PathLike[str], format: str | None = None) -> Path:
-        """Write it to a folder: tensors, configuration and model card. Returns the folder.
+        """Write it to files. Returns the path.
 
         Args:
-            path: The folder.
-            format: `"peft"`, or `"fluxion"`, this library's own; by default PEFT's, if PEFT has the method.
+            path: A folder, which gets tensors, configuration and model card; or for `"lycoris"`, and if you like for
+                `"fluxion"`, a file whose name ends in `.safetensors`.
+            format: `"peft"`, `"lycoris"`, or `"fluxion"`, this library's own; by default PEFT's, if PEFT has the
+                method, and else this library's.
 
         Raises:
-            weights.WeightsError: The folder cannot be written, or the format cannot hold the patch.
+            weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
         if format is None:
             theirs = all("peft" in weights.formats_of(place.branch.method.key) for place in self.places)
@@ -529,6 +532,7 @@ def load(
     *,
     name: str | None = None,
     scale: float = 1.0,
+    component: str | None = None,
     revision: str | None = None,
     strict: bool = True,
     trainable: bool = False,
@@ -540,6 +544,8 @@ def load(
         source: A folder, a file, or the id of a repository on the Hub.
         name: The name of the patch, by default the last part of the source.
         scale: How strongly it acts.
+        component: The part to load of a file that is for several models, such as `"unet"` or `"text_encoder_2"`. By
+            default everything, in a model that has the others by their names, or from a file that is for one.
         revision: Branch, tag or commit, for a repository on the Hub.
         strict: Raise when the file has layers that the model does not have. Otherwise they are left out.
         trainable: Leave the tensors trainable and freeze the base.
@@ -552,12 +558,19 @@ def load(
     name = name or Path(source).name.removesuffix(".safetensors") or "default"
     check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
-    found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
-    missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
-    problems = [f"there is no layer {path}" for path in sorted(missing)]
+    if component is not None:
+        whole, file = file, file.part(component)
+        if not file.layers:
+            parts = ", ".join(whole.components) or "none"
+            raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
+    found, missing, problems = find_layers(layers(model), file)
+    problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     restored, problems_of_layers = _restored(found, file, trainable)
     problems += problems_of_layers
-    _refuse(f"{source} is for another model", problems)
+    mismatch = f"{source} is for another model"
+    if file.flattened and len(file.components) > 1:
+        mismatch += f", or for several: choose one with component=, out of {', '.join(file.components)}"
+    _refuse(mismatch, problems)
     return Patch(name, model, restored, scale, freezes=trainable).inject()
 
 
@@ -656,17 +669,23 @@ def _restored(
 
 
 def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Copy tensors into others, or say what does not fit."""
+    """Copy tensors into others, or say what does not fit. Formats differ in how many sizes of 1 end a shape."""
     problems = [
         f"{key} is {_shape(given.get(key))} in the file, {_shape(own.get(key))} in the model"
         for key in {**own, **given}
-        if _shape(given.get(key)) != _shape(own.get(key))
+        if key not in own or key not in given or _significant(own[key]) != _significant(given[key])
     ]
     if not problems:
         with torch.no_grad():
             for key, tensor in own.items():
-                tensor.copy_(given[key])
+                tensor.copy_(given[key].view(tensor.shape))
     return problems
+
+
+def _significant(tensor: Tensor) -> tuple[int, ...]:
+    """The shape without the sizes of 1 at its end."""
+    last = max((place for place, size in enumerate(tensor.shape) if size != 1), default=-1)
+    return tuple(tensor.shape[: last + 1])
 
 
 def _shape(tensor: Tensor | None) -> str:

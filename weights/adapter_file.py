@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-Hyperparameter = int | float | bool | str | None
+Hyperparameter = int | float | bool | str | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,27 @@ class AdapterFile:
     """An adapter as a file holds it.
 
     Attributes:
-        layers: Dotted path of each adapted layer in the base model, and its weights.
+        layers: Dotted path of each adapted layer in the base model, and its weights. A file for several models, such
+            as those of a pipeline, has the name of the model in front.
         base_model: The Hub id or path of the base model, where it is known.
         metadata: The text metadata of the safetensors header.
         shared: Tensors that all layers have in common, by name.
+        flattened: Whether the paths have `_` in place of every `.`, except after the name of a model.
     """
 
     layers: Mapping[str, LayerWeights]
     base_model: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    flattened: bool = False
+
+    @property
+    def components(self) -> list[str]:
+        """The first names of the paths: where the file is for several models, their names."""
+        return sorted({path.partition(".")[0] for path in self.layers if "." in path})
+
+    def part(self, component: str) -> AdapterFile:
+        """What is for one of several models."""
+        inside = f"{component}."
+        layers = {path.removeprefix(inside): layer for path, layer in self.layers.items() if path.startswith(inside)}
+        return replace(self, layers=layers)

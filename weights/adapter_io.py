@@ -42,9 +42,10 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
 
     Args:
         adapter_file: What to write.
-        path: The folder; it is made if need be, and a `README.md` already in it is kept. `"fluxion"` also takes the
-            name of a `.safetensors` file.
-        format: `"peft"`, that of the PEFT library, or `"fluxion"`, this library's own, which holds every method.
+        path: The folder; it is made if need be, and a `README.md` already in it is kept. `"lycoris"` takes the name of
+            a `.safetensors` file instead, and `"fluxion"` either.
+        format: `"peft"`, that of the PEFT library, `"lycoris"`, that of LyCORIS and of kohya's scripts, or
+            `"fluxion"`, this library's own, which holds every method.
 
     Returns:
         The path as given.

@@ -15,6 +15,8 @@ from adapters.methods.glora import GLoRA
 from adapters.methods.hira import HiRA
 from adapters.methods.hra import HRA
 from adapters.methods.ia3 import IA3
+from adapters.methods.loha import DoHa, LoHa
+from adapters.methods.lokr import DoKr, LoKr
 from adapters.methods.lora import LoRA
 from adapters.methods.lycoris_glora import LycorisGLoRA
 from adapters.methods.miss import Bat, MiSS
@@ -35,12 +37,16 @@ METHODS: dict[str, type[Method]] = {
         Copy,
         DeLoRA,
         DiagOFT,
+        DoHa,
+        DoKr,
         DoRA,
         FourierFT,
         GLoRA,
         HiRA,
         HRA,
         IA3,
+        LoHa,
+        LoKr,
         LoRA,
         LycorisGLoRA,
         MiSS,
@@ -82,10 +88,14 @@ __all__ = [
     "Copy",
     "DeLoRA",
     "DiagOFT",
+    "DoHa",
+    "DoKr",
     "DoRA",
     "FourierFT",
     "GLoRA",
     "HiRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LycorisGLoRA",
     "MiSS",

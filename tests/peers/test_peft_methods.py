@@ -13,11 +13,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import adapters
 import weights
+from adapters.methods.lokr import divisor
 
 
 class Net(nn.Module):
@@ -77,6 +79,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "conv of kernel 1": (conv(4, 6, 1), lambda: torch.randn(2, 4, 5, 5)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda: torch.randn(2, 4, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=1), lambda: torch.randn(2, 2, 3, 4, 5)),
+    "strided conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), lambda: torch.randn(2, 4, 7)),
+    "conv1d of kernel 1": (lambda: nn.Conv1d(4, 6, 1), lambda: torch.randn(2, 4, 7)),
     "embedding": (lambda: nn.Embedding(11, 8), lambda: torch.randint(0, 11, (4, 3))),
     "several linears": (
         lambda: Several(nn.Linear(6, 8), nn.Linear(8, 12, bias=False), nn.Linear(12, 4)),
@@ -117,6 +121,15 @@ def oft(**settings: Any) -> Callable[..., peft.PeftConfig]:
 OFT_LAYERS = (*LINEARS, "conv of kernel 1", "embedding")
 SQUARE_CONVOLUTIONS = ("conv", "conv of stride 2", "conv of kernel 1")
 SEVERAL = ("several linears", "several conv1ds")
+# LoHa and LoKr take all of the geometry into account besides how the input is padded.
+LYCORIS_LAYERS = (
+    *LINEARS,
+    *CONVOLUTIONS,
+    "conv of dilation 2",
+    "conv of groups 2",
+    "strided conv1d",
+    "conv1d of kernel 1",
+)
 LORA_LAYERS = (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "embedding")
 LINEAR_MAPS = (*LINEARS, "transformers conv1d", *SEVERAL)
 CASES: dict[str, Case] = {
@@ -130,6 +143,33 @@ CASES: dict[str, Case] = {
     "adalora": Case(
         configured(peft.AdaLoraConfig, init_r=4, lora_alpha=5, total_step=1),
         (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "conv of dilation 2"),
+    ),
+    "loha": Case(configured(peft.LoHaConfig, r=2, alpha=3), LYCORIS_LAYERS),
+    # PEFT rounds alpha / r to single precision.
+    "loha of another scale": Case(configured(peft.LoHaConfig, r=3, alpha=5), LYCORIS_LAYERS[:1], tolerance=1e-6),
+    "loha with cores": Case(configured(peft.LoHaConfig, r=2, alpha=3, use_effective_conv2d=True), LYCORIS_LAYERS),
+    "loha of random start": Case(configured(peft.LoHaConfig, r=2, init_weights=False), LYCORIS_LAYERS[:1]),
+    "loha trained with dropout": Case(
+        configured(peft.LoHaConfig, r=2, rank_dropout=0.5, module_dropout=0.5), LYCORIS_LAYERS[:1]
+    ),
+    "lokr": Case(configured(peft.LoKrConfig, r=1, alpha=3), LYCORIS_LAYERS),
+    "lokr of full factors": Case(
+        configured(peft.LoKrConfig, r=8, alpha=3),
+        # A Conv1d is tested below.
+        tuple(layer for layer in LYCORIS_LAYERS if "conv1d" not in layer),
+    ),
+    "lokr of factor 2": Case(configured(peft.LoKrConfig, r=1, alpha=3, decompose_factor=2), LYCORIS_LAYERS),
+    "lokr of factor 4": Case(configured(peft.LoKrConfig, r=1, alpha=3, decompose_factor=4), LINEARS),
+    "lokr of factor 8": Case(configured(peft.LoKrConfig, r=1, alpha=3, decompose_factor=8), LINEARS),
+    "lokr of two decomposed factors": Case(
+        configured(peft.LoKrConfig, r=1, alpha=3, decompose_both=True, decompose_factor=3), LINEARS
+    ),
+    "lokr with a core": Case(
+        configured(peft.LoKrConfig, r=1, alpha=3, use_effective_conv2d=True, decompose_factor=1), LYCORIS_LAYERS
+    ),
+    "lokr of another start": Case(configured(peft.LoKrConfig, r=1, init_weights="lycoris"), LYCORIS_LAYERS[:1]),
+    "lokr trained with dropout": Case(
+        configured(peft.LoKrConfig, r=1, rank_dropout=0.5, module_dropout=0.5, rank_dropout_scale=True), LINEARS[:1]
     ),
     "lora and another layer": Case(configured(peft.LoraConfig, r=3, modules_to_save=["other"]), ("linear",)),
     "oft": Case(oft(oft_block_size=2), OFT_LAYERS),
@@ -160,7 +200,11 @@ CASES: dict[str, Case] = {
     "miss and biases": Case(configured(peft.MissConfig, r=2, bias="all"), ("linear",)),
 }
 
-IA3_LAYERS = (*LINEARS, "transformers conv1d", *(name for name in LAYERS if "conv" in name and name != "conv1d"))
+IA3_LAYERS = (
+    *LINEARS,
+    "transformers conv1d",
+    *(name for name in LAYERS if name.endswith(("conv", "conv of")) or name.startswith(("conv of", "conv3d"))),
+)
 HIRA_LAYERS = (*LORA_LAYERS, "conv of stride 2", "conv of dilation 2", "conv1d", "conv3d")
 CASES |= {
     "ia3": Case(configured(peft.IA3Config, feedforward_modules=[]), IA3_LAYERS),
@@ -226,6 +270,7 @@ CASES |= {
 # PEFT writes what all layers share once more for each layer.
 REPEATED = re.compile(r"base_model\.model\..*\.randlora_[AB]")
 # What only says how the layers were chosen, and how and by what the tensors were made.
+# What only says how the layers were chosen and how the tensors were made.
 NOT_KEPT = {
     "auto_mapping",
     "bias",
@@ -234,6 +279,9 @@ NOT_KEPT = {
     "init_weights",
     "peft_version",
     "feedforward_modules",
+    "module_dropout",
+    "rank_dropout",
+    "rank_dropout_scale",
     "target_modules",
 }
 
@@ -284,3 +332,74 @@ def test_a_file_from_here_has_what_a_file_from_there_has(name: str, layer: str, 
         configs = [peft.PeftConfig.from_pretrained(tmp_path / who).to_dict() for who in ("theirs", "ours")]
     one, other = ({name: value for name, value in config.items() if name not in NOT_KEPT} for config in configs)
     assert one == other
+
+
+def filled(model: nn.Module, config: peft.PeftConfig, folder: Path) -> nn.Module:
+    """A model of PEFT with random numbers in its adapter, and its file."""
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        adapted = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        adapted.save_pretrained(folder)
+    return adapted
+
+
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig])
+@torch.no_grad()
+def test_layers_of_several_ranks_and_alphas(kind: type[peft.PeftConfig], tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)).double(), torch.randn(3, 6).double()
+    config = kind(
+        r=8, alpha=4, target_modules=["0", "1", "2"], rank_pattern={"0": 1, "1": 2}, alpha_pattern={r"[0]": 3}
+    )
+    expected = filled(model, config, tmp_path / "theirs")(x)
+    patch = adapters.load(model, tmp_path / "theirs")
+    assert [(place.branch.method.rank, place.branch.method.alpha) for place in patch.places] == [(1, 3), (2, 4), (8, 4)]
+    torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-8)
+    patch.save_pretrained(tmp_path / "ours")
+    patch.eject()
+    again = peft.PeftModel.from_pretrained(model, tmp_path / "ours").double()
+    torch.testing.assert_close(again(x), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig])
+@torch.no_grad()
+def test_peft_pads_the_update_of_a_circular_convolution_with_zeros(kind: type[peft.PeftConfig], tmp_path: Path) -> None:
+    """PEFT runs the update as a convolution of its own that knows no padding mode: merged it computes something else.
+
+    Ours is what the layer computes of the changed weight, which is what PEFT merges to.
+    """
+    base, x = Net(LAYERS["circular conv"][0]()).double(), LAYERS["circular conv"][1]().double()
+    theirs = filled(base, kind(r=2, alpha=4, target_modules=["layer"]), tmp_path)
+    beside = theirs(x)
+    merged = theirs.merge_and_unload()(x)
+    assert (beside - merged).abs().max() > 0.1
+    adapters.load(base, tmp_path)
+    torch.testing.assert_close(base(x), merged, rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_peft_swaps_the_factors_of_a_conv1d(tmp_path: Path) -> None:
+    """A whole second factor of a Conv1d comes out as w2 ⊗ w1 in PEFT, as `torch.kron` aligns shapes at their ends.
+
+    Of a Conv2d, and of decomposed factors, it is w1 ⊗ w2. Neither is such a file loaded as if it said that, nor is one
+    written that PEFT would take for something else.
+    """
+    base = Net(nn.Conv1d(4, 6, 3, bias=False)).double()
+    theirs = filled(base, peft.LoKrConfig(r=8, target_modules=["layer"]), tmp_path / "theirs")
+    layer = theirs.base_model.model.layer
+    w1, w2 = layer.lokr_w1["default"], layer.lokr_w2["default"]
+    swapped = torch.einsum("bdk,ac->badck", w2, w1).reshape(6, 4, 3)
+    torch.testing.assert_close(layer.get_delta_weight("default"), swapped)
+    assert not torch.allclose(swapped, torch.einsum("ac,bdk->abcdk", w1, w2).reshape(6, 4, 3))
+    with pytest.raises(weights.FileFormatError, match="multiplies the factors in the wrong order"):
+        adapters.load(base, tmp_path / "theirs")
+    patch = adapters.inject(base, adapters.LoKr(rank=8))
+    with pytest.raises(weights.FileFormatError, match="multiplies the factors in the wrong order"):
+        patch.save_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("size", range(1, 73))
+def test_factors_are_split_as_peft_splits_them(size: int) -> None:
+    for factor in (-1, *range(1, size + 2)):
+        assert divisor(size, factor) == factorization(size, factor)[0]

@@ -198,7 +198,7 @@ def test_tensors_that_do_not_fit_are_refused(folder: Path, key: str, shape: tupl
 
 
 def test_files_that_are_not_there_or_not_sound(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(weights.FileFormatError, match=r"no adapter in a known format \(fluxion, peft\)"):
+    with pytest.raises(weights.FileFormatError, match=r"no adapter in a known format \(fluxion, peft, lycoris\)"):
         weights.read_adapter(tmp_path)
     weights.save({}, folder / "adapter_model.safetensors")
     with pytest.raises(weights.FileFormatError, match="no adapter in it"):

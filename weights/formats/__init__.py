@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weights.adapter_file import AdapterFile
-from weights.formats import native, peft
+from weights.formats import lycoris, native, peft
 
 
 class Format(Protocol):
@@ -31,4 +31,4 @@ class Format(Protocol):
         """Write `adapter` at `path`; raises FileFormatError where the format cannot hold it."""
 
 
-FORMATS: Mapping[str, Format] = {"fluxion": native, "peft": peft}
+FORMATS: Mapping[str, Format] = {"fluxion": native, "peft": peft, "lycoris": lycoris}

@@ -110,11 +110,15 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """
     layers = {where: layer for where, layer in adapter.layers.items() if layer.method != "copy"}
     copies = {where: layer for where, layer in adapter.layers.items() if layer.method == "copy"}
+    if adapter.flattened:
+        _refuse(path, ["the paths of its layers are flattened: load it into the model, and save it from there"])
     grammar = _grammar_of(layers, path)
     settings = {**_config_of(adapter, layers, grammar, path), **_copy_settings(copies, layers, grammar)}
     _refuse(path, (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar)))
     tensors = {
-        grammar.key(where, name): tensor for where, layer in layers.items() for name, tensor in layer.tensors.items()
+        grammar.key(where, name): grammar.written(name, tensor)
+        for where, layer in layers.items()
+        for name, tensor in layer.tensors.items()
     }
     tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
     tensors |= {_copied_key(where, layers): layer.tensors["copy"] for where, layer in copies.items()}

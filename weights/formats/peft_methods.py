@@ -36,6 +36,7 @@ class Grammar:
         check: Says what is wrong with a layer besides missing tensors, or None.
         of_layer: What else the settings say of a layer: takes its path and its tensors.
         of_file: What else the settings have to say of an adapter.
+        written: The shape that PEFT gives a tensor, by its name.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Grammar:
     check: Callable[[LayerWeights], str | None] = lambda layer: None
     of_layer: Callable[[Settings, str, Mapping[str, Tensor]], Mapping[str, Hyperparameter]] = lambda *_: {}
     of_file: Callable[[AdapterFile], Settings] = lambda adapter: {}
+    written: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
 
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
@@ -100,10 +102,15 @@ def _adalora_rows(config: Settings, path: str, tensors: Mapping[str, Tensor]) ->
     return kept if config["lora_alpha"] > 0 else {**kept, "alpha": float(rank)}
 
 
+def _rank(layer: LayerWeights) -> int:
+    rank = layer.hyperparameters.get("rank")
+    return rank if isinstance(rank, int) else 0
+
+
 def _rank_pattern(adapter: AdapterFile) -> Settings:
     """Which rows of each layer are left: PEFT only counts them, when it loads a file."""
     pattern = {
-        f"{path}.lora_E": [row < len(layer.tensors["lora_E"]) for row in range(int(layer.hyperparameters["rank"] or 0))]
+        f"{path}.lora_E": [row < len(layer.tensors["lora_E"]) for row in range(_rank(layer))]
         for path, layer in adapter.layers.items()
         if layer.method == "adalora"
     }
@@ -126,6 +133,30 @@ def _after_dot(path: str) -> str:
     """
     head, dot, name = path.rpartition(".")
     return rf"(?<=^{re.escape(head)}\.){re.escape(name)}" if dot else path
+
+
+def _loha_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the cores."""
+    if ("hada_t1" in layer.tensors) != ("hada_t2" in layer.tensors):
+        return "only one of hada_t1 and hada_t2"
+    return None
+
+
+def _lokr_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the names or the shapes of the factors."""
+    decomposed = {"lokr_w2_a", "lokr_w2_b"}
+    firsts: tuple[set[str], ...] = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+    seconds: tuple[set[str], ...] = ({"lokr_w2"}, decomposed, {*decomposed, "lokr_t2"})
+    if layer.tensors.keys() not in [first | second for first in firsts for second in seconds]:
+        return f"{', '.join(sorted(layer.tensors))}, which are not two factors"
+    if "lokr_w2" in layer.tensors and layer.tensors["lokr_w2"].ndim == 3:
+        return "a whole second factor of a Conv1d, for which PEFT multiplies the factors in the wrong order"
+    return None
+
+
+def _with_two_positions(name: str, tensor: Tensor) -> Tensor:
+    """The kernel of a core has two dimensions, also that of a Conv1d."""
+    return tensor.unsqueeze(-1) if name in ("hada_t1", "hada_t2", "lokr_t2") and tensor.ndim == 3 else tensor
 
 
 _LORA_ENDS = {
@@ -246,6 +277,15 @@ _GLORA_ENDS = {
     for letter in "ABCDE"
     for tensor in ("X", "Xd", "Xu", "zeros")
 }
+
+_LOHA_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOKR_TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_LYCORIS_SETTINGS = {
+    "rank": ("r", 8),
+    "alpha": ("alpha", 8.0),
+    "tucker": ("use_effective_conv2d", False),
+}
+_LYCORIS_INERT = frozenset({"module_dropout", "rank_dropout", "rank_dropout_scale"})
 
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
@@ -455,6 +495,32 @@ GRAMMARS: tuple[Grammar, ...] = (
         of_layer=_adalora_rows,
         # PEFT refuses a configuration without steps.
         of_file=lambda adapter: {"total_step": 1, **_rank_pattern(adapter)},
+    ),
+    Grammar(
+        "loha",
+        "LOHA",
+        settings=_LYCORIS_SETTINGS,
+        patterns=_RANKS_AND_ALPHAS,
+        tensors={name: name for name in (*_LOHA_FACTORS, "hada_t1", "hada_t2")},
+        optional=frozenset({"hada_t1", "hada_t2"}),
+        inert=_LYCORIS_INERT,
+        check=_loha_problem,
+        written=_with_two_positions,
+    ),
+    Grammar(
+        "lokr",
+        "LOKR",
+        settings={
+            **_LYCORIS_SETTINGS,
+            "factor": ("decompose_factor", -1),
+            "decompose_both": ("decompose_both", False),
+        },
+        patterns=_RANKS_AND_ALPHAS,
+        tensors={name: name for name in _LOKR_TENSORS},
+        optional=frozenset(_LOKR_TENSORS),
+        inert=_LYCORIS_INERT,
+        check=_lokr_problem,
+        written=_with_two_positions,
     ),
 )
 """Every method that PEFT's files can hold."""

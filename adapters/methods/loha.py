@@ -1,0 +1,70 @@
+"""LoHa: the elementwise product of two matrices of low rank is added to the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from adapters.branch import Tensors
+from adapters.forms import Additive
+from adapters.method import Site, need_alpha, need_rank
+from adapters.methods.decomposed import Decomposed
+from adapters.methods.tucker import channels, has_core, product
+
+
+@dataclass(frozen=True)
+class LoHa(Additive):
+    """Low-rank Hadamard product, FedPara: an update of a rank up to the square of `rank`.
+
+    Args:
+        rank: Columns of A₁ and A₂, and rows of B₁ and B₂.
+        alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`.
+        tucker: Give both products of a convolution a core for the kernel (Proposition 3 of the paper), so that they
+            need fewer numbers. Kernels of size 1 need none.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "loha"
+    paper = "arXiv:2108.06098"
+    formula = "W + s (A₁ B₁) ∘ (A₂ B₂), with s = alpha / rank"
+
+    rank: int = 8
+    alpha: float | None = None
+    tucker: bool = False
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_alpha(self)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        outputs, inputs = site.shape
+        rank = self.rank
+        if has_core(site, self.tucker):
+            a, b = (rank, outputs), (rank, channels(site))
+            cores = {name: site.uniform(rank, rank, *site.kernel) for name in ("hada_t1", "hada_t2")}
+        else:
+            a, b, cores = (outputs, rank), (rank, inputs), {}
+        return {
+            "hada_w1_a": site.uniform(*a),
+            "hada_w1_b": site.uniform(*b),
+            "hada_w2_a": site.uniform(*a),
+            "hada_w2_b": site.zeros(*b),
+            **cores,
+        }
+
+    def delta(self, t: Tensors) -> Tensor:
+        first = product(t.hada_w1_a, t.hada_w1_b, t.get("hada_t1"))
+        second = product(t.hada_w2_a, t.hada_w2_b, t.get("hada_t2"))
+        return first * second * (cast(float, self.alpha) / self.rank)
+
+
+@dataclass(frozen=True)
+class DoHa(Decomposed, LoHa):
+    """Weight-decomposed LoHa, as LyCORIS has it. For its arguments see `LoHa`."""
+
+    key = "doha"
+    formula = "m V / ‖V‖ for each row, with V = W + s (A₁ B₁) ∘ (A₂ B₂)"

@@ -1,0 +1,129 @@
+"""LoKr: the Kronecker product of two small matrices is added to the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Branch, Tensors
+from adapters.errors import TargetError
+from adapters.forms import Additive
+from adapters.layers import Matrix
+from adapters.method import Site, need, need_alpha, need_rank
+from adapters.methods.decomposed import Decomposed
+from adapters.methods.tucker import channels, has_core, product
+
+
+@dataclass(frozen=True)
+class LoKr(Additive):
+    """Low-rank Kronecker product: each number of the first factor is the strength of one block of the update.
+
+    The second factor is itself a product of low rank, unless it is so small that this would not make it smaller.
+
+    Args:
+        rank: The rank of the factors that are decomposed.
+        alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`, whether or not a factor is
+            decomposed.
+        factor: How many rows and columns the first factor has: so many where that divides the outputs or the inputs of
+            the weight, else the next smaller divisor; -1 for about as many as the second one. Or exactly
+            `(rows, columns)`.
+        decompose_both: Decompose the first factor too, if that makes it smaller.
+        tucker: Give the second factor of a convolution a core for the kernel when it is decomposed.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "lokr"
+    paper = "arXiv:2309.14859"
+    formula = "W + s w₁ ⊗ w₂, with s = alpha / rank"
+
+    rank: int = 8
+    alpha: float | None = None
+    factor: int | tuple[int, int] = -1
+    decompose_both: bool = False
+    tucker: bool = False
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_alpha(self)
+        numbers = self.factor if isinstance(self.factor, tuple) and len(self.factor) == 2 else (self.factor,)
+        at_hand = self.factor == -1 or all(isinstance(number, int) and number >= 1 for number in numbers)
+        need(at_hand, self, "a factor that is -1, an integer of 1 or more, or two of these", self.factor)
+
+    def check_site(self, site: Site) -> None:
+        rows, columns = self._first(site)
+        if site.shape[0] % rows or channels(site) % columns:
+            raise TargetError(
+                f"{site.path} has {site.shape[0]} outputs and {channels(site)} inputs, which {rows} rows and {columns}"
+                f" columns do not divide: give it a {type(self).__name__} with factor=-1."
+            )
+
+    def _first(self, site: Site) -> tuple[int, int]:
+        """The shape of the first factor."""
+        if isinstance(self.factor, tuple):
+            return self.factor
+        return divisor(site.shape[0], self.factor), divisor(channels(site), self.factor)
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        rows, columns = self._first(site)
+        outputs, inputs = site.shape[0] // rows, channels(site) // columns
+        rank = self.rank
+        if self.decompose_both and rank < max(rows, columns) / 2:
+            first = {"lokr_w1_a": site.zeros(rows, rank), "lokr_w1_b": site.uniform(rank, columns)}
+        else:
+            first = {"lokr_w1": site.zeros(rows, columns)}
+        if rank >= max(outputs, inputs) / 2:
+            return {**first, "lokr_w2": site.uniform(outputs, inputs, *site.kernel)}
+        if has_core(site, self.tucker):
+            return {
+                **first,
+                "lokr_w2_a": site.uniform(rank, outputs),
+                "lokr_w2_b": site.uniform(rank, inputs),
+                "lokr_t2": site.uniform(rank, rank, *site.kernel),
+            }
+        return {
+            **first,
+            "lokr_w2_a": site.uniform(outputs, rank),
+            "lokr_w2_b": site.uniform(rank, inputs * math.prod(site.kernel)),
+        }
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        """The two matrices whose Kronecker product is added, the first one scaled."""
+        first = t.lokr_w1 if "lokr_w1" in t else t.lokr_w1_a @ t.lokr_w1_b
+        second = t.lokr_w2.flatten(1) if "lokr_w2" in t else product(t.lokr_w2_a, t.lokr_w2_b, t.get("lokr_t2"))
+        return first * (cast(float, self.alpha) / self.rank), second
+
+    def delta(self, t: Tensors) -> Tensor:
+        return torch.kron(*self.factors(t))
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return matrix.kind == "linear"
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Without ever making the product: `(w₁ ⊗ w₂) x` is `w₁ X w₂ᵀ`, where X has the inputs in rows."""
+        output: Tensor = layer(x, *args, **kwargs)
+        first, second = self.factors(branch.values())
+        rows = branch.cast(x).unflatten(-1, (first.shape[1], second.shape[1]))
+        return output + ((first @ (rows @ second.mT)).flatten(-2) * scale).to(output.dtype)
+
+
+@dataclass(frozen=True)
+class DoKr(Decomposed, LoKr):
+    """Weight-decomposed LoKr, as LyCORIS has it. For its arguments see `LoKr`."""
+
+    key = "dokr"
+    formula = "m V / ‖V‖ for each row, with V = W + s w₁ ⊗ w₂"
+
+
+def divisor(size: int, factor: int) -> int:
+    """`factor` where it divides a size; else the largest divisor that is neither above it nor above the square root."""
+    if factor > 0 and size % factor == 0:
+        return factor
+    limit = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+    return next(number for number in range(limit, 0, -1) if size % number == 0)
