@@ -23,18 +23,21 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import BitFit, Copy, Full, LoRA, NormTuning, TrainableTokens
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
     "Adapted",
     "Adapter",
     "AdapterError",
+    "BitFit",
     "Branch",
     "Copy",
+    "Full",
     "LayerMismatchError",
     "LoRA",
     "Method",
+    "NormTuning",
     "Patch",
     "PatchNameError",
     "PatchStateError",
@@ -42,6 +45,7 @@ __all__ = [
     "Site",
     "TargetError",
     "Tensors",
+    "TrainableTokens",
     "combine",
     "inject",
     "load",

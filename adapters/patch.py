@@ -406,7 +406,11 @@ class Patch:
         content: dict[str, weights.LayerWeights] = {}
         shared: dict[str, Tensor] = {}
         for place in self.places:
+            if place.branch.tied and place.branch.method.tied_in_files:
+                continue
             method, tensors = place.branch.method.saved(place.branch)
+            if method.files_have_buffers and place.branch.parameter == "weight" and place.target is not None:
+                tensors = {**tensors, **_buffers(place.target)}
             own = {name: tensor.detach() for name, tensor in tensors.items()}
             content[place.path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
             shared.update({name: tensor.detach() for name, tensor in place.branch.shared_tensors().items()})
@@ -528,10 +532,11 @@ def load(
     name = name or Path(source).name or "default"
     check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
-    found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
+    everything = layers(model)
+    found = [(layer, path) for layer in everything for path in layer.paths if path in file.layers]
     missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
     problems = [f"there is no layer {path}" for path in sorted(missing)]
-    restored, problems_of_layers = _restored(found, file, trainable)
+    restored, problems_of_layers = _restored(found, everything, file, trainable)
     problems += problems_of_layers
     _refuse(f"{source} is for another model", problems)
     return Patch(name, model, restored, scale, freezes=trainable).inject()
@@ -583,7 +588,7 @@ def _tied_to(branch: Branch) -> Branch:
 
 
 def _restored(
-    found: Sequence[tuple[Layer, str]], file: weights.AdapterFile, trainable: bool
+    found: Sequence[tuple[Layer, str]], everything: Sequence[Layer], file: weights.AdapterFile, trainable: bool
 ) -> tuple[list[Place], list[str]]:
     """Branches as a file has them, in their places, and what does not fit."""
     problems: list[str] = []
@@ -608,13 +613,38 @@ def _restored(
     places: list[Place] = []
     for layer, path, method, site in sites:
         branch = build(method, site, shared[method])
-        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), file.layers[path].tensors)]
+        tensors = file.layers[path].tensors
+        if method.files_have_buffers:
+            tensors, different = _without_buffers(tensors, layer.module)
+            problems += [f"{path}: {problem}" for problem in different]
+        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), tensors)]
         given = {name: file.shared[name] for name in branch.shared_tensors() if name in file.shared}
         problems += _fill({name: branch.shared_tensors()[name] for name in given}, given)
         for _, parameter in branch.named_weights():
             parameter.requires_grad_(trainable)
         places.append(Place.of(layer, branch))
+        if method.tied_in_files:
+            use = layer.use(method)
+            tied = [other for other in everything if other is not layer and other.use(method) == use]
+            places += [Place.of(other, _tied_to(branch)) for other in tied if not file.layers.keys() & {*other.paths}]
     return places, problems
+
+
+def _buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a layer that a state dict has, by name."""
+    left_out = layer._non_persistent_buffers_set
+    return {name: buffer for name, buffer in layer._buffers.items() if buffer is not None and name not in left_out}
+
+
+def _without_buffers(tensors: Mapping[str, Tensor], layer: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a file without the buffers of their layer, and those of the buffers that are not what it has."""
+    buffers = {name: buffer for name, buffer in _buffers(layer).items() if name in tensors}
+    different = [
+        f"{name} is not that of the model, and a patch changes parameters, no buffers"
+        for name, buffer in buffers.items()
+        if not torch.equal(tensors[name].to(buffer), buffer)
+    ]
+    return {name: tensor for name, tensor in tensors.items() if name not in buffers}, different
 
 
 def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

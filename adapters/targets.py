@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adapters.adapted import Adapted
 from adapters.adapter import Slot
 from adapters.errors import TargetError
-from adapters.layers import Matrix
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -59,11 +58,16 @@ class Layer:
         found = parent._modules[key]
         return found if isinstance(found, Adapted) else None
 
+    def use(self, method: Method) -> object:
+        """Equal for layers that use one parameter in a way that is the same to a method."""
+        value = self.own
+        return id(self) if value is None else (id(value), method.matrix(self.module, self.parameter))
+
     @property
-    def use(self) -> object:
-        """Equal for layers that use one parameter in the same way."""
+    def own(self) -> Tensor | None:
+        """The parameter, without what is merged into it; None where there is none, or it is computed from others."""
         value = self.module._parameters.get(self.parameter)
-        return id(self) if value is None else (id(value), Matrix.of(self.module, self.parameter))
+        return value if value is None or self.node is None else self.node.own_weight(self.parameter)
 
     @property
     def names(self) -> list[tuple[str, nn.Module]]:
@@ -118,7 +122,8 @@ def select(
 ) -> list[tuple[list[Layer], Method]]:
     """The layers that rules select, each with the method of the first rule whose pattern matches it.
 
-    Layers that use one parameter in the same way come together, whichever of them was selected.
+    Layers that use one parameter in a way that is the same to the method come together, whichever of them was
+    selected.
 
     Args:
         model: The model whose layers are looked at.
@@ -137,7 +142,7 @@ def select(
     selectors = [_Selector(pattern, method, model) for pattern, method in rules.items()]
     excluded = [_Selector(pattern, None, model) for pattern in _as_list(exclude)]
     chosen: list[tuple[Layer, Method]] = []
-    tied: dict[object, list[Layer]] = {}
+    rest: list[Layer] = []
     for layer in everything:
         matching = [selector for selector in selectors if selector.matches(layer, selector.method)]
         first = matching[0].method if matching else None
@@ -145,7 +150,7 @@ def select(
         for selector in left_out:
             selector.useful = True
         if not left_out:
-            tied.setdefault(layer.use, []).append(layer)
+            rest.append(layer)
         if left_out or not matching:
             continue
         method = cast("Method", first)
@@ -161,7 +166,25 @@ def select(
     for selector in (*selectors, *excluded):
         if not selector.useful:
             raise TargetError(selector.complaint(everything))
-    return [(group, method) for layer, method in chosen if (group := tied.pop(layer.use, None)) is not None]
+    return _with_tied(chosen, rest)
+
+
+def _with_tied(chosen: list[tuple[Layer, Method]], rest: list[Layer]) -> list[tuple[list[Layer], Method]]:
+    """Layers together with those of the rest that are tied to them, each once, with the method of the first of them."""
+    candidates: dict[int, list[Layer]] = {}
+    for layer in rest:
+        candidates.setdefault(id(layer.own), []).append(layer)
+    taken: set[int] = set()
+    groups: list[tuple[list[Layer], Method]] = []
+    for layer, method in chosen:
+        if id(layer) in taken:
+            continue
+        use = layer.use(method)
+        same = candidates[id(layer.own)] if layer.own is not None else [layer]
+        group = [other for other in same if id(other) not in taken and other.use(method) == use]
+        taken.update(map(id, group))
+        groups.append((group, method))
+    return groups
 
 
 class _Selector:

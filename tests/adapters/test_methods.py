@@ -18,9 +18,19 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import Copy, LoRA, Method, TargetError
+from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from tests.adapters.models import snapshot
-from tests.adapters.test_layers import KINDS
+from tests.adapters.test_layers import KINDS as LAYERS
+from tests.adapters.test_layers import floats, wrapped
+
+NORMS: dict[str, Any] = {
+    "layer normalisation": (lambda: wrapped(nn.LayerNorm((3, 4))), floats(4, 3, 4), None),
+    "group normalisation": (lambda: wrapped(nn.GroupNorm(2, 4)), floats(4, 4, 5), None),
+    "batch normalisation": (lambda: wrapped(nn.BatchNorm2d(4)), floats(4, 4, 3, 2), None),
+    "instance normalisation": (lambda: wrapped(nn.InstanceNorm1d(4, affine=True)), floats(4, 4, 5), None),
+    "root mean square normalisation": (lambda: wrapped(nn.RMSNorm(4)), floats(4, 3, 4), None),
+}
+KINDS = {**LAYERS, **NORMS}
 
 
 @dataclass
@@ -49,6 +59,15 @@ VARIANTS: dict[str, Variant] = {
     "orthogonal": Variant(LoRA(rank=2, alpha=3, init="orthogonal")),
     "gaussian": Variant(LoRA(rank=2, init="gaussian")),
     "copy": Variant(Copy(), targets=nn.Module),
+    "full": Variant(Full()),
+    "full with bias": Variant(Full(bias=True)),
+    "bitfit": Variant(BitFit()),
+    "norm": Variant(NormTuning()),
+    "tokens": Variant(
+        TrainableTokens((3, 0, 1)),
+        layers=(*(kind for kind in KINDS if "embedding" in kind or "linear" in kind), "weight read by the model"),
+        targets=lambda _, layer: isinstance(layer, nn.Embedding | nn.Linear),
+    ),
 }
 
 
@@ -205,7 +224,7 @@ def test_gradients_reach_every_tensor(product: Product) -> None:
 def test_merged_for_good(product: Product) -> None:
     patch = product.inject()
     perturb(patch, 1)
-    if not product.variant.method.mergeable or "norm" in product.kind or product.kind == "orthogonal":
+    if not product.variant.method.mergeable or product.kind.endswith("norm") or product.kind == "orthogonal":
         return
     expected = product()
     patch.merge_and_eject()
