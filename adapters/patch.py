@@ -611,9 +611,15 @@ def _restored(
             sites.append((layer, path, method, site))
     shared = {method: method.shared([site for *_, other, site in sites if other == method]) for *_, method, _ in sites}
     places: list[Place] = []
+    uses: dict[object, tuple[Branch, Mapping[str, Tensor]]] = {}
     for layer, path, method, site in sites:
+        use, tensors = (method, layer.use(method)), file.layers[path].tensors
+        first, same = uses.get(use, (None, tensors))
+        if first is not None and _equal(tensors, same):  # They were tied when the file was made.
+            places.append(Place.of(layer, _tied_to(first)))
+            continue
         branch = build(method, site, shared[method])
-        tensors = file.layers[path].tensors
+        uses[use] = branch, tensors
         if method.files_have_buffers:
             tensors, different = _without_buffers(tensors, layer.module)
             problems += [f"{path}: {problem}" for problem in different]
@@ -624,10 +630,16 @@ def _restored(
             parameter.requires_grad_(trainable)
         places.append(Place.of(layer, branch))
         if method.tied_in_files:
-            use = layer.use(method)
-            tied = [other for other in everything if other is not layer and other.use(method) == use]
-            places += [Place.of(other, _tied_to(branch)) for other in tied if not file.layers.keys() & {*other.paths}]
+            others = [other for other in everything if not file.layers.keys() & {*other.paths}]
+            tied = [other for other in others if (method, other.use(method)) == use]
+            places += [Place.of(other, _tied_to(branch)) for other in tied]
     return places, problems
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.shape == other[name].shape and torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
 
 
 def _buffers(layer: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -44,4 +43,4 @@ def _is_norm(layer: nn.Module) -> bool:
     if isinstance(layer, _NORMS):
         return True
     named = any(kind.__name__.endswith("Norm") for kind in type(layer).__mro__)
-    return named and isinstance(weight := getattr(layer, "weight", None), Tensor) and cast(Tensor, weight).ndim == 1
+    return named and isinstance(weight := getattr(layer, "weight", None), Tensor) and weight.ndim == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,8 @@ class TrainableTokens(Method):
     @staticmethod
     def _fixed(branch: Branch, layer: Callable[..., Any], x: Tensor) -> Tensor | float:
         """What a layer adds to the scores of these tokens whatever its input: its bias, or that of other adapters."""
-        bias = branch.layer.bias if layer is branch.layer else layer(x.new_zeros(x.shape[-1]))
-        return 0.0 if bias is None else bias[branch.tokens]
+        fixed = branch.layer.bias if layer is branch.layer else layer(x.new_zeros(x.shape[-1]))
+        return 0.0 if fixed is None else cast(Tensor, fixed)[cast(Tensor, branch.tokens)]
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         return {"trainable_tokens_delta": branch.trainable_tokens_delta}

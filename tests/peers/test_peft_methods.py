@@ -48,10 +48,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "circular conv": (conv(4, 6, padding=1, padding_mode="circular"), lambda: torch.randn(2, 4, 7, 7)),
     "conv of kernel 1": (conv(4, 6, 1), lambda: torch.randn(2, 4, 5, 5)),
     "embedding": (lambda: nn.Embedding(11, 8), lambda: torch.randint(0, 11, (4, 3))),
+    "layer norm": (lambda: nn.LayerNorm(6), lambda: torch.randn(4, 3, 6)),
+    "layer norm without bias": (lambda: nn.LayerNorm(6, bias=False), lambda: torch.randn(4, 3, 6)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), lambda: torch.randn(4, 6, 3)),
+    "batch norm": (lambda: nn.BatchNorm1d(6), lambda: torch.randn(4, 6)),
+    "rms norm": (lambda: nn.RMSNorm(6), lambda: torch.randn(4, 3, 6)),
 }
 LINEARS = ("linear", "linear without bias", "square linear")
 # What PEFT's adapters on a convolution compute is what they say, whatever the convolution.
 CONVOLUTIONS = ("conv", "conv of stride 2", "oblong conv", "conv of kernel 1")
+NORMS = ("layer norm", "layer norm without bias", "group norm", "batch norm", "rms norm")
 
 
 @dataclass
@@ -74,6 +80,11 @@ def configured(kind: Callable[..., peft.PeftConfig], **settings: Any) -> Callabl
     return lambda **more: kind(target_modules=["layer"], **settings, **more)
 
 
+def alone(**settings: Any) -> Callable[..., peft.PeftConfig]:
+    """What PEFT saves besides adapters, in a file without any."""
+    return lambda **more: peft.LoraConfig(target_modules="dummy-target-modules", **settings, **more)
+
+
 LORA_LAYERS = (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "embedding")
 CASES: dict[str, Case] = {
     "lora": Case(configured(peft.LoraConfig, r=3, lora_alpha=5), LORA_LAYERS),
@@ -82,6 +93,14 @@ CASES: dict[str, Case] = {
     "lora and biases": Case(configured(peft.LoraConfig, r=3, bias="lora_only"), (*LINEARS, *CONVOLUTIONS)),
     "lora and all biases": Case(configured(peft.LoraConfig, r=3, bias="all"), ("linear", "linear without bias")),
     "lora and another layer": Case(configured(peft.LoraConfig, r=3, modules_to_save=["other"]), ("linear",)),
+    "biases alone": Case(alone(bias="all"), ("linear", "conv", "layer norm")),
+    "a layer alone": Case(
+        alone(modules_to_save=["layer"]),
+        (*LINEARS, "transformers conv1d", "conv", "embedding", "layer norm", "batch norm"),
+    ),
+    "trainable tokens": Case(configured(peft.TrainableTokensConfig, token_indices=[7, 0, 3, 4]), ("embedding",)),
+    "norm tuning": Case(configured(peft.LNTuningConfig), NORMS),
+    "norm tuning and another layer": Case(configured(peft.LNTuningConfig, modules_to_save=["other"]), ("layer norm",)),
 }
 
 

@@ -26,6 +26,7 @@ class Grammar:
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
         fixed: Settings that have to have one of these values, the first of which is written.
+        whole: Whether its tensors are parameters of the layers, each in a place of its own, rather than adapters.
         inert: Settings that do not change what the saved tensors compute.
         check: Says what is wrong with a layer besides missing tensors, or None.
         of_layer: What else the settings say of a layer: takes its path and its tensors.
@@ -40,6 +41,7 @@ class Grammar:
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    whole: bool = False
     inert: frozenset[str] = frozenset()
     check: Callable[[LayerWeights], str | None] = lambda layer: None
     of_layer: Callable[[Settings, str, Mapping[str, Tensor]], Mapping[str, Hyperparameter]] = lambda *_: {}
@@ -47,6 +49,8 @@ class Grammar:
 
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
+        if self.whole and name != "weight":
+            path = path.removesuffix(f".{name}")
         return f"base_model.model.{path}.{self.tensors[name]}"
 
 
@@ -97,6 +101,19 @@ _LORA_INERT = frozenset(
 )
 _RANKS_AND_ALPHAS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 
+_NORM_ENDS = {
+    name: f"ln_tuning_layers.{name}"
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+}
+
+
+def _tokens_problem(layer: LayerWeights) -> str | None:
+    rows, tokens = layer.tensors["trainable_tokens_delta"], layer.hyperparameters["tokens"]
+    if rows.ndim == 2 and isinstance(tokens, tuple) and len(rows) == len(tokens):
+        return None
+    return f"rows of the shape {tuple(rows.shape)}, which are not one for each of the tokens {tokens}"
+
+
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
         "lora",
@@ -113,6 +130,21 @@ GRAMMARS: tuple[Grammar, ...] = (
         inert=_LORA_INERT,
         check=_lora_problem,
         of_layer=_lora_start,
+    ),
+    Grammar(
+        "norm",
+        "LN_TUNING",
+        settings={},
+        tensors=_NORM_ENDS,
+        optional=frozenset(_NORM_ENDS),
+        whole=True,
+    ),
+    Grammar(
+        "trainable_tokens",
+        "TRAINABLE_TOKENS",
+        settings={"tokens": ("token_indices", ())},
+        tensors={"trainable_tokens_delta": "trainable_tokens_delta"},
+        check=_tokens_problem,
     ),
 )
 """Every method that PEFT's files can hold."""
