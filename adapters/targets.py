@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from adapters.adapted import Adapted
 from adapters.adapter import Slot
 from adapters.errors import TargetError
+from adapters.layers import UNSUPPORTED
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -158,7 +159,7 @@ def select(
             chosen.append((layer, method))
             for selector in matching:
                 selector.useful = True
-        elif matching[0].is_name and not method.within():
+        elif matching[0].is_name and (_is_left(layer) if method.within() else matching[0].names(layer)):
             raise TargetError(
                 f"{layer.path} is a {type(layer.module).__name__}, which {type(method).__name__} cannot adapt:"
                 " exclude it or choose another method."
@@ -167,6 +168,11 @@ def select(
         if not selector.useful:
             raise TargetError(selector.complaint(everything))
     return _with_tied(chosen, rest)
+
+
+def _is_left(layer: Layer) -> bool:
+    """Whether there is a parameter that no method can adapt, though it is one of what was named."""
+    return layer.own is not None and isinstance(layer.module, UNSUPPORTED)
 
 
 def _with_tied(chosen: list[tuple[Layer, Method]], rest: list[Layer]) -> list[tuple[list[Layer], Method]]:
@@ -211,6 +217,10 @@ class _Selector:
             names = [*names, *layer.holders(self.model, method.within())]
         return any(self._matches(path, module) for path, module in names)
 
+    def names(self, layer: Layer) -> bool:
+        """Whether it matches the path of a layer itself, rather than of a module that has it."""
+        return any(self._matches(path, layer.module) for path in layer.paths)
+
     def complaint(self, everything: list[Layer]) -> str:
         if self.pattern is None:
             return "The model has no layer that the method supports besides its output head: name the targets."
@@ -219,6 +229,12 @@ class _Selector:
             return (
                 f"The pattern {self.pattern!r} selects no layer to adapt, only excluded or unsupported ones such as"
                 f" {matched[0].path} ({type(matched[0].module).__name__})."
+            )
+        others = [layer for layer in everything if self.matches(layer, None)]
+        if others and self.method is not None:
+            return (
+                f"The pattern {self.pattern!r} selects only layers that have no parameter for"
+                f" {type(self.method).__name__}, such as {others[0].path} ({type(others[0].module).__name__})."
             )
         paths = [layer.path for layer in everything]
         names = sorted({*paths, *(path.rpartition(".")[2] for path in paths)})
