@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 import adapters
-from adapters import BitFit, Copy, LoRA, NormTuning, TrainableTokens
+import weights
+from adapters import BitFit, Copy, Full, LoRA, NormTuning, TrainableTokens
 from tests.adapters.models import snapshot
 
 SIZES = {"vocab_size": 20, "num_labels": 3, "pad_token_id": 0}
@@ -177,3 +178,140 @@ def test_what_is_trained_here_loads_there(name: str, tmp_path: Path) -> None:
     again = copy.deepcopy(base)
     adapters.load(again, tmp_path / "ours")
     close(run(again), expected)
+
+
+# What PEFT gets wrong
+
+
+class Tied(nn.Module):
+    """A language model that is none of transformers."""
+
+    def __init__(self, tied: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 4)
+        self.head = nn.Linear(4, 20, bias=bias)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).tanh())
+
+
+def replaced(weight: Tensor, rows: Tensor) -> Tensor:
+    """The weight with rows for the tokens 5 and 2."""
+    weight = weight.detach().clone()
+    weight[5], weight[2] = rows
+    return weight
+
+
+def there(base: nn.Module, target: str) -> nn.Module:
+    config = peft.TrainableTokensConfig(target_modules=[target], token_indices=[5, 2])
+    return peft.get_peft_model(copy.deepcopy(base), config).double()
+
+
+def test_rows_of_tied_weights_are_merged_as_they_were_computed() -> None:
+    """PEFT asks the configuration of transformers whether weights are tied. Where it has none to ask, the head computes
+    without the rows until they are merged, and with them after: the weight is one."""
+    base = Tied().double()
+    theirs = perturbed(there(base, "embed"))
+    (rows,) = [p.detach() for p in theirs.parameters() if p.requires_grad]
+    expected = nn.functional.embedding(TOKENS, weight := replaced(base.embed.weight, rows)).tanh() @ weight.T
+    assert not torch.allclose(theirs(TOKENS), expected)
+    close(theirs.merge_and_unload()(TOKENS), expected)
+    patch = adapters.inject(base, TrainableTokens((5, 2)), "embed")
+    patch.load_state_dict({**patch.state_dict(), "embed.trainable_tokens_delta": rows})
+    close(base(TOKENS), expected)
+    patch.merge()
+    close(base(TOKENS), expected)
+
+
+def test_rows_of_a_head_leave_its_bias() -> None:
+    """PEFT computes a head with rows of its own without the bias, so that the start is no identity."""
+    base = Tied(tied=False, bias=True).double()
+    theirs = there(base, "head")
+    close(theirs(TOKENS), base(TOKENS) - base.head.bias)
+    adapters.inject(model := copy.deepcopy(base), TrainableTokens((5, 2)), "head")
+    close(model(TOKENS), base(TOKENS))
+
+
+def test_an_embedding_with_a_forward_of_its_own_keeps_it() -> None:
+    """PEFT looks up in the weight itself, and knows of no factor but `embed_scale`."""
+
+    class Doubled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    base = nn.Sequential(Doubled(20, 4)).double()
+    close(there(base, "0")(TOKENS) * 2, base(TOKENS))
+    adapters.inject(model := copy.deepcopy(base), TrainableTokens((5, 2)), "0")
+    close(model(TOKENS), base(TOKENS))
+
+
+def test_a_head_that_is_named_with_its_embedding_is_adapted_once() -> None:
+    """PEFT puts a tied head into two wrappers, if both are named, and cannot run it."""
+    base = made(llama)
+    config = peft.TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=[5, 2])
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match="wraps an unknown layer type"):
+        run(peft.get_peft_model(copy.deepcopy(base), config))
+    patch = adapters.inject(model := copy.deepcopy(base), TrainableTokens((5, 2)), ["embed_tokens", "lm_head"])
+    assert patch.num_parameters() == 2 * 8
+    close(run(model), run(base))
+
+
+def test_biases_of_attention_are_saved(tmp_path: Path) -> None:
+    """PEFT's `bias="all"` leaves out `in_proj_bias`, which it loads where a file has it."""
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)}).double()
+    config = peft.LoraConfig(target_modules=["linear"], bias="all")
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert "base_model.model.attn.out_proj.bias" in trained and "base_model.model.attn.in_proj_bias" not in trained
+    patch = adapters.inject(base, {"linear": LoRA(rank=2), "**": BitFit()})
+    perturb(patch)
+    patch.save_pretrained(tmp_path / "ours")
+    x = torch.randn(3, 1, 4).double()
+    expected = base["attn"](x, x, x)[0]
+    patch.eject()
+    with warnings.catch_warnings(action="ignore"):  # What is in the file, PEFT loads.
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").base_model.model
+    close(again["attn"](x, x, x)[0], expected)
+    adapters.load(base, tmp_path / "ours")
+    close(base["attn"](x, x, x)[0], expected)
+
+
+# What PEFT's files cannot hold
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"LayerNorm": NormTuning(), "query": BitFit()}, "LN_TUNING has no biases beside it in PEFT's files"),
+        ({"LayerNorm": NormTuning(), "word_embeddings": TrainableTokens((1,))}, "LN_TUNING has no tokens beside it"),
+        ({"LayerNorm": NormTuning(), "query": LoRA(rank=1)}, r"several methods \(lora, norm\), and PEFT keeps one"),
+        ({"word_embeddings": TrainableTokens((1,)), "position_embeddings": TrainableTokens((2,))}, "differ in tokens"),
+        ({"query": Full()}, "it has the method 'full', which is none of"),
+    ],
+)
+def test_what_their_files_cannot_hold_is_said(rules: Any, message: str, tmp_path: Path) -> None:
+    patch = adapters.inject(model := made(bert), rules)
+    assert adapters.patches(model)
+    with pytest.raises(weights.FileFormatError, match=message):
+        patch.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.LNTuningConfig(target_modules=["1"]),
+        lambda: peft.LoraConfig(target_modules=["0"], modules_to_save=["1"]),
+    ],
+)
+def test_statistics_that_are_not_the_models_are_refused(config: Callable[[], Any], tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    theirs = peft.get_peft_model(copy.deepcopy(base), config())
+    theirs.save_pretrained(tmp_path / "before")
+    theirs.train()(torch.randn(4, 3))
+    theirs.save_pretrained(tmp_path / "after")
+    adapters.load(base, tmp_path / "before").eject()
+    with pytest.raises(adapters.LayerMismatchError, match="1: running_mean is not that of the model"):
+        adapters.load(base, tmp_path / "after")
