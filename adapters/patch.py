@@ -453,7 +453,8 @@ def inject(
 ) -> Patch:
     """Put a new adapter of a method beside every layer that is targeted. At first nothing changes what is computed.
 
-    Layers of one kind that share a weight have one adapter between them, also when only one of them is targeted.
+    Layers that share a weight have one adapter between them, also when only one of them is targeted, if they use it
+    in a way that is the same to the method: an embedding and a head do for one that trains whole rows, not for LoRA.
 
     Args:
         model: Any module: a Chain, a torch model, a transformers or diffusers model.

@@ -278,6 +278,18 @@ def test_biases_of_attention_are_saved(tmp_path: Path) -> None:
     close(base["attn"](x, x, x)[0], expected)
 
 
+def test_a_head_whose_name_ends_that_of_another_layer(tmp_path: Path) -> None:
+    """PEFT takes "classifier" for "pre_classifier" too, and then misses the tensors of that one."""
+    base = made(distilbert)
+    patch = adapters.inject(ours := copy.deepcopy(base), {"q_lin": LoRA(rank=2), "classifier": Copy()})
+    perturb(patch)
+    patch.save_pretrained(tmp_path / "ours")
+    with pytest.raises(KeyError, match="pre_classifier"):
+        read_there(base, tmp_path / "ours")
+    adapters.load(again := copy.deepcopy(base), tmp_path / "ours")
+    close(run(again), run(ours))
+
+
 # What PEFT's files cannot hold
 
 

@@ -108,7 +108,7 @@ _NORM_ENDS = {
 
 
 def _tokens_problem(layer: LayerWeights) -> str | None:
-    rows, tokens = layer.tensors["trainable_tokens_delta"], layer.hyperparameters["tokens"]
+    rows, tokens = layer.tensors["trainable_tokens_delta"], layer.hyperparameters.get("tokens")
     if rows.ndim == 2 and isinstance(tokens, tuple) and len(rows) == len(tokens):
         return None
     return f"rows of the shape {tuple(rows.shape)}, which are not one for each of the tokens {tokens}"
