@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch
 from adapters.errors import AdapterError, PatchStateError
 from adapters.forms import LowRank
+from adapters.layers import Matrix, read_weight
 from adapters.method import Site
 from adapters.methods import LoRA
 from adapters.patch import Patch, Place, build, check_name, find
@@ -124,10 +125,11 @@ def _check(weights: Mapping[str, float], how: str, rank: int | None, density: fl
 
 @dataclass
 class _Site:
-    """A weight of a layer, and the branches there with their weights."""
+    """A weight of a layer, the branches there with their weights, and what the weight is as a matrix."""
 
     layer: Layer
     sources: list[tuple[Branch, float]]
+    matrix: Matrix
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -150,7 +152,10 @@ class _Site:
     def update(self, branch: Branch, weight: float) -> Tensor:
         """The matrix that a branch adds to the layer's: what it makes of zero."""
         zero = torch.zeros(branch.matrix.shape, dtype=self.precision, device=branch.device)
-        return branch.method.change(zero, branch.values(self.precision), weight).to(self.device)
+        update = branch.method.change(zero, branch.values(self.precision), weight).to(self.device)
+        if branch.matrix == self.matrix:
+            return update
+        return self.matrix.read(branch.matrix.write(update, like=read_weight(self.layer.module, self.layer.parameter)))
 
     def updates(self) -> list[Tensor]:
         """The weighted matrix of each branch."""
@@ -196,7 +201,17 @@ def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
     for key, ((branch, _), *_) in sources.items():
         if key not in here:
             raise PatchStateError(f"The patch {branch.patch.name!r} has a layer that is not in this model: eject it.")
-    return [_Site(layer, sources[key]) for key, layer in here.items() if key in sources]
+    sites = []
+    for layer in (layer for key, layer in here.items() if key in sources):
+        found = sources[id(layer.module), layer.parameter]
+        matrix = LoRA().matrix(layer.module, layer.parameter)
+        if matrix is None:
+            raise AdapterError(
+                f"{found[0][0].patch.name!r} cannot be combined: at {layer.path} there is no matrix, which a LoRA could"
+                " change. Use the patches side by side."
+            )
+        sites.append(_Site(layer, found, matrix))
+    return sites
 
 
 # Pruning

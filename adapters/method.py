@@ -141,6 +141,9 @@ class Method(ABC):
         fast: The tensors that may learn faster than the others.
         additive: Whether it adds to the weight what does not depend on it. Then patches can be combined.
         mergeable: Whether it can be stated as a change of weights.
+        tied_in_files: Whether a layer of a file stands for those too that use the same weight in the same way, which
+            have no entry of their own.
+        files_have_buffers: Whether files hold the buffers of a layer beside the tensors, as copies of layers do.
     """
 
     key: ClassVar[str]
@@ -151,6 +154,8 @@ class Method(ABC):
     fast: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    tied_in_files: ClassVar[bool] = False
+    files_have_buffers: ClassVar[bool] = False
 
     # What it adapts
 

@@ -420,7 +420,11 @@ class Patch:
         content: dict[str, weights.LayerWeights] = {}
         shared: dict[str, Tensor] = {}
         for place in self.places:
+            if place.branch.tied and place.branch.method.tied_in_files:
+                continue
             method, tensors = place.branch.method.saved(place.branch)
+            if method.files_have_buffers and place.branch.parameter == "weight" and place.target is not None:
+                tensors = {**tensors, **_buffers(place.target)}
             own = {name: tensor.detach() for name, tensor in tensors.items()}
             content[place.path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
             for name, tensor in place.branch.shared_tensors().items():
@@ -478,7 +482,8 @@ def inject(
 ) -> Patch:
     """Put a new adapter of a method beside every layer that is targeted. At first nothing changes what is computed.
 
-    Layers of one kind that share a weight have one adapter between them, also when only one of them is targeted.
+    Layers that share a weight have one adapter between them, also when only one of them is targeted, if they use it
+    in a way that is the same to the method: an embedding and a head do for one that trains whole rows, not for LoRA.
 
     Args:
         model: Any module: a Chain, a torch model, a transformers or diffusers model.
@@ -563,9 +568,10 @@ def load(
         if not file.layers:
             parts = ", ".join(whole.components) or "none"
             raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
-    found, missing, problems = find_layers(layers(model), file)
+    everything = layers(model)
+    found, missing, problems = find_layers(everything, file)
     problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
-    restored, problems_of_layers = _restored(found, file, trainable)
+    restored, problems_of_layers = _restored(found, everything, file, trainable)
     problems += problems_of_layers
     mismatch = f"{source} is for another model"
     if file.flattened and len(file.components) > 1:
@@ -629,7 +635,7 @@ def _tied_to(branch: Branch) -> Branch:
 
 
 def _restored(
-    found: Sequence[tuple[Layer, str]], file: weights.AdapterFile, trainable: bool
+    found: Sequence[tuple[Layer, str]], everything: Sequence[Layer], file: weights.AdapterFile, trainable: bool
 ) -> tuple[list[Place], list[str]]:
     """Branches as a file has them, in their places, and what does not fit."""
     problems: list[str] = []
@@ -651,21 +657,58 @@ def _restored(
         else:
             sites.append((layer, path, method, site))
     shared = _shared((method, site) for *_, method, site in sites)
-    for tensors in shared.values():
-        given = {name: file.shared[name] for name in tensors if name in file.shared}
-        if len(given) < len(tensors) and file.layers.keys() > {path for _, path in found}:
-            names = ", ".join(tensors.keys() - given.keys())
+    for common in shared.values():
+        given = {name: file.shared[name] for name in common if name in file.shared}
+        if len(given) < len(common) and file.layers.keys() > {path for _, path in found}:
+            names = ", ".join(common.keys() - given.keys())
             problems.append(f"{names} is not in the file, and depends on the layers that are not in the model")
-        problems += _fill({name: tensors[name] for name in given}, given)
+        problems += _fill({name: common[name] for name in given}, given)
     places: list[Place] = []
+    uses: dict[object, tuple[Branch, Mapping[str, Tensor]]] = {}
     for layer, path, method, site in sites:
+        use, tensors = (method, layer.use(method)), file.layers[path].tensors
+        first, same = uses.get(use, (None, tensors))
+        if first is not None and _equal(tensors, same):  # They were tied when the file was made.
+            places.append(Place.of(layer, _tied_to(first)))
+            continue
         branch = build(method, site, shared[method])
-        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), file.layers[path].tensors)]
+        uses[use] = branch, tensors
+        if method.files_have_buffers:
+            tensors, different = _without_buffers(tensors, layer.module)
+            problems += [f"{path}: {problem}" for problem in different]
+        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), tensors)]
         places.append(Place.of(layer, branch))
+        if method.tied_in_files:
+            others = [other for other in everything if not file.layers.keys() & {*other.paths}]
+            tied = [other for other in others if (method, other.use(method)) == use]
+            places += [Place.of(other, _tied_to(branch)) for other in tied]
     for place in places:
         for _, parameter in place.branch.named_weights():
             parameter.requires_grad_(trainable)
     return places, problems
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.shape == other[name].shape and torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
+
+
+def _buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a layer that a state dict has, by name."""
+    left_out = layer._non_persistent_buffers_set
+    return {name: buffer for name, buffer in layer._buffers.items() if buffer is not None and name not in left_out}
+
+
+def _without_buffers(tensors: Mapping[str, Tensor], layer: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a file without the buffers of their layer, and those of the buffers that are not what it has."""
+    buffers = {name: buffer for name, buffer in _buffers(layer).items() if name in tensors}
+    different = [
+        f"{name} is not that of the model, and a patch changes parameters, no buffers"
+        for name, buffer in buffers.items()
+        if not torch.equal(tensors[name].to(buffer), buffer)
+    ]
+    return {name: tensor for name, tensor in tensors.items() if name not in buffers}, different
 
 
 def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

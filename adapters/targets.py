@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adapters.adapted import Adapted
 from adapters.adapter import Slot
 from adapters.errors import TargetError
-from adapters.layers import Matrix
+from adapters.layers import UNSUPPORTED
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -59,11 +59,16 @@ class Layer:
         found = parent._modules[key]
         return found if isinstance(found, Adapted) else None
 
+    def use(self, method: Method) -> object:
+        """Equal for layers that use one parameter in a way that is the same to a method."""
+        value = self.own
+        return id(self) if value is None else (id(value), method.matrix(self.module, self.parameter))
+
     @property
-    def use(self) -> object:
-        """Equal for layers that use one parameter in the same way."""
+    def own(self) -> Tensor | None:
+        """The parameter, without what is merged into it; None where there is none, or it is computed from others."""
         value = self.module._parameters.get(self.parameter)
-        return id(self) if value is None else (id(value), Matrix.of(self.module, self.parameter))
+        return value if value is None or self.node is None else self.node.own_weight(self.parameter)
 
     @property
     def names(self) -> list[tuple[str, nn.Module]]:
@@ -118,7 +123,8 @@ def select(
 ) -> list[tuple[list[Layer], Method]]:
     """The layers that rules select, each with the method of the first rule whose pattern matches it.
 
-    Layers that use one parameter in the same way come together, whichever of them was selected.
+    Layers that use one parameter in a way that is the same to the method come together, whichever of them was
+    selected.
 
     Args:
         model: The model whose layers are looked at.
@@ -137,7 +143,7 @@ def select(
     selectors = [_Selector(pattern, method, model) for pattern, method in rules.items()]
     excluded = [_Selector(pattern, None, model) for pattern in _as_list(exclude)]
     chosen: list[tuple[Layer, Method]] = []
-    tied: dict[object, list[Layer]] = {}
+    rest: list[Layer] = []
     for layer in everything:
         matching = [selector for selector in selectors if selector.matches(layer, selector.method)]
         first = matching[0].method if matching else None
@@ -145,7 +151,7 @@ def select(
         for selector in left_out:
             selector.useful = True
         if not left_out:
-            tied.setdefault(layer.use, []).append(layer)
+            rest.append(layer)
         if left_out or not matching:
             continue
         method = cast("Method", first)
@@ -153,7 +159,7 @@ def select(
             chosen.append((layer, method))
             for selector in matching:
                 selector.useful = True
-        elif matching[0].is_name and not method.within():
+        elif matching[0].is_name and (_is_left(layer) if method.within() else matching[0].names(layer)):
             raise TargetError(
                 f"{layer.path} is a {type(layer.module).__name__}, which {type(method).__name__} cannot adapt:"
                 " exclude it or choose another method."
@@ -161,7 +167,30 @@ def select(
     for selector in (*selectors, *excluded):
         if not selector.useful:
             raise TargetError(selector.complaint(everything))
-    return [(group, method) for layer, method in chosen if (group := tied.pop(layer.use, None)) is not None]
+    return _with_tied(chosen, rest)
+
+
+def _is_left(layer: Layer) -> bool:
+    """Whether there is a parameter that no method can adapt, though it is one of what was named."""
+    return layer.own is not None and isinstance(layer.module, UNSUPPORTED)
+
+
+def _with_tied(chosen: list[tuple[Layer, Method]], rest: list[Layer]) -> list[tuple[list[Layer], Method]]:
+    """Layers together with those of the rest that are tied to them, each once, with the method of the first of them."""
+    candidates: dict[int, list[Layer]] = {}
+    for layer in rest:
+        candidates.setdefault(id(layer.own), []).append(layer)
+    taken: set[int] = set()
+    groups: list[tuple[list[Layer], Method]] = []
+    for layer, method in chosen:
+        if id(layer) in taken:
+            continue
+        use = layer.use(method)
+        same = candidates[id(layer.own)] if layer.own is not None else [layer]
+        group = [other for other in same if id(other) not in taken and other.use(method) == use]
+        taken.update(map(id, group))
+        groups.append((group, method))
+    return groups
 
 
 class _Selector:
@@ -188,6 +217,10 @@ class _Selector:
             names = [*names, *layer.holders(self.model, method.within())]
         return any(self._matches(path, module) for path, module in names)
 
+    def names(self, layer: Layer) -> bool:
+        """Whether it matches the path of a layer itself, rather than of a module that has it."""
+        return any(self._matches(path, layer.module) for path in layer.paths)
+
     def complaint(self, everything: list[Layer]) -> str:
         if self.pattern is None:
             return "The model has no layer that the method supports besides its output head: name the targets."
@@ -196,6 +229,12 @@ class _Selector:
             return (
                 f"The pattern {self.pattern!r} selects no layer to adapt, only excluded or unsupported ones such as"
                 f" {matched[0].path} ({type(matched[0].module).__name__})."
+            )
+        others = [layer for layer in everything if self.matches(layer, None)]
+        if others and self.method is not None:
+            return (
+                f"The pattern {self.pattern!r} selects only layers that have no parameter for"
+                f" {type(self.method).__name__}, such as {others[0].path} ({type(others[0].module).__name__})."
             )
         paths = [layer.path for layer in everything]
         names = sorted({*paths, *(path.rpartition(".")[2] for path in paths)})

@@ -20,7 +20,8 @@ class LayerWeights:
             `dropout` (float) and `rslora` (bool, the scale is alpha/√rank instead of alpha/rank).
         tensors: The method's own tensors by name, in the shapes of PEFT's files. For `"lora"`, on a Linear
             `lora_A` `(rank, in)` and `lora_B` `(out, rank)`; on a convolution `lora_A` `(rank, in, *kernel)` and
-            `lora_B` `(out, rank, 1, ...)`.
+            `lora_B` `(out, rank, 1, ...)`. For `"copy"`, the parameter under its own name, `weight` or another with
+            which the path ends, and the buffers of the module.
     """
 
     method: str

@@ -5,12 +5,14 @@ from typing import TypeVar
 from adapters.errors import AdapterError
 from adapters.method import Method
 from adapters.methods.adalora import AdaLoRA
+from adapters.methods.bitfit import BitFit
 from adapters.methods.boft import BOFT, OutputBOFT
 from adapters.methods.c3a import C3A
 from adapters.methods.copied import Copy
 from adapters.methods.delora import DeLoRA
 from adapters.methods.dora import DoRA
 from adapters.methods.fourierft import FourierFT
+from adapters.methods.full import Full
 from adapters.methods.glora import GLoRA
 from adapters.methods.hira import HiRA
 from adapters.methods.hra import HRA
@@ -20,10 +22,12 @@ from adapters.methods.lokr import DoKr, LoKr
 from adapters.methods.lora import LoRA
 from adapters.methods.lycoris_glora import LycorisGLoRA
 from adapters.methods.miss import Bat, MiSS
+from adapters.methods.norm import NormTuning
 from adapters.methods.oft import OFT, DiagOFT
 from adapters.methods.randlora import RandLoRA
 from adapters.methods.road import RoAd
 from adapters.methods.shira import SHiRA
+from adapters.methods.tokens import TrainableTokens
 from adapters.methods.vblora import VBLoRA
 from adapters.methods.vera import VeRA
 
@@ -32,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         AdaLoRA,
         Bat,
+        BitFit,
         BOFT,
         C3A,
         Copy,
@@ -41,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
         DoKr,
         DoRA,
         FourierFT,
+        Full,
         GLoRA,
         HiRA,
         HRA,
@@ -50,11 +56,13 @@ METHODS: dict[str, type[Method]] = {
         LoRA,
         LycorisGLoRA,
         MiSS,
+        NormTuning,
         OFT,
         OutputBOFT,
         RandLoRA,
         RoAd,
         SHiRA,
+        TrainableTokens,
         VBLoRA,
         VeRA,
     )
@@ -85,6 +93,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "Bat",
+    "BitFit",
     "Copy",
     "DeLoRA",
     "DiagOFT",
@@ -92,6 +101,7 @@ __all__ = [
     "DoKr",
     "DoRA",
     "FourierFT",
+    "Full",
     "GLoRA",
     "HiRA",
     "LoHa",
@@ -99,10 +109,12 @@ __all__ = [
     "LoRA",
     "LycorisGLoRA",
     "MiSS",
+    "NormTuning",
     "OutputBOFT",
     "RandLoRA",
     "RoAd",
     "SHiRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
     "register",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from adapters.branch import Tensors
+from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
 from adapters.layers import Matrix
 from adapters.method import Method, Site
@@ -17,12 +18,14 @@ from adapters.method import Method, Site
 class Copy(Method):
     """A copy of every parameter of the modules that are named, and of all below them, such as a new head.
 
-    Buffers, such as the running means of a batch normalisation, stay those of the model.
+    Buffers, such as the running means of a batch normalisation, stay those of the model: files hold them too, and do
+    not fit a model that has others.
     """
 
     key = "copy"
     paper = "PEFT's modules_to_save"
     formula = "C, which starts as a copy of W"
+    files_have_buffers: ClassVar[bool] = True
 
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         return Matrix.whole(layer, parameter)
@@ -33,7 +36,7 @@ class Copy(Method):
     def within(self) -> bool:
         return True
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
         raise TargetError(f"{type(self).__name__} would copy the whole model: name the modules with targets=.")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
@@ -41,3 +44,6 @@ class Copy(Method):
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return t.copy
+
+    def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        return {branch.parameter: branch.copy}

@@ -27,6 +27,7 @@ from adapters import (
     OFT,
     AdaLoRA,
     Bat,
+    BitFit,
     Copy,
     DeLoRA,
     DiagOFT,
@@ -34,6 +35,7 @@ from adapters import (
     DoKr,
     DoRA,
     FourierFT,
+    Full,
     GLoRA,
     HiRA,
     LoHa,
@@ -42,16 +44,28 @@ from adapters import (
     LycorisGLoRA,
     Method,
     MiSS,
+    NormTuning,
     OutputBOFT,
     RandLoRA,
     RoAd,
     SHiRA,
     TargetError,
+    TrainableTokens,
     VBLoRA,
     VeRA,
 )
 from tests.adapters.models import snapshot
-from tests.adapters.test_layers import KINDS
+from tests.adapters.test_layers import KINDS as LAYERS
+from tests.adapters.test_layers import floats, wrapped
+
+NORMS: dict[str, Any] = {
+    "layer normalisation": (lambda: wrapped(nn.LayerNorm((3, 4))), floats(4, 3, 4), None),
+    "group normalisation": (lambda: wrapped(nn.GroupNorm(2, 4)), floats(4, 4, 5), None),
+    "batch normalisation": (lambda: wrapped(nn.BatchNorm2d(4)), floats(4, 4, 3, 2), None),
+    "instance normalisation": (lambda: wrapped(nn.InstanceNorm1d(4, affine=True)), floats(4, 4, 5), None),
+    "root mean square normalisation": (lambda: wrapped(nn.RMSNorm(4)), floats(4, 3, 4), None),
+}
+KINDS = {**LAYERS, **NORMS}
 
 
 @dataclass
@@ -154,6 +168,15 @@ VARIANTS: dict[str, Variant] = {
     "fourierft of one frequency": Variant(FourierFT(n_frequency=1, scaling=30.0, seed=1)),
     "shira": Variant(SHiRA(rank=1)),
     "shira from a seed": Variant(SHiRA(rank=1, seed=4)),
+    "full": Variant(Full()),
+    "full with bias": Variant(Full(bias=True)),
+    "bitfit": Variant(BitFit()),
+    "norm": Variant(NormTuning()),
+    "tokens": Variant(
+        TrainableTokens((3, 0, 1)),
+        layers=(*(kind for kind in KINDS if "embedding" in kind or "linear" in kind), "weight read by the model"),
+        targets=lambda _, layer: isinstance(layer, nn.Embedding | nn.Linear),
+    ),
 }
 
 
@@ -315,7 +338,7 @@ def test_gradients_reach_every_tensor(product: Product) -> None:
 def test_merged_for_good(product: Product) -> None:
     patch = product.inject()
     perturb(patch, 1)
-    if not product.variant.method.mergeable or "norm" in product.kind or product.kind == "orthogonal":
+    if not product.variant.method.mergeable or product.kind.endswith("norm") or product.kind == "orthogonal":
         return
     expected = product()
     patch.merge_and_eject()

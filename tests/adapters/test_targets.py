@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from torch import nn
 
 import adapters
 import fluxion as fl
-from adapters import LoRA, TargetError
+from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from tests.adapters.models import build, snapshot
 
 
@@ -99,6 +100,118 @@ def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: 
     with pytest.raises(TargetError, match=message):
         adapters.inject(model, LoRA(rank=1), targets=targets, exclude=exclude)
     assert snapshot(model) == before
+
+
+class Parts(nn.Module):
+    """Layers with and without biases, norms, a composite head, and parameters that are no module's `weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.block = nn.ModuleDict(
+            {"q": nn.Linear(4, 4, bias=False), "v": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "rms": nn.RMSNorm(4)}
+        )
+        self.attn = nn.MultiheadAttention(4, 2)
+        self.gate = nn.Parameter(torch.ones(4))
+        self.classifier = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+BIASES = ["block.v.bias", "block.norm.bias", "attn.in_proj_bias", "attn.out_proj.bias"]
+NORMS = ["block.norm", "block.norm.bias", "block.rms"]
+HEAD_NORM = ["classifier.1", "classifier.1.bias"]
+HEAD = ["classifier.0", "classifier.0.bias", *HEAD_NORM, "classifier.2", "classifier.2.bias"]
+HEAD_BIASES = [path for path in HEAD if path.endswith("bias")]
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "exclude", "expected"),
+    [
+        (BitFit(), None, None, BIASES + HEAD_BIASES),
+        (BitFit(), None, ["classifier.*", "norm"], [path for path in BIASES if "norm" not in path]),
+        (BitFit(), "v", None, ["block.v.bias"]),
+        (BitFit(), ["v", "attn"], None, ["block.v.bias", "attn.in_proj_bias"]),
+        (BitFit(), "in_proj_bias", None, ["attn.in_proj_bias"]),
+        (BitFit(), "v.bias", None, ["block.v.bias"]),
+        (BitFit(), "block.**", None, BIASES[:2]),
+        (BitFit(), "**", nn.Linear, ["block.norm.bias", "attn.in_proj_bias", *HEAD_NORM[1:]]),
+        (BitFit(), re.compile(r".*\.[02]"), None, ["classifier.0.bias", "classifier.2.bias"]),
+        (BitFit(), re.compile(r".*\.v\.bias"), None, ["block.v.bias"]),
+        (BitFit(), nn.LayerNorm, None, ["block.norm.bias"]),
+        (BitFit(), lambda path, module: isinstance(module, nn.Linear) and "block" in path, None, ["block.v.bias"]),
+        (NormTuning(), None, None, NORMS + HEAD_NORM),
+        (NormTuning(), "norm", None, NORMS[:2]),
+        (NormTuning(), "norm.bias", None, ["block.norm.bias"]),
+        (NormTuning(), "block.*", nn.LayerNorm, ["block.rms"]),
+        (NormTuning(), nn.BatchNorm1d, None, HEAD_NORM),
+        (NormTuning(), None, "**.norm", ["block.rms", *HEAD_NORM]),
+        (Copy(), "classifier", None, HEAD),
+        (Copy(), "classifier", nn.BatchNorm1d, [path for path in HEAD if path not in HEAD_NORM]),
+        (Copy(), "classifier", "0.bias", [path for path in HEAD if path != "classifier.0.bias"]),
+        (Copy(), nn.Embedding, None, ["embed"]),
+        (Copy(), nn.Sequential, None, HEAD),
+        (Copy(), "attn", None, ["attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj", "attn.out_proj.bias"]),
+        (Copy(), re.compile("block"), None, ["block.q", "block.v", "block.v.bias", *NORMS]),
+        (Full(), "v", None, ["block.v"]),
+        (Full(bias=True), "block.**", "rms", ["block.q", "block.v", "block.v.bias", *NORMS[:2]]),
+        (TrainableTokens((1,)), "embed", None, ["embed"]),
+    ],
+)
+def test_what_methods_choose(method: Method, targets: object, exclude: object, expected: list[str]) -> None:
+    model = Parts()
+    before = snapshot(model)
+    patch = adapters.inject(model, method, targets=targets, exclude=exclude)
+    assert [place.path for place in patch.places] == expected
+    patch.eject()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "message"),
+    [
+        (BitFit(), "q", r"'q' selects only layers that have no parameter for BitFit, such as block\.q \(Linear\)"),
+        (BitFit(), ["v", "rms"], r"'rms' selects only .* such as block\.rms \(RMSNorm\)"),
+        (BitFit(), nn.Embedding, r"selects only .* such as embed \(Embedding\)"),
+        (BitFit(), "block.q.bias", r"'block\.q\.bias' matches no layer; near it are"),
+        (BitFit(), "x", "matches no layer"),
+        (NormTuning(), "q", r"block\.q is a Linear, which NormTuning cannot adapt"),
+        (NormTuning(), nn.Linear, "selects no layer to adapt, only excluded or unsupported ones"),
+        (Copy(), None, "Copy would copy the whole model: name the modules with targets="),
+        (Copy(), "head", "matches no layer"),
+        (TrainableTokens((1,)), None, "does not say which are its input embeddings: name them with targets="),
+        (TrainableTokens((1,)), "norm", r"block\.norm is a LayerNorm, which TrainableTokens cannot adapt"),
+        (TrainableTokens((1, 5)), "embed", "embed has 5 rows, and none for the token 5: resize the embedding first"),
+    ],
+)
+def test_what_methods_cannot_choose_is_said(method: Method, targets: object, message: str) -> None:
+    model = Parts()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=message):
+        adapters.inject(model, method, targets=targets)
+    assert snapshot(model) == before
+
+
+def test_nothing_of_a_module_is_left_out_of_its_copy() -> None:
+    with pytest.raises(TargetError, match=r"layers\.0\.gru.* is a GRU, which Copy cannot adapt"):
+        adapters.inject(Net(), Copy(), "layers.0")
+
+
+def test_layers_of_one_parameter_come_together_where_a_method_sees_them_alike() -> None:
+    """An embedding and a head see it transposed: a LoRA at one is not at the other, rows are those of both."""
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    alike: list[tuple[Method, str, str | None, list[str]]] = [
+        (LoRA(rank=1), "embed", None, ["embed"]),
+        (TrainableTokens((1,)), "embed", None, ["embed", "head"]),
+        (TrainableTokens((1,)), "head", None, ["embed", "head"]),
+        (TrainableTokens((1,)), "embed", "head", ["embed"]),
+        (Copy(), "embed", None, ["embed", "head"]),
+        (Full(), "head", None, ["embed", "head"]),
+    ]
+    for method, target, exclude, expected in alike:
+        patch = adapters.inject(model, method, target, exclude)
+        assert [place.path for place in patch.places] == expected
+        assert len(list(patch.parameters())) == 1 + (method == LoRA(rank=1))
+        patch.eject()
 
 
 def test_a_mapping_gives_layers_their_own_methods() -> None:

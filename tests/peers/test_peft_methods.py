@@ -87,10 +87,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: torch.randn(4, 3, 6),
     ),
     "several conv1ds": (lambda: Several(Conv1D(8, 6), nn.Linear(8, 4)), lambda: torch.randn(4, 3, 6)),
+    "layer norm": (lambda: nn.LayerNorm(6), lambda: torch.randn(4, 3, 6)),
+    "layer norm without bias": (lambda: nn.LayerNorm(6, bias=False), lambda: torch.randn(4, 3, 6)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), lambda: torch.randn(4, 6, 3)),
+    "batch norm": (lambda: nn.BatchNorm1d(6), lambda: torch.randn(4, 6)),
+    "rms norm": (lambda: nn.RMSNorm(6), lambda: torch.randn(4, 3, 6)),
 }
 LINEARS = ("linear", "linear without bias", "square linear")
 # What PEFT's adapters on a convolution compute is what they say, whatever the convolution.
 CONVOLUTIONS = ("conv", "conv of stride 2", "oblong conv", "conv of kernel 1")
+NORMS = ("layer norm", "layer norm without bias", "group norm", "batch norm", "rms norm")
 
 
 @dataclass
@@ -130,6 +136,13 @@ LYCORIS_LAYERS = (
     "strided conv1d",
     "conv1d of kernel 1",
 )
+
+
+def alone(**settings: Any) -> Callable[..., peft.PeftConfig]:
+    """What PEFT saves besides adapters, in a file without any."""
+    return lambda **more: peft.LoraConfig(target_modules="dummy-target-modules", **settings, **more)
+
+
 LORA_LAYERS = (*LINEARS, "transformers conv1d", *CONVOLUTIONS, "embedding")
 LINEAR_MAPS = (*LINEARS, "transformers conv1d", *SEVERAL)
 CASES: dict[str, Case] = {
@@ -264,6 +277,14 @@ CASES |= {
     ),
     "shira": Case(configured(peft.ShiraConfig, r=1), (*LINEARS, "several linears")),
     "shira from a seed": Case(configured(peft.ShiraConfig, r=2, random_seed=3), (*LINEARS, "several linears")),
+    "biases alone": Case(alone(bias="all"), ("linear", "conv", "layer norm")),
+    "a layer alone": Case(
+        alone(modules_to_save=["layer"]),
+        (*LINEARS, "transformers conv1d", "conv", "embedding", "layer norm", "batch norm"),
+    ),
+    "trainable tokens": Case(configured(peft.TrainableTokensConfig, token_indices=[7, 0, 3, 4]), ("embedding",)),
+    "norm tuning": Case(configured(peft.LNTuningConfig), NORMS),
+    "norm tuning and another layer": Case(configured(peft.LNTuningConfig, modules_to_save=["other"]), ("layer norm",)),
 }
 
 

@@ -172,6 +172,11 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         ({"lora_alpha": math.nan}, "lora_alpha=nan is not a number"),
         ({"use_rslora": "yes"}, "use_rslora"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
+        ({"modules_to_save": "out"}, "modules_to_save is not a list of names"),
+        ({"bias": True}, "bias is not a text"),
+        ({"trainable_token_indices": "12"}, "trainable_token_indices is not a list of numbers, nor a table of such"),
+        ({"trainable_token_indices": {"fc": [1, "2"]}}, "trainable_token_indices is not"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1.5]}, r"token_indices=\[1.5\] is not a list of whole"),
     ],
 )
 def test_settings_that_would_be_dropped_are_refused(folder: Path, settings: Any, match: str) -> None:
@@ -185,6 +190,13 @@ def test_settings_that_would_be_dropped_are_refused(folder: Path, settings: Any,
         ("base_model.model.out.lora_A.weight", (2, 6), "layer 'out' has lora_A instead of lora_A and lora_B"),
         ("base_model.model.out.lora_magnitude_vector", (6,), "lora_magnitude_vector' is not expected"),
         ("fc.lora_A.weight", (2, 6), "'fc.lora_A.weight' is not expected"),
+        ("base_model.model.out.weight", (6, 6), "'base_model.model.out.weight' is not expected"),
+        ("base_model.model.out.bias", (6,), "'base_model.model.out.bias' is not expected"),
+        (
+            "base_model.model.out.token_adapter.trainable_tokens_delta",
+            (1, 6),
+            "trainable_tokens_delta' is not expected",
+        ),
         ("base_model.model.fc.lora_A.weight", (2, 6, 1), r"\(2, 6, 1\)"),
         ("base_model.model.fc.lora_B.weight", (6,), r"\(6,\)"),
         ("base_model.model.fc.lora_B.weight", (6, 3), r"\(6, 3\)"),
@@ -222,6 +234,14 @@ def test_files_that_are_not_there_or_not_sound(folder: Path, tmp_path: Path) -> 
         ({"fc": lora(2, 4.0, (6, 6), rank=3)}, "rank 3"),
         ({"fc": lora(2, 4.0, (6, 6)), "out": lora(2, 4.0, (6, 6), dropout=0.1)}, "differ in dropout"),
         ({"fc": lora(2, 4.0, (6, 6)), "out": lora(2, 4.0, (6, 6), rslora=True)}, "differ in rslora"),
+        (
+            {
+                "fc": weights.LayerWeights(
+                    "trainable_tokens", {"tokens": (1,)}, {"trainable_tokens_delta": torch.ones(2, 6)}
+                )
+            },
+            r"rows of the shape \(2, 6\), which are not one for each of the tokens \(1,\)",
+        ),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path, layers: Any, match: str) -> None:

@@ -1,8 +1,7 @@
 """The format of the PEFT library: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensors are named `base_model.model.<path>.<end>`; every number is in the JSON file. What each method calls its tensors
-and its numbers is in `peft_methods`. Parameters that are saved whole, as `modules_to_save` and `bias` ask for, have
-their own names, and are layers of the method `"copy"` here.
+and its numbers is in `peft_methods`, and what they hold besides in `peft_besides`.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -23,23 +22,21 @@ from weights.atomic import write_files
 from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
+from weights.formats import peft_besides as besides
+from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FILES = (CONFIG, TENSORS)
-METHODS = frozenset({"copy", *(grammar.method for grammar in GRAMMARS)})
-
-_PREFIX = "base_model.model."
-_BASE_BIAS = ".base_layer.bias"
+METHODS = frozenset({*besides.METHODS, *(grammar.method for grammar in GRAMMARS)})
 
 # The settings that are read of every method, with PEFT's defaults.
 _COMMON: Mapping[str, Any] = {
     "peft_type": None,
     "base_model_name_or_path": None,
-    "bias": "none",
-    "modules_to_save": None,
+    **besides.DEFAULTS,
 }
 # Settings that do not change what the saved tensors compute: how they were found and trained, and how the base
 # model's layers were laid out and chosen, which the names of the tensors say better.
@@ -80,23 +77,22 @@ def read(path: Path) -> AdapterFile:
     tensors = open_tensors(folder / TENSORS)
     named: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
-    copies: dict[str, LayerWeights] = {}
-    stray = []
+    others = []
     for key in tensors:
         if (found := _adapter_key(key, grammar)) is not None:
             where, name = found
             (shared if where is None else named.setdefault(where, {}))[name] = tensors[key]
-        elif (copied := _copied_path(key, fields)) is not None:
-            copies[copied] = LayerWeights("copy", {}, {"copy": tensors[key]})
         else:
-            stray.append(f"the key {key!r} is not expected")
-    _refuse(folder / TENSORS, stray or ([] if named else ["it has no adapter in it"]))
+            others.append(key)
+    beside, stray = besides.layers(tensors, others, fields)
+    _refuse(folder / TENSORS, [f"the key {key!r} is not expected" for key in stray])
+    _refuse(folder / TENSORS, [] if named or beside else ["it has no adapter in it"])
     layers = {
         where: LayerWeights(grammar.method, _hyperparameters(fields, grammar, where, own), dict(sorted(own.items())))
         for where, own in named.items()
     }
     _refuse(folder, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
-    return AdapterFile({**layers, **copies}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
+    return AdapterFile({**layers, **beside}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -108,20 +104,24 @@ def write(adapter: AdapterFile, path: Path) -> None:
         FileFormatError: PEFT does not know the method, or the layers differ in what the format holds once.
         FileWriteError: The system refused to write.
     """
-    layers = {where: layer for where, layer in adapter.layers.items() if layer.method != "copy"}
-    copies = {where: layer for where, layer in adapter.layers.items() if layer.method == "copy"}
     if adapter.flattened:
         _refuse(path, ["the paths of its layers are flattened: load it into the model, and save it from there"])
-    grammar = _grammar_of(layers, path)
-    settings = {**_config_of(adapter, layers, grammar, path), **_copy_settings(copies, layers, grammar)}
-    _refuse(path, (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar)))
+    layers = {where: layer for where, layer in adapter.layers.items() if layer.method not in besides.METHODS}
+    if not layers and {layer.method for layer in adapter.layers.values()} == {"trainable_tokens"}:
+        layers = dict(adapter.layers)  # PEFT has a type for this one alone too.
+    beside = {where: layer for where, layer in adapter.layers.items() if where not in layers}
+    grammar = _grammar_of(layers, beside, path)
+    more, settings, unfit = besides.write(beside, layers, grammar.type)
+    settings = {**_config_of(adapter, layers, grammar, path), **settings}
+    problems = (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar), *unfit)
+    _refuse(path, problems)
     tensors = {
         grammar.key(where, name): grammar.written(name, tensor)
         for where, layer in layers.items()
         for name, tensor in layer.tensors.items()
     }
     tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
-    tensors |= {_copied_key(where, layers): layer.tensors["copy"] for where, layer in copies.items()}
+    tensors |= more
     config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     contents: dict[Path, Iterable[bytes | memoryview]] = {
         path / TENSORS: encode(tensors, {"format": "pt"}),
@@ -138,42 +138,14 @@ def write(adapter: AdapterFile, path: Path) -> None:
 def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
     """The layer and the tensor that a key names; no layer for a shared tensor, which some files have in each layer."""
     for name, whole in grammar.shared.items():
-        if key == whole or (key.startswith(_PREFIX) and key.endswith(whole.removeprefix("base_model"))):
+        if key == whole or (key.startswith(PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
-    if key.startswith(_PREFIX):
+    if key.startswith(PREFIX):
         for end, name in grammar.ends().items():
             if key.endswith(f".{end}"):
-                return key[len(_PREFIX) : -len(end) - 1], name
+                where = key[len(PREFIX) : -len(end) - 1]
+                return besides.place_of(where, name) if grammar.whole else where, name
     return None
-
-
-def _copied_path(key: str, fields: Mapping[str, Any]) -> str | None:
-    """The path of a parameter that was saved whole: the module's for its weight."""
-    path = key.removeprefix(_PREFIX)
-    if path == key:
-        return None
-    if fields["bias"] != "none" and path.endswith(".bias"):
-        return path.replace(_BASE_BIAS, ".bias")
-    names = path.split(".")
-    holders = [".".join(names[start:end]) for end in range(len(names)) for start in range(end)]
-    return path.removesuffix(".weight") if set(holders) & set(fields["modules_to_save"] or ()) else None
-
-
-def _copied_key(path: str, layers: Mapping[str, LayerWeights]) -> str:
-    module, _, name = path.rpartition(".")
-    if name == "bias":
-        return f"{_PREFIX}{module}{_BASE_BIAS if module in layers else '.bias'}"
-    return f"{_PREFIX}{path}.weight"
-
-
-def _copy_settings(
-    copies: Mapping[str, LayerWeights], layers: Mapping[str, LayerWeights], grammar: Grammar
-) -> dict[str, Any]:
-    modules = {path.removesuffix(".bias") for path in copies}
-    whole = sorted(module for module in modules if module in copies)
-    biases = modules - set(whole)
-    only = f"{grammar.type.lower()}_only" if biases <= layers.keys() else "all"
-    return {"modules_to_save": whole or None, **({"bias": only} if biases else {})}
 
 
 # The settings
@@ -215,11 +187,7 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
     yield from _misfits(fields, grammar)
     if not isinstance(fields["base_model_name_or_path"], str | None):
         yield "base_model_name_or_path is not a text"
-    modules = fields["modules_to_save"]
-    if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
-        yield "modules_to_save is not a list of names"
-    if not isinstance(fields["bias"], str):
-        yield "bias is not a text"
+    yield from besides.problems(fields)
     if grammar.shared_if and not isinstance(fields[grammar.shared_if], bool):
         yield f"{grammar.shared_if} is not true or false"
     for name, default in grammar.settings.values():
@@ -233,13 +201,15 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
             yield f"{name} is not a table of regular expressions and numbers"
 
 
-_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text"}
+_KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of whole numbers"}
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a default: a number, true or false, a text, or None for nothing set."""
+    """Whether a value is of the kind of a default: a number, true or false, a text, whole numbers, or None for any."""
     if default is None:
         return True
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and all(type(item) is int for item in value)
     return _is_number(value) if _is_number(default) else type(value) is type(default)
 
 
@@ -267,6 +237,8 @@ def _hyperparameters(
             value = _lookup(fields[grammar.patterns[hyperparameter]], layer, value)
         if type(default) is float:
             value = float(value)
+        elif isinstance(value, list):
+            value = tuple(value)
         elif _is_number(value):
             value = _as_integer(value)
         found[hyperparameter] = value
@@ -281,8 +253,10 @@ def _lookup(table: Mapping[str, Any], layer: str, default: Any) -> Any:
     return table.get(layer, default)
 
 
-def _grammar_of(layers: Mapping[str, LayerWeights], path: Path) -> Grammar:
-    """The grammar that can hold these layers, of one method."""
+def _grammar_of(layers: Mapping[str, LayerWeights], beside: Mapping[str, LayerWeights], path: Path) -> Grammar:
+    """The grammar that can hold these layers, of one method; that of LoRA for what has no adapters."""
+    if not layers and beside:
+        return GRAMMARS[0]
     if not layers:
         _refuse(path, ["it has no layers with an adapter"])
     methods = sorted({layer.method for layer in layers.values()})
@@ -321,12 +295,12 @@ def _config_of(
         "task_type": None,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
-        "target_modules": sorted(layers),
+        "target_modules": _targets(layers, grammar),
         **{name: allowed[0] for name, allowed in grammar.fixed.items()},
     }
     for hyperparameter, (name, default) in grammar.settings.items():
         values = _values(layers, path, hyperparameter, default)
-        config[name] = _most_common(values)
+        config[name] = _most_common(values) if values else default
         if hyperparameter in grammar.patterns:
             config[grammar.patterns[hyperparameter]] = _pattern_table(values, config[name], grammar.pattern)
         elif len(set(map(repr, values.values()))) > 1:
@@ -334,6 +308,13 @@ def _config_of(
     if grammar.shared_if:
         config[grammar.shared_if] = bool(adapter.shared)
     return {**config, **grammar.of_file(adapter)}
+
+
+def _targets(layers: Mapping[str, LayerWeights], grammar: Grammar) -> list[str] | str:
+    """What PEFT is to put adapters on: the modules of these layers."""
+    if not layers:
+        return besides.ALONE
+    return sorted({besides.module_of(*item) for item in layers.items()} if grammar.whole else layers)
 
 
 def _values(layers: Mapping[str, LayerWeights], path: Path, name: str, default: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Grammar:
         shared: For each tensor that all layers have in common, its whole name in the file.
         shared_if: The setting that says whether those are in the file, by default true; None where they always are.
         fixed: Settings that have to have one of these values, the first of which is written.
+        whole: Whether its tensors are parameters of the layers, each in a place of its own, rather than adapters.
         inert: Settings that do not change what the saved tensors compute.
         read: Settings that only `of_layer` reads, each with what says whether a value is one that it can have.
         check: Says what is wrong with a layer besides missing tensors, or None.
@@ -51,6 +52,7 @@ class Grammar:
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_if: str | None = None
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    whole: bool = False
     inert: frozenset[str] = frozenset()
     read: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     check: Callable[[LayerWeights], str | None] = lambda layer: None
@@ -60,6 +62,8 @@ class Grammar:
 
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
+        if self.whole and name != "weight":
+            path = path.removesuffix(f".{name}")
         return f"base_model.model.{path}.{self.tensors[name]}"
 
     def ends(self) -> Mapping[str, str]:
@@ -286,6 +290,19 @@ _LYCORIS_SETTINGS = {
     "tucker": ("use_effective_conv2d", False),
 }
 _LYCORIS_INERT = frozenset({"module_dropout", "rank_dropout", "rank_dropout_scale"})
+
+_NORM_ENDS = {
+    name: f"ln_tuning_layers.{name}"
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+}
+
+
+def _tokens_problem(layer: LayerWeights) -> str | None:
+    rows, tokens = layer.tensors["trainable_tokens_delta"], layer.hyperparameters.get("tokens")
+    if rows.ndim == 2 and isinstance(tokens, tuple) and len(rows) == len(tokens):
+        return None
+    return f"rows of the shape {tuple(rows.shape)}, which are not one for each of the tokens {tokens}"
+
 
 GRAMMARS: tuple[Grammar, ...] = (
     Grammar(
@@ -521,6 +538,21 @@ GRAMMARS: tuple[Grammar, ...] = (
         inert=_LYCORIS_INERT,
         check=_lokr_problem,
         written=_with_two_positions,
+    ),
+    Grammar(
+        "norm",
+        "LN_TUNING",
+        settings={},
+        tensors=_NORM_ENDS,
+        optional=frozenset(_NORM_ENDS),
+        whole=True,
+    ),
+    Grammar(
+        "trainable_tokens",
+        "TRAINABLE_TOKENS",
+        settings={"tokens": ("token_indices", ())},
+        tensors={"trainable_tokens_delta": "trainable_tokens_delta"},
+        check=_tokens_problem,
     ),
 )
 """Every method that PEFT's files can hold."""

@@ -1,0 +1,45 @@
+"""Full: a trained change of the whole weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from adapters.branch import Tensors
+from adapters.forms import Additive
+from adapters.layers import Matrix
+from adapters.method import Site, need
+
+
+@dataclass(frozen=True)
+class Full(Additive):
+    """Full fine-tuning, kept apart from the weight: the change has the weight's own shape.
+
+    Args:
+        bias: Train a change of the bias too, of each layer that has one.
+
+    Raises:
+        AdapterError: `bias` is neither True nor False.
+    """
+
+    key = "full"
+    paper = "arXiv:2309.14859"
+    formula = "W + s D, where D starts at zero"
+
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        need(isinstance(self.bias, bool), self, "a bias that is True or False", self.bias)
+
+    def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
+        return Matrix.whole(layer, parameter)
+
+    def chooses(self, parameter: str) -> bool:
+        return parameter == "weight" or (self.bias and parameter in ("bias", "in_proj_bias"))
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        return {"diff": site.zeros(*site.shape)}
+
+    def delta(self, t: Tensors) -> Tensor:
+        return t.diff

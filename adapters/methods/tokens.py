@@ -1,0 +1,106 @@
+"""Trainable tokens: a few rows of an embedding are trained, and used instead of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - as everyone calls it
+
+from adapters.adapter import Adapter
+from adapters.branch import Branch, Tensors
+from adapters.errors import TargetError
+from adapters.layers import Matrix
+from adapters.method import Method, Site, need
+
+_LAYERS = (nn.Embedding, nn.Linear)
+
+
+@dataclass(frozen=True)
+class TrainableTokens(Method):
+    """Rows of an embedding, by default of a model's input embeddings, and with them of the head that shares its weight.
+
+    Neither the embedding nor the head is copied to compute it: what was looked up, and what was scored, is replaced for
+    these tokens. A layer with a forward of its own runs with the weight that has the rows in it, however.
+
+    Args:
+        tokens: The numbers of the tokens, each once.
+
+    Raises:
+        AdapterError: There are no tokens, one is named twice, or one is no number of 0 or more.
+    """
+
+    key = "trainable_tokens"
+    paper = "PEFT's trainable tokens"
+    formula = "W with row i replaced by E[j], for token number j, which is i"
+    tied_in_files: ClassVar[bool] = True
+
+    tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = self.tokens
+        need(
+            isinstance(given, (tuple, list)) and len(given) > 0 and all(type(i) is int and i >= 0 for i in given),
+            self,
+            "tokens that are numbers of 0 or more",
+            given,
+        )
+        need(len(set(given)) == len(given), self, "tokens that are each named once", given)
+        object.__setattr__(self, "tokens", tuple(given))
+
+    def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
+        return Matrix.whole(layer, parameter) if isinstance(layer, _LAYERS) and parameter == "weight" else None
+
+    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+        try:
+            found = model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            raise TargetError(
+                f"This {type(model).__name__} does not say which are its input embeddings: name them with targets=."
+            ) from None
+        while isinstance(found, Adapter):
+            found = found.target
+        return lambda path, module: module is found
+
+    def check_site(self, site: Site) -> None:
+        rows = site.shape[0]
+        if max(self.tokens) >= rows:
+            raise TargetError(
+                f"{site.path} has {rows} rows, and none for the token {max(self.tokens)}: resize the embedding first."
+            )
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        rows = site.weight[list(self.tokens)]
+        return {"trainable_tokens_delta": rows.to(site.device, site.dtype)}  # PEFT's name for what is no difference.
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        return {"tokens": torch.tensor(self.tokens, device=site.device)}
+
+    def update(self, weight: Tensor, t: Tensors) -> Tensor:
+        return weight.index_copy(0, t.tokens, t.trainable_tokens_delta)
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return True
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output: Tensor = layer(x, *args, **kwargs)
+        rows = branch.trainable_tokens_delta.to(output.dtype)
+        if isinstance(branch.layer, nn.Embedding):
+            ordered, order = branch.tokens.sort()
+            place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
+            looked_up = output.lerp(F.embedding(order[place], rows), scale)
+            return torch.where((ordered[place] == x).unsqueeze(-1), looked_up, output)
+        scores = (F.linear(x, rows) + self._fixed(branch, layer, x)).to(output.dtype)
+        return output.index_copy(-1, branch.tokens, output[..., branch.tokens].lerp(scores, scale))
+
+    @staticmethod
+    def _fixed(branch: Branch, layer: Callable[..., Any], x: Tensor) -> Tensor | float:
+        """What a layer adds to the scores of these tokens whatever its input: its bias, or that of other adapters."""
+        fixed = branch.layer.bias if layer is branch.layer else layer(x.new_zeros(x.shape[-1]))
+        return 0.0 if fixed is None else cast(Tensor, fixed)[cast(Tensor, branch.tokens)]
+
+    def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        return {"trainable_tokens_delta": branch.trainable_tokens_delta}
