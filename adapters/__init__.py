@@ -23,13 +23,14 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, LoRA
+from adapters.methods import Bottleneck, Copy, LoRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
     "Adapted",
     "Adapter",
     "AdapterError",
+    "Bottleneck",
     "Branch",
     "Copy",
     "LayerMismatchError",

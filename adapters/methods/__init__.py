@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from adapters.method import Method
+from adapters.methods.bottleneck import Bottleneck
 from adapters.methods.copied import Copy
 from adapters.methods.lora import LoRA
 
@@ -10,6 +11,7 @@ METHODS: Mapping[str, type[Method]] = {
     method.key: method
     for method in (
         LoRA,
+        Bottleneck,
         Copy,
     )
 }
@@ -17,6 +19,7 @@ METHODS: Mapping[str, type[Method]] = {
 
 __all__ = [
     "METHODS",
+    "Bottleneck",
     "Copy",
     "LoRA",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adapters
 import fluxion as fl
-from adapters import Copy, LoRA, Method, TargetError
+from adapters import Bottleneck, Copy, LoRA, Method, TargetError
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS
 
@@ -40,6 +40,13 @@ class Variant:
     targets: Any = None
 
 
+def called(path: str, module: nn.Module) -> bool:
+    """Layers, torch's attention among them, but no containers."""
+    return isinstance(module, nn.MultiheadAttention) or not list(module.children())
+
+
+CALLED = tuple(kind for kind in KINDS if kind != "weight read by the model")
+
 VARIANTS: dict[str, Variant] = {
     "lora": Variant(LoRA(rank=2, alpha=3)),
     "rslora": Variant(LoRA(rank=3, alpha=2, rslora=True)),
@@ -49,6 +56,10 @@ VARIANTS: dict[str, Variant] = {
     "orthogonal": Variant(LoRA(rank=2, alpha=3, init="orthogonal")),
     "gaussian": Variant(LoRA(rank=2, init="gaussian")),
     "copy": Variant(Copy(), targets=nn.Module),
+    "bottleneck": Variant(Bottleneck(size=3, activation="gelu"), layers=CALLED, targets=called),
+    "parallel bottleneck": Variant(
+        Bottleneck(reduction=2, activation="tanh", parallel=True, scaling=2.0, norm=True), layers=CALLED, targets=called
+    ),
 }
 
 
