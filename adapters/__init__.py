@@ -23,7 +23,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Bottleneck, Copy, LoRA
+from adapters.methods import Bottleneck, Copy, LoRA, PrefixTuning, PromptTuning
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -39,6 +39,8 @@ __all__ = [
     "Patch",
     "PatchNameError",
     "PatchStateError",
+    "PrefixTuning",
+    "PromptTuning",
     "RowsError",
     "Site",
     "TargetError",

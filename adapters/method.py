@@ -135,6 +135,7 @@ class Method(ABC):
         fast: The tensors that may learn faster than the others.
         additive: Whether it adds to the weight what does not depend on it. Then patches can be combined.
         mergeable: Whether it can be stated as a change of weights.
+        whole: Whether a model has one, where the method goes by default: files name no layer of it.
     """
 
     key: ClassVar[str]
@@ -144,6 +145,7 @@ class Method(ABC):
     fast: ClassVar[frozenset[str]] = frozenset()
     additive: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
 
     # What it adapts
 

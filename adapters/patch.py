@@ -408,9 +408,14 @@ class Patch:
         for place in self.places:
             method, tensors = place.branch.method.saved(place.branch)
             own = {name: tensor.detach() for name, tensor in tensors.items()}
-            content[place.path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
+            path = "" if method.whole else place.path
+            if path in content:
+                raise PatchStateError(f"A file holds one {type(method).__name__}, not another at {place.path}.")
+            content[path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
             shared.update({name: tensor.detach() for name, tensor in place.branch.shared_tensors().items()})
-        return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
+        return weights.AdapterFile(
+            content, base_model=_base_model_name(self.model), shared=shared, task=_task(self.model)
+        )
 
     def save_pretrained(self, path: str | PathLike[str], format: str = "peft") -> Path:
         """Write it to a folder: tensors, configuration and model card. Returns the folder.
@@ -529,12 +534,25 @@ def load(
     check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
     found = [(layer, path) for layer in layers(model) for path in layer.paths if path in file.layers]
+    found += _of_the_whole(model, file)
     missing = [path for path in file.layers.keys() - {path for _, path in found} if strict or not found]
     problems = [f"there is no layer {path}" for path in sorted(missing)]
     restored, problems_of_layers = _restored(found, file, trainable)
     problems += problems_of_layers
     _refuse(f"{source} is for another model", problems)
     return Patch(name, model, restored, scale, freezes=trainable).inject()
+
+
+def _of_the_whole(model: nn.Module, file: weights.AdapterFile) -> list[tuple[Layer, str]]:
+    """Where the adapter belongs that a file has for the whole model, if it has one."""
+    content = file.layers.get("")
+    if content is None or content.method not in METHODS:
+        return []
+    try:
+        chosen = select(model, {None: METHODS[content.method](**content.hyperparameters)}, None)
+    except TargetError as error:
+        raise LayerMismatchError(str(error)) from None
+    return [(layer, "") for (layer, *_), _ in chosen]
 
 
 def patches(model: nn.Module) -> dict[str, Patch]:
@@ -601,14 +619,16 @@ def _restored(
             if trainable:
                 method.check_training(layer.module, layer.parameter)
         except TargetError as problem:
-            problems.append(f"{path}: {problem}")
+            problems.append(f"{layer.path}: {problem}")
         else:
             sites.append((layer, path, method, site))
     shared = {method: method.shared([site for *_, other, site in sites if other == method]) for *_, method, _ in sites}
     places: list[Place] = []
     for layer, path, method, site in sites:
         branch = build(method, site, shared[method])
-        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), file.layers[path].tensors)]
+        problems += [
+            f"{layer.path}: {problem}" for problem in _fill(method.file_tensors(branch), file.layers[path].tensors)
+        ]
         given = {name: file.shared[name] for name in branch.shared_tensors() if name in file.shared}
         problems += _fill({name: branch.shared_tensors()[name] for name in given}, given)
         for _, parameter in branch.named_weights():
@@ -659,6 +679,21 @@ def _base_model_name(model: nn.Module) -> str | None:
         if isinstance(name, str) and name:
             return name
     return None
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def _task(model: nn.Module) -> str | None:
+    """What a transformers model is for, by the end of its class's name."""
+    name = type(model).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
 @contextlib.contextmanager

@@ -33,13 +33,16 @@ class AdapterFile:
     """An adapter as a file holds it.
 
     Attributes:
-        layers: Dotted path of each adapted layer in the base model, and its weights.
+        layers: Dotted path of each adapted layer in the base model, and its weights. The path of an adapter that is for
+            the whole model is empty.
         base_model: The Hub id or path of the base model, where it is known.
         metadata: The text metadata of the safetensors header.
         shared: Tensors that all layers have in common, by name.
+        task: What the model is for, in PEFT's words, such as `"CAUSAL_LM"`, where it is known.
     """
 
     layers: Mapping[str, LayerWeights]
     base_model: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    task: str | None = None

@@ -6,6 +6,8 @@ from adapters.method import Method
 from adapters.methods.bottleneck import Bottleneck
 from adapters.methods.copied import Copy
 from adapters.methods.lora import LoRA
+from adapters.methods.prefix import PrefixTuning
+from adapters.methods.prompt import PromptTuning
 
 METHODS: Mapping[str, type[Method]] = {
     method.key: method
@@ -13,6 +15,8 @@ METHODS: Mapping[str, type[Method]] = {
         LoRA,
         Bottleneck,
         Copy,
+        PrefixTuning,
+        PromptTuning,
     )
 }
 """Every method by the name that files give it."""
@@ -22,4 +26,6 @@ __all__ = [
     "Bottleneck",
     "Copy",
     "LoRA",
+    "PrefixTuning",
+    "PromptTuning",
 ]

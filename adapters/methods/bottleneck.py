@@ -1,4 +1,4 @@
-"""Bottleneck adapters: what a small network of two layers makes of a block's output, or input, is added to its output."""
+"""Bottleneck adapters: what a small network makes of the output of a block, or of its input, is added to the output."""
 
 from __future__ import annotations
 

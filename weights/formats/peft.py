@@ -30,7 +30,6 @@ TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FILES = (CONFIG, TENSORS)
 
-_PREFIX = "base_model.model."
 _BASE_BIAS = ".base_layer.bias"
 
 # The settings that are read of every method, with PEFT's defaults.
@@ -85,7 +84,7 @@ def read(path: Path) -> AdapterFile:
         if (found := _adapter_key(key, grammar)) is not None:
             where, name = found
             (shared if where is None else named.setdefault(where, {}))[name] = tensors[key]
-        elif (copied := _copied_path(key, fields)) is not None:
+        elif (copied := _copied_path(key, fields, grammar)) is not None:
             copies[copied] = LayerWeights("copy", {}, {"copy": tensors[key]})
         else:
             stray.append(f"the key {key!r} is not expected")
@@ -95,7 +94,8 @@ def read(path: Path) -> AdapterFile:
         for where, own in named.items()
     }
     _refuse(folder, _layer_problems(layers, grammar))
-    return AdapterFile({**layers, **copies}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
+    base, task = fields["base_model_name_or_path"] or None, fields.get("task_type")
+    return AdapterFile({**layers, **copies}, base, tensors.metadata, shared, task)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -115,7 +115,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         grammar.key(where, name): tensor for where, layer in layers.items() for name, tensor in layer.tensors.items()
     }
     tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
-    tensors |= {_copied_key(where, layers): layer.tensors["copy"] for where, layer in copies.items()}
+    tensors |= {_copied_key(where, layers, grammar): layer.tensors["copy"] for where, layer in copies.items()}
     settings = {**_config_of(adapter, layers, grammar, path), **_copy_settings(copies, layers, grammar)}
     config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     contents: dict[Path, Iterable[bytes | memoryview]] = {
@@ -135,16 +135,17 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
     for name, whole in grammar.shared.items():
         if key == whole:
             return None, name
-    if key.startswith(_PREFIX):
-        for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):
-            if key.endswith(f".{end}"):
-                return key[len(_PREFIX) : -len(end) - 1], name
+    for name, end in sorted(grammar.tensors.items(), key=lambda item: -len(item[1])):
+        if grammar.whole and key == end:
+            return "", name
+        if not grammar.whole and key.startswith(grammar.prefix) and key.endswith(f".{end}"):
+            return key[len(grammar.prefix) : -len(end) - 1], name
     return None
 
 
-def _copied_path(key: str, fields: Mapping[str, Any]) -> str | None:
+def _copied_path(key: str, fields: Mapping[str, Any], grammar: Grammar) -> str | None:
     """The path of a parameter that was saved whole: the module's for its weight."""
-    path = key.removeprefix(_PREFIX)
+    path = key.removeprefix(grammar.prefix)
     if path == key:
         return None
     if fields["bias"] != "none" and path.endswith(".bias"):
@@ -154,11 +155,11 @@ def _copied_path(key: str, fields: Mapping[str, Any]) -> str | None:
     return path.removesuffix(".weight") if set(holders) & set(fields["modules_to_save"] or ()) else None
 
 
-def _copied_key(path: str, layers: Mapping[str, LayerWeights]) -> str:
+def _copied_key(path: str, layers: Mapping[str, LayerWeights], grammar: Grammar) -> str:
     module, _, name = path.rpartition(".")
     if name == "bias":
-        return f"{_PREFIX}{module}{_BASE_BIAS if module in layers else '.bias'}"
-    return f"{_PREFIX}{path}.weight"
+        return f"{grammar.prefix}{module}{_BASE_BIAS if module in layers else '.bias'}"
+    return f"{grammar.prefix}{path}.weight"
 
 
 def _copy_settings(
@@ -303,7 +304,7 @@ def _config_of(
         "task_type": None,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
-        "target_modules": sorted(layers),
+        **({} if grammar.whole else {"target_modules": sorted(layers)}),
         **{name: allowed[0] for name, allowed in grammar.fixed.items()},
     }
     for hyperparameter, (name, default) in grammar.settings.items():

@@ -25,6 +25,7 @@ class Grammar:
         tensors: For each tensor, the end of its name in the file.
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
+        whole: Whether there is one adapter for the whole model: its tensors have whole names, and its layer no path.
         fixed: Settings that have to have one of these values, the first of which is written.
         inert: Settings that do not change what the saved tensors compute.
         check: Says what is wrong with a layer besides missing tensors, or None.
@@ -39,15 +40,21 @@ class Grammar:
     patterns: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     inert: frozenset[str] = frozenset()
     check: Callable[[LayerWeights], str | None] = lambda layer: None
     of_layer: Callable[[Settings, str, Mapping[str, Tensor]], Mapping[str, Hyperparameter]] = lambda *_: {}
     of_file: Callable[[AdapterFile], Settings] = lambda adapter: {}
 
+    @property
+    def prefix(self) -> str:
+        """What names of layers begin with in the file."""
+        return "base_model." if self.whole else "base_model.model."
+
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
-        return f"base_model.model.{path}.{self.tensors[name]}"
+        return self.tensors[name] if self.whole else f"{self.prefix}{path}.{self.tensors[name]}"
 
 
 def _lora_problem(layer: LayerWeights) -> str | None:
@@ -66,6 +73,23 @@ def _lora_problem(layer: LayerWeights) -> str | None:
 def _lora_start(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
     start = config.get("init_lora_weights", True)
     return {"init": start} if start in ("pissa", "olora") else {}
+
+
+def _virtual_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the shape of the virtual tokens."""
+    shape = tuple(layer.tensors["prompt_embeddings"].shape)
+    number = layer.hyperparameters.get("num_virtual_tokens")
+    return None if len(shape) == 2 and shape[0] == number else f"{shape} for {number} virtual tokens"
+
+
+def _of_prompt(adapter: AdapterFile) -> Settings:
+    width = adapter.layers[""].tensors["prompt_embeddings"].shape[1]
+    return {"task_type": adapter.task, "token_dim": width}
+
+
+def _of_prefix(adapter: AdapterFile) -> Settings:
+    width, layers = _of_prompt(adapter)["token_dim"], adapter.layers[""].hyperparameters.get("num_layers")
+    return {"task_type": adapter.task, "token_dim": width // (2 * int(layers or 1))}
 
 
 _LORA_ENDS = {
@@ -113,6 +137,43 @@ GRAMMARS: tuple[Grammar, ...] = (
         inert=_LORA_INERT,
         check=_lora_problem,
         of_layer=_lora_start,
+    ),
+    Grammar(
+        "prompt_tuning",
+        "PROMPT_TUNING",
+        settings={"num_virtual_tokens": ("num_virtual_tokens", 0)},
+        tensors={"prompt_embeddings": "prompt_embeddings"},
+        whole=True,
+        fixed={"num_transformer_submodules": (1,)},
+        inert=frozenset(
+            {
+                "num_attention_heads",
+                "num_layers",
+                "prompt_tuning_init",
+                "prompt_tuning_init_text",
+                "token_dim",
+                "tokenizer_kwargs",
+                "tokenizer_name_or_path",
+            }
+        ),
+        check=_virtual_problem,
+        of_file=_of_prompt,
+    ),
+    Grammar(
+        "prefix_tuning",
+        "PREFIX_TUNING",
+        settings={
+            "num_virtual_tokens": ("num_virtual_tokens", 0),
+            "num_layers": ("num_layers", None),
+            "num_attention_heads": ("num_attention_heads", None),
+        },
+        tensors={"prompt_embeddings": "prompt_embeddings"},
+        whole=True,
+        fixed={"num_transformer_submodules": (1,)},
+        # Files hold what the network of a projection makes, and nothing of the network.
+        inert=frozenset({"encoder_hidden_size", "prefix_projection", "token_dim"}),
+        check=_virtual_problem,
+        of_file=_of_prefix,
     ),
 )
 """Every method that PEFT's files can hold."""
