@@ -12,9 +12,12 @@ from torch import Tensor, nn
 import fluxion as fl
 from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
-from adapters.layers import first_tensor
 from adapters.method import Method, Site, need
-from adapters.methods.virtual import VirtualTokens, mark
+from adapters.methods.virtual import VirtualTokens, mark, tokens_of
+
+
+# Settings of models whose keys or values have other heads or features than usual ones.
+_OWN_SHAPES = ("num_kv_heads", "qk_rope_head_dim")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class PrefixTuning(VirtualTokens):
         kinds = {type(layer).__name__ for layer in _new_cache(site.layer).layers}
         if kinds != {"DynamicLayer"}:
             raise TargetError(f"{site.path} has no full attention in every layer, which {type(self).__name__} needs.")
+        if any(hasattr(site.layer.config, name) for name in _OWN_SHAPES):
+            raise TargetError(f"{site.path} has keys of a shape of its own, which {type(self).__name__} does not know.")
         for name, found in zip(("num_layers", "num_attention_heads"), site.shape, strict=False):
             if getattr(self, name) not in (None, found):
                 raise TargetError(f"{site.path} has a {name} of {found}, not {getattr(self, name)}.")
@@ -81,9 +86,9 @@ class PrefixTuning(VirtualTokens):
 
     def begin(self, branch: Branch, layer: Callable[..., Any], scale: float, given: dict[str, Any], seen: int) -> Any:
         transformer = branch.layer
-        if transformer.training and getattr(transformer, "is_gradient_checkpointing", False):
+        if transformer.training and any(getattr(m, "gradient_checkpointing", False) for m in transformer.modules()):
             raise AdapterError(f"{type(self).__name__} needs the cache, which gradient checkpointing does without.")
-        tokens = cast(Tensor, first_tensor([given.get("input_ids"), given.get("inputs_embeds")]))
+        tokens = tokens_of(given)
         layers, heads, features = branch.matrix.shape
         prefix = _made(branch).unflatten(1, (2 * layers, heads, features)).permute(1, 2, 0, 3) * scale
         prefix = prefix.to(_computed_in(transformer, tokens.device))

@@ -66,6 +66,8 @@ class PromptTuning(VirtualTokens):
         prompt = (branch.prompt_embeddings * scale).to(embeddings).expand(len(embeddings), -1, -1)
         given["inputs_embeds"] = torch.cat([prompt, embeddings], 1)
         if (positions := given.get("position_ids")) is not None:
+            if positions.ndim != 2:
+                raise AdapterError("PromptTuning needs position_ids of shape (batch, tokens), or none.")
             first = torch.arange(seen, seen + number, device=positions.device).expand(len(positions), -1)
             given["position_ids"] = torch.cat([first, positions], 1)
         if (types := given.get("token_type_ids")) is not None:
@@ -73,7 +75,7 @@ class PromptTuning(VirtualTokens):
                 raise AdapterError(f"A {type(branch.layer).__name__} has no type of token for a prompt: give it none.")
             given["token_type_ids"] = torch.cat([types.new_zeros(len(types), number), types], 1)
         output = layer(**given)
-        for cache in caches(output):
+        for cache in caches(given, output):
             mark(cache, branch, number)
         return _without(output, number)
 

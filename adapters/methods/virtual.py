@@ -73,26 +73,24 @@ class VirtualTokens(Method):
         return None if self._problem(layer) else Matrix(self.shape(layer), "as is", "any")
 
     def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
-        base = getattr(model, "base_model", None)
-        base = base.base if isinstance(base, Adapted) else base
-        problem = "is no model of transformers with a head" if base is None else self._problem(base)
+        base = transformer = _inside(getattr(model, "base_model", model))
+        problem = _unusual(getattr(model, "config", None))
         if problem is None and base is model:
-            problem = "has no place for it around the transformer: use a model with a head, or put it in a module"
+            problem = "has no transformer below it: use a model with a head, or put it inside a module"
+        if problem is None:
+            # A model with a head may call the decoder of its base rather than the base.
+            transformer = _inside(base.get_decoder())
+            problem = self._problem(transformer)
         if problem:
             raise TargetError(f"A {type(model).__name__} cannot have {type(self).__name__}: it {problem}.")
-        return lambda path, module: module is base
+        return lambda path, module: module is transformer
 
     def _problem(self, transformer: nn.Module) -> str | None:
         """Why virtual tokens cannot be put in front of the tokens of a transformer, or None."""
-        config: Any = getattr(transformer, "config", None)
-        if not hasattr(config, "get_text_config"):
-            return "is no model of transformers"
-        if getattr(config, "is_encoder_decoder", False):
-            return "has an encoder and a decoder, and a text for each"
+        if problem := _unusual(getattr(transformer, "config", None)):
+            return problem
         if getattr(transformer, "base_model", None) is not transformer:
             return "has a head: adapt the transformer inside of it"
-        if config.get_text_config() is not config:
-            return "takes more than text"
         parameters = inspect.signature(transformer.forward).parameters.values()
         names = {parameter.name for parameter in parameters if parameter.kind != inspect.Parameter.VAR_KEYWORD}
         if missing := sorted(self.needs - names):
@@ -105,30 +103,34 @@ class VirtualTokens(Method):
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
         given = _by_name(branch.layer, args, kwargs)
-        tokens = cast(Tensor, first_tensor([given.get("input_ids"), given.get("inputs_embeds")]))
-        cache, mask, length = given.get("past_key_values"), given.get("attention_mask"), tokens.shape[1]
-        name, number = branch.patch.name, self.num_virtual_tokens
-        before = dict(getattr(cache, _MARK, {}))
+        self._check(given)
+        cache, mask, name = given.get("past_key_values"), given.get("attention_mask"), branch.patch.name
+        held = getattr(cache, _MARK, {})
         seen = 0 if cache is None else int(cache.get_seq_length())
+        if name not in held and seen != sum(held.values()):
+            raise AdapterError(f"The cache was filled without the tokens of {name!r}: begin with an empty one.")
+        if mask is not None:
+            given["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.num_virtual_tokens), mask], 1)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + self.num_virtual_tokens
+        if name not in held:
+            return self.begin(branch, layer, scale, given, seen)
+        if mask is not None and given["attention_mask"].shape[1] > seen + tokens_of(given).shape[1]:
+            raise AdapterError(
+                f"The mask is for more tokens than there are besides those of {name!r} in the cache: hand over every"
+                " token that the cache does not hold."
+            )
+        return layer(**given)
+
+    def _check(self, given: Mapping[str, Any]) -> None:
+        """Refuse what is not a text in each row and a cache that grows."""
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if getattr(cache, "is_compileable", False):
             raise AdapterError(f"{type(self).__name__} needs a cache that grows, not a {type(cache).__name__}.")
-        if mask is not None and mask.ndim != 2:
-            raise AdapterError(f"{type(self).__name__} needs an attention_mask of (batch, tokens) or none.")
-        if name not in before and seen != sum(before.values()):
-            raise AdapterError(f"The cache was filled without the tokens of {name!r}: begin with an empty one.")
+        if mask is not None and (isinstance(mask, Mapping) or mask.ndim != 2):
+            raise AdapterError(f"{type(self).__name__} needs an attention_mask of shape (batch, tokens), or none.")
         if _is_packed(given):
-            raise AdapterError(
-                f"{type(self).__name__} needs a text in each row: rows of several have no one beginning."
-            )
-        if mask is not None:
-            given["attention_mask"] = torch.cat([mask.new_ones(len(mask), number), mask], 1)
-        if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + number
-        if name not in before:
-            return self.begin(branch, layer, scale, given, seen)
-        if mask is not None and mask.shape[1] + number > seen + length:
-            raise AdapterError(f"The cache holds {number} tokens of {name!r}, which belong to no token of the text.")
-        return layer(**given)
+            raise AdapterError(f"{type(self).__name__} needs rows of one text each: several have no one beginning.")
 
     @abstractmethod
     def begin(self, branch: Branch, layer: Callable[..., Any], scale: float, given: dict[str, Any], seen: int) -> Any:
@@ -143,15 +145,34 @@ class VirtualTokens(Method):
         """
 
 
+def tokens_of(given: Mapping[str, Any]) -> Tensor:
+    """The tokens or their embeddings."""
+    return cast(Tensor, first_tensor([given.get("input_ids"), given.get("inputs_embeds")]))
+
+
 def mark(cache: Any, branch: Branch, number: int) -> None:
-    """Let a cache say that it holds the tokens of a branch; it does so in copies too."""
+    """Let a cache say that it holds the tokens of a branch. It does so in copies too."""
     setattr(cache, _MARK, {**getattr(cache, _MARK, {}), branch.patch.name: number})
 
 
-def caches(output: Any) -> list[Any]:
-    """The caches among what a transformer gives."""
-    parts = output.values() if isinstance(output, Mapping) else output
+def caches(*values: Any) -> list[Any]:
+    """The caches among what a transformer takes and gives."""
+    parts = (part for value in values for part in (value.values() if isinstance(value, Mapping) else value))
     return [part for part in parts if hasattr(part, "get_seq_length")]
+
+
+def _inside(module: Any) -> Any:
+    """A module without the adapters around it."""
+    return module.base if isinstance(module, Adapted) else module
+
+
+def _unusual(config: Any) -> str | None:
+    """What is unusual about a model of this configuration, or None."""
+    if not hasattr(config, "get_text_config"):
+        return "is no model of transformers"
+    if getattr(config, "is_encoder_decoder", False):
+        return "has an encoder and a decoder, with a text for each"
+    return "takes more than text" if config.get_text_config() is not config else None
 
 
 def _by_name(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,9 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, Any
     with warnings.catch_warnings(action="ignore"):
         theirs = peft.get_peft_model(copy.deepcopy(model), CONFIGS[kind](task_type=TASKS[name])).eval()
         with torch.no_grad():
-            for parameter in theirs.prompt_encoder.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+            for parameter in theirs.parameters():  # For a classifier, its head too.
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
         theirs.save_pretrained(tmp_path / "theirs")
     return model, theirs, str(tmp_path / "theirs")
 
