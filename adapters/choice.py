@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterError, RowsError, TargetError
+from adapters.layers import first_tensor
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
@@ -69,8 +71,8 @@ class Rows:
         if isinstance(layer, nn.MultiheadAttention):
             args, kwargs = (), {**dict(zip(_ATTENTION_INPUTS, args, strict=False)), **kwargs}
             dim = 0 if layer.batch_first else 1
-        first: Tensor = args[0] if args else kwargs["query"]
-        size = first.shape[dim] if first.ndim > dim else 0
+        first = first_tensor((*args, *kwargs.values()))
+        size = first.shape[dim] if first is not None and first.ndim > dim else 0
         if any(parameter is not None and parameter.ndim == 3 for parameter in layer._parameters.values()):
             block = max(size // self.count, 1)  # Experts are given the tokens of all rows, row after row.
         shared = size == 1 < self.count  # Such as the positions of every row: each choice makes its own of it.
@@ -78,7 +80,13 @@ class Rows:
             raise RowsError(f"rows= names {self.count} rows, but a layer was given a batch of {size}: name each.")
 
         def take(name: str, value: Any, index: Tensor) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(take(name, part, index) for part in value)
+            if isinstance(value, dict):
+                return {key: take(key, part, index) for key, part in value.items()}
             if not isinstance(value, Tensor):
+                if hasattr(value, "update"):  # Such as a cache, which would hold the rows of each choice in turn.
+                    raise RowsError(f"rows= cannot divide a {type(value).__name__} into rows.")
                 return value
             index = index.to(value.device)
             if name == "attn_mask":  # Shared when it has no batch; else (batch * heads, queries, keys).
@@ -108,6 +116,7 @@ _ATTENTION_INPUTS = ("query", "key", "value", "key_padding_mask", "need_weights"
 
 def _check(output: Any, dim: int, size: int) -> None:
     """Refuse an output that does not have a row for each row of the input, such as one that has no batch."""
+    output = tuple(output.values()) if isinstance(output, Mapping) else output
     for part in output if isinstance(output, tuple) else (output,):
         if part is None:  # The weights that attention was not asked for.
             continue
@@ -119,6 +128,11 @@ def _check(output: Any, dim: int, size: int) -> None:
 
 def _join(outputs: list[Any], inverse: Tensor, dim: int) -> Any:
     first = outputs[0]
+    if isinstance(first, Mapping):
+        joined: Any = copy.copy(first)
+        for key, part in zip(first, _join([tuple(output.values()) for output in outputs], inverse, dim), strict=True):
+            joined[key] = part
+        return joined
     if isinstance(first, tuple):
         parts = [list(part) for part in zip(*outputs, strict=True)]
         return tuple(_join(part, inverse, 0 if number else dim) for number, part in enumerate(parts))

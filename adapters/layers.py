@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,9 @@ from torch.nn.utils import parametrize
 UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# The output projection of torch's attention, which reads its weight and does not call it.
+ATTENTION_PARTS = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 # Layers known to compute a linear function of their weight and nothing else.
 _PLAIN_FORWARDS = {layer.forward for layer in (nn.Linear, *CONVOLUTIONS, nn.Embedding)}
@@ -108,7 +112,28 @@ def is_plain(layer: nn.Module) -> bool:
 
 def features_dim(layer: nn.Module) -> int:
     """The dimension of a layer's output that has the rows of its matrix."""
-    return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
+    return -1 - len(layer.kernel_size) if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) else -1
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor among what a module takes or gives: itself, or one in a tuple, a list or a mapping."""
+    if isinstance(values, Tensor):
+        return values
+    values = values.values() if isinstance(values, Mapping) else values
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def with_first_tensor(values: Any, tensor: Tensor) -> Any:
+    """What a module gives with another first tensor; the original is not changed."""
+    if isinstance(values, Tensor):
+        return tensor
+    first = first_tensor(values)
+    if isinstance(values, Mapping):
+        changed: Any = copy.copy(values)
+        changed[next(key for key, value in values.items() if value is first)] = tensor
+        return changed
+    parts = [tensor if value is first else value for value in values]
+    return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:

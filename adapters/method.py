@@ -144,6 +144,7 @@ class Method(ABC):
         tied_in_files: Whether a layer of a file stands for those too that use the same weight in the same way, which
             have no entry of their own.
         files_have_buffers: Whether files hold the buffers of a layer beside the tensors, as copies of layers do.
+        rooted: Whether a model has one, where the method goes by default: files name no layer of it.
     """
 
     key: ClassVar[str]
@@ -156,6 +157,7 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     tied_in_files: ClassVar[bool] = False
     files_have_buffers: ClassVar[bool] = False
+    rooted: ClassVar[bool] = False
 
     # What it adapts
 

@@ -426,7 +426,10 @@ class Patch:
             if method.files_have_buffers and place.branch.parameter == "weight" and place.target is not None:
                 tensors = {**tensors, **_buffers(place.target)}
             own = {name: tensor.detach() for name, tensor in tensors.items()}
-            content[place.path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
+            path = "" if method.rooted else place.path
+            if path in content:
+                raise PatchStateError(f"A file holds one {type(method).__name__}, not another at {place.path}.")
+            content[path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
             for name, tensor in place.branch.shared_tensors().items():
                 if shared.setdefault(name, tensor) is not tensor:
                     raise AdapterError(
@@ -434,7 +437,9 @@ class Patch:
                         " make a patch for each set of hyperparameters."
                     )
         shared = {name: tensor.detach() for name, tensor in shared.items()}
-        return weights.AdapterFile(content, base_model=_base_model_name(self.model), shared=shared)
+        return weights.AdapterFile(
+            content, base_model=_base_model_name(self.model), shared=shared, task=_task(self.model)
+        )
 
     def save_pretrained(self, path: str | PathLike[str], format: str | None = None) -> Path:
         """Write it to files. Returns the path.
@@ -570,6 +575,9 @@ def load(
             raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
     everything = layers(model)
     found, missing, problems = find_layers(everything, file)
+    rooted = _rooted(model, file)
+    found += rooted
+    missing = [path for path in missing if path or not rooted]
     problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     restored, problems_of_layers = _restored(found, everything, file, trainable)
     problems += problems_of_layers
@@ -578,6 +586,18 @@ def load(
         mismatch += f", or for several: choose one with component=, out of {', '.join(file.components)}"
     _refuse(mismatch, problems)
     return Patch(name, model, restored, scale, freezes=trainable).inject()
+
+
+def _rooted(model: nn.Module, file: weights.AdapterFile) -> list[tuple[Layer, str]]:
+    """Where the adapter belongs that a file has for the whole model, if it has one."""
+    content = file.layers.get("")
+    if content is None or content.method not in METHODS:
+        return []
+    try:
+        chosen = select(model, {None: METHODS[content.method](**content.hyperparameters)}, None)
+    except TargetError as error:
+        raise LayerMismatchError(str(error)) from None
+    return [(layer, "") for (layer, *_), _ in chosen]
 
 
 def patches(model: nn.Module) -> dict[str, Patch]:
@@ -653,7 +673,7 @@ def _restored(
             if trainable:
                 method.check_training(layer.module, layer.parameter)
         except TargetError as problem:
-            problems.append(f"{path}: {problem}")
+            problems.append(f"{layer.path}: {problem}")
         else:
             sites.append((layer, path, method, site))
     shared = _shared((method, site) for *_, method, site in sites)
@@ -675,8 +695,8 @@ def _restored(
         uses[use] = branch, tensors
         if method.files_have_buffers:
             tensors, different = _without_buffers(tensors, layer.module)
-            problems += [f"{path}: {problem}" for problem in different]
-        problems += [f"{path}: {problem}" for problem in _fill(method.file_tensors(branch), tensors)]
+            problems += [f"{layer.path}: {problem}" for problem in different]
+        problems += [f"{layer.path}: {problem}" for problem in _fill(method.file_tensors(branch), tensors)]
         places.append(Place.of(layer, branch))
         if method.tied_in_files:
             others = [other for other in everything if not file.layers.keys() & {*other.paths}]
@@ -759,6 +779,21 @@ def _base_model_name(model: nn.Module) -> str | None:
         if isinstance(name, str) and name:
             return name
     return None
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def _task(model: nn.Module) -> str | None:
+    """What a transformers model is for, by the end of its class's name."""
+    name = type(model).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
 @contextlib.contextmanager

@@ -97,8 +97,7 @@ def layers(model: nn.Module) -> list[Layer]:
         path, parent, key, child = stack.pop()
         module = child.base if isinstance(child, Adapted) else child
         bare = [name for name, value in module._parameters.items() if value is not None and name != "weight"]
-        # Attention is a target by its parts.
-        for parameter in bare if isinstance(module, nn.MultiheadAttention) else ["weight", *bare]:
+        for parameter in ["weight", *bare]:
             layer = found.setdefault((id(module), parameter), Layer(module, parameter))
             layer.paths += [path if parameter == "weight" else f"{path}.{parameter}"]
             if (parent, key) not in layer.slots:
@@ -211,6 +210,11 @@ class _Selector:
         """Whether it matches a layer, or what makes a method choose it."""
         bare = layer.parameter != "weight"
         names = [] if bare and not layer.owners and not self._reaches_parameters else layer.names
+        # Torch's attention is a target by its parts, or as a whole for what changes no weights.
+        if method is not None and method.mergeable and isinstance(layer.module, nn.MultiheadAttention) and not bare:
+            names = []
+        if method is not None and not method.mergeable:
+            names = [name for name in names if name not in layer.owners]
         if method is not None and not method.chooses(layer.parameter):
             names = names if bare else []
         elif method is not None and (bare or method.within()):

@@ -35,10 +35,12 @@ class AdapterFile:
 
     Attributes:
         layers: Dotted path of each adapted layer in the base model, and its weights. A file for several models, such
-            as those of a pipeline, has the name of the model in front.
+            as those of a pipeline, has the name of the model in front. The path of an adapter that is for the whole
+            model is empty.
         base_model: The Hub id or path of the base model, where it is known.
         metadata: The text metadata of the safetensors header.
         shared: Tensors that all layers have in common, by name.
+        task: What the model is for, in PEFT's words, such as `"CAUSAL_LM"`, where it is known.
         flattened: Whether the paths have `_` in place of every `.`, except after the name of a model.
     """
 
@@ -46,6 +48,7 @@ class AdapterFile:
     base_model: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    task: str | None = None
     flattened: bool = False
 
     @property

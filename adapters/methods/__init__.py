@@ -7,6 +7,7 @@ from adapters.method import Method
 from adapters.methods.adalora import AdaLoRA
 from adapters.methods.bitfit import BitFit
 from adapters.methods.boft import BOFT, OutputBOFT
+from adapters.methods.bottleneck import Bottleneck
 from adapters.methods.c3a import C3A
 from adapters.methods.copied import Copy
 from adapters.methods.delora import DeLoRA
@@ -24,6 +25,8 @@ from adapters.methods.lycoris_glora import LycorisGLoRA
 from adapters.methods.miss import Bat, MiSS
 from adapters.methods.norm import NormTuning
 from adapters.methods.oft import OFT, DiagOFT
+from adapters.methods.prefix import PrefixTuning
+from adapters.methods.prompt import PromptTuning
 from adapters.methods.randlora import RandLoRA
 from adapters.methods.road import RoAd
 from adapters.methods.shira import SHiRA
@@ -38,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
         Bat,
         BitFit,
         BOFT,
+        Bottleneck,
         C3A,
         Copy,
         DeLoRA,
@@ -59,6 +63,8 @@ METHODS: dict[str, type[Method]] = {
         NormTuning,
         OFT,
         OutputBOFT,
+        PrefixTuning,
+        PromptTuning,
         RandLoRA,
         RoAd,
         SHiRA,
@@ -94,6 +100,7 @@ __all__ = [
     "AdaLoRA",
     "Bat",
     "BitFit",
+    "Bottleneck",
     "Copy",
     "DeLoRA",
     "DiagOFT",
@@ -111,6 +118,8 @@ __all__ = [
     "MiSS",
     "NormTuning",
     "OutputBOFT",
+    "PrefixTuning",
+    "PromptTuning",
     "RandLoRA",
     "RoAd",
     "SHiRA",

@@ -28,6 +28,7 @@ from adapters import (
     AdaLoRA,
     Bat,
     BitFit,
+    Bottleneck,
     Copy,
     DeLoRA,
     DiagOFT,
@@ -87,6 +88,15 @@ class Variant:
 
 # To rotate an embedding does not show in products of its rows.
 ROTATED = tuple(kind for kind in KINDS if kind != "weight read by the model")
+
+
+def called(path: str, module: nn.Module) -> bool:
+    """Layers, torch's attention among them, but no containers."""
+    return isinstance(module, nn.MultiheadAttention) or not list(module.children())
+
+
+CALLED = tuple(kind for kind in KINDS if kind != "weight read by the model")
+
 VARIANTS: dict[str, Variant] = {
     "lora": Variant(LoRA(rank=2, alpha=3)),
     "rslora": Variant(LoRA(rank=3, alpha=2, rslora=True)),
@@ -176,6 +186,10 @@ VARIANTS: dict[str, Variant] = {
         TrainableTokens((3, 0, 1)),
         layers=(*(kind for kind in KINDS if "embedding" in kind or "linear" in kind), "weight read by the model"),
         targets=lambda _, layer: isinstance(layer, nn.Embedding | nn.Linear),
+    ),
+    "bottleneck": Variant(Bottleneck(size=3, activation="gelu"), layers=CALLED, targets=called),
+    "parallel bottleneck": Variant(
+        Bottleneck(reduction=2, activation="tanh", parallel=True, scaling=2.0, norm=True), layers=CALLED, targets=called
     ),
 }
 

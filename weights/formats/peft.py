@@ -84,7 +84,7 @@ def read(path: Path) -> AdapterFile:
             (shared if where is None else named.setdefault(where, {}))[name] = tensors[key]
         else:
             others.append(key)
-    beside, stray = besides.layers(tensors, others, fields)
+    beside, stray = besides.layers(tensors, others, fields, grammar.prefix)
     _refuse(folder / TENSORS, [f"the key {key!r} is not expected" for key in stray])
     _refuse(folder / TENSORS, [] if named or beside else ["it has no adapter in it"])
     layers = {
@@ -92,7 +92,8 @@ def read(path: Path) -> AdapterFile:
         for where, own in named.items()
     }
     _refuse(folder, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
-    return AdapterFile({**layers, **beside}, fields["base_model_name_or_path"] or None, tensors.metadata, shared)
+    base, task = fields["base_model_name_or_path"] or None, fields.get("task_type")
+    return AdapterFile({**layers, **beside}, base, tensors.metadata, shared, task)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -111,7 +112,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         layers = dict(adapter.layers)  # PEFT has a type for this one alone too.
     beside = {where: layer for where, layer in adapter.layers.items() if where not in layers}
     grammar = _grammar_of(layers, beside, path)
-    more, settings, unfit = besides.write(beside, layers, grammar.type)
+    more, settings, unfit = besides.write(beside, layers, grammar)
     settings = {**_config_of(adapter, layers, grammar, path), **settings}
     problems = (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar), *unfit)
     _refuse(path, problems)
@@ -140,11 +141,12 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
     for name, whole in grammar.shared.items():
         if key == whole or (key.startswith(PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
-    if key.startswith(PREFIX):
-        for end, name in grammar.ends().items():
-            if key.endswith(f".{end}"):
-                where = key[len(PREFIX) : -len(end) - 1]
-                return besides.place_of(where, name) if grammar.whole else where, name
+    for end, name in grammar.ends().items():
+        if grammar.rooted and key == end:
+            return "", name
+        if not grammar.rooted and key.startswith(PREFIX) and key.endswith(f".{end}"):
+            where = key[len(PREFIX) : -len(end) - 1]
+            return besides.place_of(where, name) if grammar.whole else where, name
     return None
 
 
@@ -295,7 +297,7 @@ def _config_of(
         "task_type": None,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
-        "target_modules": _targets(layers, grammar),
+        **({} if grammar.rooted else {"target_modules": _targets(layers, grammar)}),
         **{name: allowed[0] for name, allowed in grammar.fixed.items()},
     }
     for hyperparameter, (name, default) in grammar.settings.items():

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import LayerWeights
+from weights.formats.peft_methods import Grammar
 
 PREFIX = "base_model.model."
 METHODS = ("copy", "trainable_tokens")
@@ -74,14 +75,14 @@ def problems(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def layers(
-    tensors: Mapping[str, Tensor], keys: Collection[str], fields: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], keys: Collection[str], fields: Mapping[str, Any], prefix: str
 ) -> tuple[dict[str, LayerWeights], list[str]]:
     """The layers that some keys of a file stand for, and the keys that are none."""
     named: dict[str, dict[str, Tensor]] = {}
     stray = []
     for key in keys:
-        module, _, name = key.removeprefix(PREFIX).rpartition(".")
-        if not key.startswith(PREFIX):
+        module, _, name = key.removeprefix(prefix).rpartition(".")
+        if not key.startswith(prefix):
             stray.append(key)
         elif key.endswith(_ROWS_END) and fields["trainable_token_indices"] is not None:
             named[module.removesuffix(".token_adapter")] = {name: tensors[key]}
@@ -115,14 +116,14 @@ def _layer(path: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) 
 
 
 def write(
-    besides: Mapping[str, LayerWeights], adapted: Collection[str], type_: str
+    besides: Mapping[str, LayerWeights], adapted: Collection[str], grammar: Grammar
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """The tensors and the settings of layers beside adapters, and why PEFT cannot hold them, if so.
 
     Args:
         besides: The layers.
         adapted: The paths of the layers that have adapters.
-        type_: PEFT's name for the method of these.
+        grammar: That of the method of these.
     """
     tokens = {path: layer for path, layer in besides.items() if layer.method == "trainable_tokens"}
     copies = {path: layer for path, layer in besides.items() if layer.method == "copy"}
@@ -130,18 +131,26 @@ def write(
     saved = {modules[path] for path, layer in copies.items() if not set(layer.tensors) <= set(_BIASES)}
     outer = sorted(module for module in saved if not _parents(module) & saved)
     biases = {module for module in modules.values() if not ({module} | _parents(module)) & saved}
-    tensors = {f"{PREFIX}{path}{_ROWS_END}": layer.tensors[_ROWS] for path, layer in tokens.items()}
+    tensors = {f"{grammar.prefix}{path}{_ROWS_END}": layer.tensors[_ROWS] for path, layer in tokens.items()}
     for path, layer in copies.items():
         module = modules[path]
         wrapped = ".base_layer" if module in adapted and module in biases else ""
-        tensors |= {f"{PREFIX}{module}{wrapped}.{name}": tensor for name, tensor in layer.tensors.items()}
+        tensors |= {f"{grammar.prefix}{module}{wrapped}.{name}": tensor for name, tensor in layer.tensors.items()}
     settings: dict[str, Any] = {"modules_to_save": outer or None}
     if biases:
-        settings["bias"] = f"{type_.lower()}_only" if biases <= set(adapted) else "all"
+        settings["bias"] = f"{grammar.type.lower()}_only" if biases <= set(adapted) else "all"
     if tokens:
         settings["trainable_token_indices"] = {path: layer.hyperparameters["tokens"] for path, layer in tokens.items()}
-    unfit = [f"{type_} has no biases beside it in PEFT's files"] if biases and type_ not in _WITH_BIASES else []
-    unfit += [f"{type_} has no tokens beside it in PEFT's files"] if tokens and type_ not in _WITH_TOKENS else []
+    unfit = (
+        [f"{grammar.type} has no biases beside it in PEFT's files"]
+        if biases and grammar.type not in _WITH_BIASES
+        else []
+    )
+    unfit += (
+        [f"{grammar.type} has no tokens beside it in PEFT's files"]
+        if tokens and grammar.type not in _WITH_TOKENS
+        else []
+    )
     unfit += [f"layer {path!r} has an adapter and is saved whole too" for path in sorted(saved & set(adapted))]
     return tensors, settings, unfit
 

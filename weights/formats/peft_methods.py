@@ -30,6 +30,7 @@ class Grammar:
         optional: Tensors that a layer may lack.
         shared: For each tensor that all layers have in common, its whole name in the file.
         shared_if: The setting that says whether those are in the file, by default true; None where they always are.
+        rooted: Whether there is one adapter for the whole model: its tensors have no path in their names.
         fixed: Settings that have to have one of these values, the first of which is written.
         whole: Whether its tensors are parameters of the layers, each in a place of its own, rather than adapters.
         inert: Settings that do not change what the saved tensors compute.
@@ -51,6 +52,7 @@ class Grammar:
     optional: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
     shared_if: str | None = None
+    rooted: bool = False
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     whole: bool = False
     inert: frozenset[str] = frozenset()
@@ -60,11 +62,18 @@ class Grammar:
     of_file: Callable[[AdapterFile], Settings] = lambda adapter: {}
     written: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
 
+    @property
+    def prefix(self) -> str:
+        """What names of layers begin with in the file."""
+        return "base_model." if self.rooted else "base_model.model."
+
     def key(self, path: str, name: str) -> str:
         """The name of a layer's tensor in the file."""
+        if self.rooted:
+            return self.tensors[name]
         if self.whole and name != "weight":
             path = path.removesuffix(f".{name}")
-        return f"base_model.model.{path}.{self.tensors[name]}"
+        return f"{self.prefix}{path}.{self.tensors[name]}"
 
     def ends(self) -> Mapping[str, str]:
         """The tensor that each end of a name stands for, the longest end first."""
@@ -161,6 +170,23 @@ def _lokr_problem(layer: LayerWeights) -> str | None:
 def _with_two_positions(name: str, tensor: Tensor) -> Tensor:
     """The kernel of a core has two dimensions, also that of a Conv1d."""
     return tensor.unsqueeze(-1) if name in ("hada_t1", "hada_t2", "lokr_t2") and tensor.ndim == 3 else tensor
+
+
+def _virtual_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the shape of the virtual tokens."""
+    shape = tuple(layer.tensors["prompt_embeddings"].shape)
+    number = layer.hyperparameters.get("num_virtual_tokens")
+    return None if len(shape) == 2 and shape[0] == number else f"{shape} for {number} virtual tokens"
+
+
+def _of_prompt(adapter: AdapterFile) -> Settings:
+    width = adapter.layers[""].tensors["prompt_embeddings"].shape[1]
+    return {"task_type": adapter.task, "token_dim": width}
+
+
+def _of_prefix(adapter: AdapterFile) -> Settings:
+    width, layers = _of_prompt(adapter)["token_dim"], adapter.layers[""].hyperparameters.get("num_layers")
+    return {"task_type": adapter.task, "token_dim": width // (2 * layers) if isinstance(layers, int) else width}
 
 
 _LORA_ENDS = {
@@ -553,6 +579,43 @@ GRAMMARS: tuple[Grammar, ...] = (
         settings={"tokens": ("token_indices", ())},
         tensors={"trainable_tokens_delta": "trainable_tokens_delta"},
         check=_tokens_problem,
+    ),
+    Grammar(
+        "prompt_tuning",
+        "PROMPT_TUNING",
+        settings={"num_virtual_tokens": ("num_virtual_tokens", 0)},
+        tensors={"prompt_embeddings": "prompt_embeddings"},
+        rooted=True,
+        fixed={"num_transformer_submodules": (1,)},
+        inert=frozenset(
+            {
+                "num_attention_heads",
+                "num_layers",
+                "prompt_tuning_init",
+                "prompt_tuning_init_text",
+                "token_dim",
+                "tokenizer_kwargs",
+                "tokenizer_name_or_path",
+            }
+        ),
+        check=_virtual_problem,
+        of_file=_of_prompt,
+    ),
+    Grammar(
+        "prefix_tuning",
+        "PREFIX_TUNING",
+        settings={
+            "num_virtual_tokens": ("num_virtual_tokens", 0),
+            "num_layers": ("num_layers", None),
+            "num_attention_heads": ("num_attention_heads", None),
+        },
+        tensors={"prompt_embeddings": "prompt_embeddings"},
+        rooted=True,
+        fixed={"num_transformer_submodules": (1,)},
+        # Files hold what the network of a projection makes, and nothing of the network.
+        inert=frozenset({"encoder_hidden_size", "prefix_projection", "token_dim"}),
+        check=_virtual_problem,
+        of_file=_of_prefix,
     ),
 )
 """Every method that PEFT's files can hold."""

@@ -1,0 +1,91 @@
+"""Prompt tuning: trained embeddings in front of those of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapters.branch import Branch
+from adapters.errors import AdapterError, TargetError
+from adapters.layers import first_tensor, with_first_tensor
+from adapters.method import Site
+from adapters.methods.virtual import VirtualTokens, caches, mark
+
+
+@dataclass(frozen=True)
+class PromptTuning(VirtualTokens):
+    """A trained prompt for a language model of transformers: embeddings in front of those of its tokens.
+
+    The transformer sees a longer text; what it gives for the prompt is cut off, so that logits and labels are those of
+    the text. A pooled output, such as that of BERT, is of the first position: of the prompt, as in PEFT.
+
+    Args:
+        num_virtual_tokens: How many embeddings.
+        text: Ids of the tokens to start as, repeated as often as need be. By default the start is random tokens of the
+            vocabulary.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "prompt_tuning"
+    paper = "arXiv:2104.08691"
+    formula = "f([P, embed(tokens)]), without the first positions"
+
+    text: tuple[int, ...] = ()
+
+    def shape(self, transformer: nn.Module) -> tuple[int, ...]:
+        embedding: Any = transformer.get_input_embeddings()  # type: ignore[operator]
+        return embedding.num_embeddings, embedding.embedding_dim
+
+    def check_site(self, site: Site) -> None:
+        if any(not 0 <= token < site.shape[0] for token in self.text):
+            raise TargetError(f"{site.path} has no tokens beyond {site.shape[0] - 1}: choose others for text=.")
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        tokens = torch.randint(site.shape[0], (self.num_virtual_tokens,))
+        if self.text:
+            tokens = torch.tensor(self.text).repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
+        embedding: Any = site.layer.get_input_embeddings()  # type: ignore[operator]
+        with torch.no_grad():
+            start = embedding(tokens.to(embedding.weight.device))
+        return {"prompt_embeddings": start.to(site.device, site.dtype, copy=True)}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {"num_virtual_tokens": self.num_virtual_tokens}
+
+    def begin(self, branch: Branch, layer: Callable[..., Any], scale: float, given: dict[str, Any], seen: int) -> Any:
+        number, tokens = self.num_virtual_tokens, given.pop("input_ids", None)
+        embeddings = given.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = branch.layer.get_input_embeddings()(tokens)  # type: ignore[operator]
+        prompt = (branch.prompt_embeddings * scale).to(embeddings).expand(len(embeddings), -1, -1)
+        given["inputs_embeds"] = torch.cat([prompt, embeddings], 1)
+        if (positions := given.get("position_ids")) is not None:
+            if positions.ndim != 2:
+                raise AdapterError("PromptTuning needs position_ids of shape (batch, tokens), or none.")
+            first = torch.arange(seen, seen + number, device=positions.device).expand(len(positions), -1)
+            given["position_ids"] = torch.cat([first, positions], 1)
+        if (types := given.get("token_type_ids")) is not None:
+            if not getattr(branch.layer.config, "type_vocab_size", 0):
+                raise AdapterError(f"A {type(branch.layer).__name__} has no type of token for a prompt: give it none.")
+            given["token_type_ids"] = torch.cat([types.new_zeros(len(types), number), types], 1)
+        output = layer(**given)
+        for cache in caches(given, output):
+            mark(cache, branch, number)
+        return _without(output, number)
+
+
+def _without(output: Any, number: int) -> Any:
+    """What a transformer gives without its first positions."""
+    output = with_first_tensor(output, cast(Tensor, first_tensor(output))[:, number:])
+    if isinstance(output, Mapping):
+        if output.get("router_logits") is not None:
+            raise AdapterError("PromptTuning cannot tell the router's scores of the prompt from those of the text.")
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(states[:, number:] for states in output["hidden_states"])  # type: ignore
+    return output
