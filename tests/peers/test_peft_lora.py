@@ -369,7 +369,7 @@ def trained_together(model: nn.Module, steps: int, **schedule: Any) -> Iterator[
     trained = [p for name, p in theirs.named_parameters() if p.requires_grad and "ranknum" not in name]
     optimizers = [torch.optim.Adam(parameters, lr=0.02) for parameters in (trained, patch.parameters())]
     for number in range(steps):
-        x = torch.randn(6, 6, dtype=torch.float64)
+        x = torch.randn(6, 6, dtype=torch.float64) * 10 ** torch.randn(6, dtype=torch.float64)  # Gradients that differ.
         for run, optimizer in zip((theirs, model), optimizers, strict=True):
             optimizer.zero_grad()
             run(x).square().mean().backward()
@@ -385,7 +385,7 @@ def trained_together(model: nn.Module, steps: int, **schedule: Any) -> Iterator[
         {"target_rank": 1},
         {"target_rank": 2, "warmup": 2, "final": 4},
         {"target_rank": 1, "interval": 3},
-        {"target_rank": 1, "beta1": 0.3, "beta2": 0.95},
+        {"target_rank": 1, "warmup": 6, "beta1": 0.3, "beta2": 0.95},
     ],
 )
 def test_the_allocator_prunes_what_is_pruned_there_step_by_step(schedule: dict[str, Any], tmp_path: Path) -> None:
