@@ -19,6 +19,7 @@ from weights.errors import FileFormatError
 from weights.files import open_tensors, save
 from weights.formats.lycoris_methods import GRAMMARS, Grammar
 
+METHODS = frozenset(grammar.method for grammar in GRAMMARS)
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
 METHODS = frozenset(grammar.method for grammar in GRAMMARS)
 
