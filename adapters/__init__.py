@@ -23,7 +23,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.method import Method, Site
-from adapters.methods import Copy, FourierFT, LoRA, RandLoRA, SHiRA, VBLoRA, VeRA
+from adapters.methods import Copy, FourierFT, GraLoRA, LoRA, RandLoRA, SHiRA, VBLoRA, VeRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Branch",
     "Copy",
     "FourierFT",
+    "GraLoRA",
     "LayerMismatchError",
     "LoRA",
     "Method",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from adapters.method import Method
 from adapters.methods.copied import Copy
 from adapters.methods.fourierft import FourierFT
+from adapters.methods.gralora import GraLoRA
 from adapters.methods.lora import LoRA
 from adapters.methods.randlora import RandLoRA
 from adapters.methods.shira import SHiRA
@@ -17,6 +18,7 @@ METHODS: Mapping[str, type[Method]] = {
         LoRA,
         Copy,
         FourierFT,
+        GraLoRA,
         RandLoRA,
         SHiRA,
         VBLoRA,
@@ -29,6 +31,7 @@ __all__ = [
     "METHODS",
     "Copy",
     "FourierFT",
+    "GraLoRA",
     "LoRA",
     "RandLoRA",
     "SHiRA",

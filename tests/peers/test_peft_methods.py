@@ -142,6 +142,9 @@ CASES: dict[str, Case] = {
         LINEAR_MAPS,
         1e-5,
     ),
+    "gralora": Case(configured(peft.GraloraConfig, r=4, alpha=5), LINEAR_MAPS),
+    "gralora of one block": Case(configured(peft.GraloraConfig, r=3, alpha=5, gralora_k=1), LINEAR_MAPS),
+    "hybrid gralora": Case(configured(peft.GraloraConfig, r=2, alpha=5, hybrid_r=3), LINEAR_MAPS),
     "shira": Case(configured(peft.ShiraConfig, r=1), (*LINEARS, "several linears")),
     "shira from a seed": Case(configured(peft.ShiraConfig, r=2, random_seed=3), (*LINEARS, "several linears")),
 }
