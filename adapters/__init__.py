@@ -28,6 +28,7 @@ from adapters.initialize import initialize
 from adapters.method import Method, Site
 from adapters.methods import *
 from adapters.methods import __all__ as _methods
+from adapters.methods import Copy, FourierFT, GraLoRA, LoRA, RandLoRA, SHiRA, VBLoRA, VeRA
 from adapters.patch import Patch, inject, load, patches
 
 __all__ = [
@@ -35,6 +36,9 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Branch",
+    "Copy",
+    "FourierFT",
+    "GraLoRA",
     "LayerMismatchError",
     "Method",
     "Patch",

@@ -20,6 +20,7 @@ from adapters.methods.hra import HRA
 from adapters.methods.ia3 import IA3
 from adapters.methods.loha import DoHa, LoHa
 from adapters.methods.lokr import DoKr, LoKr
+from adapters.methods.gralora import GraLoRA
 from adapters.methods.lora import LoRA
 from adapters.methods.lycoris_glora import LycorisGLoRA
 from adapters.methods.miss import Bat, MiSS
@@ -65,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
         OutputBOFT,
         PrefixTuning,
         PromptTuning,
+        GraLoRA,
         RandLoRA,
         RoAd,
         SHiRA,
@@ -113,6 +115,7 @@ __all__ = [
     "HiRA",
     "LoHa",
     "LoKr",
+    "GraLoRA",
     "LoRA",
     "LycorisGLoRA",
     "MiSS",

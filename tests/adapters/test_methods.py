@@ -55,6 +55,7 @@ from adapters import (
     VBLoRA,
     VeRA,
 )
+from adapters import Copy, FourierFT, GraLoRA, LoRA, Method, RandLoRA, SHiRA, TargetError, VBLoRA, VeRA
 from tests.adapters.models import snapshot
 from tests.adapters.test_layers import KINDS as LAYERS
 from tests.adapters.test_layers import floats, wrapped
@@ -176,6 +177,9 @@ VARIANTS: dict[str, Variant] = {
     "vblora of pieces of one": Variant(VBLoRA(rank=2, num_vectors=7, vector_length=1, topk=3), starts_at=0.02),
     "fourierft": Variant(FourierFT(n_frequency=6)),
     "fourierft of one frequency": Variant(FourierFT(n_frequency=1, scaling=30.0, seed=1)),
+    "gralora": Variant(GraLoRA(rank=2, alpha=3, blocks=1)),
+    "gralora of blocks": Variant(GraLoRA(rank=4, alpha=3)),
+    "hybrid gralora": Variant(GraLoRA(rank=2, hybrid_rank=1)),
     "shira": Variant(SHiRA(rank=1)),
     "shira from a seed": Variant(SHiRA(rank=1, seed=4)),
     "full": Variant(Full()),

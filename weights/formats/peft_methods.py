@@ -467,6 +467,24 @@ GRAMMARS: tuple[Grammar, ...] = (
         of_layer=lambda config, path, tensors: {"n_frequency": tensors["fourierft_spectrum"].shape[-1]},
     ),
     Grammar(
+        "gralora",
+        "GRALORA",
+        settings={
+            "rank": ("r", 32),
+            "alpha": ("alpha", 64.0),
+            "blocks": ("gralora_k", 2),
+            "hybrid_rank": ("hybrid_r", 0),
+        },
+        tensors={
+            "gralora_A": "gralora_A",
+            "gralora_B": "gralora_B",
+            "gralora_A_general": "gralora_A_general.weight",
+            "gralora_B_general": "gralora_B_general.weight",
+        },
+        optional=frozenset({"gralora_A_general", "gralora_B_general"}),
+        inert=frozenset({"gralora_dropout"}),
+    ),
+    Grammar(
         "randlora",
         "RANDLORA",
         settings={

@@ -1,0 +1,87 @@
+"""GraLoRA: each block of the weight has a low-rank update of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.branch import Tensors
+from adapters.errors import TargetError
+from adapters.forms import LowRank
+from adapters.method import Site, need, need_alpha, need_count, need_rank
+
+
+@dataclass(frozen=True)
+class GraLoRA(LowRank):
+    """Granular low-rank adaptation.
+
+    The weight is cut into `blocks` times `blocks` parts, each with an update of the rank `rank / blocks`. So there are
+    as many tensors to train as in LoRA of the same rank, and the rank of the whole is `blocks` times as high.
+
+    Args:
+        rank: The sum of the ranks in a row or a column of blocks. A multiple of `blocks`.
+        alpha: The strength, `rank` when it is None. The update is scaled by `alpha / (rank + hybrid_rank)`.
+        blocks: Into how many parts inputs and outputs are cut. The sides of every weight are multiples of it.
+        hybrid_rank: The rank of an ordinary LoRA beside the blocks, 0 for none.
+
+    Raises:
+        AdapterError: A number is out of its range.
+    """
+
+    key = "gralora"
+    paper = "arXiv:2505.20355"
+    formula = "W + s [Bᵢⱼ Aᵢⱼ], with s = alpha / rank"
+    kinds = frozenset({"linear", "convolution", "embedding", "stack"})
+    fast = frozenset({"gralora_B", "gralora_B_general"})
+
+    rank: int = 32
+    alpha: float | None = None
+    blocks: int = 2
+    hybrid_rank: int = 0
+
+    def __post_init__(self) -> None:
+        need_rank(self)
+        need_alpha(self)
+        need_count(self, "blocks")
+        need(self.rank % self.blocks == 0, self, f"a rank that is a multiple of blocks={self.blocks}", self.rank)
+        hybrid = isinstance(self.hybrid_rank, int) and self.hybrid_rank >= 0
+        need(hybrid, self, "a hybrid_rank that is an integer of 0 or more", self.hybrid_rank)
+
+    @property
+    def scaling(self) -> float:
+        """`s` of the formula."""
+        return (self.rank if self.alpha is None else self.alpha) / (self.rank + self.hybrid_rank)
+
+    def check_site(self, site: Site) -> None:
+        outputs, inputs = site.shape[-2:]
+        if outputs % self.blocks or inputs % self.blocks:
+            raise TargetError(
+                f"{site.path} is {outputs} × {inputs}, not multiples of blocks={self.blocks}: choose a number that"
+                " divides both, or exclude the layer."
+            )
+
+    def tensors(self, site: Site) -> dict[str, Tensor]:
+        *stack, outputs, inputs = site.shape
+        width, height = inputs // self.blocks, outputs // self.blocks
+        tensors = {
+            "gralora_A": site.uniform(*stack, self.blocks, width, self.rank, bound=width**-0.5),
+            "gralora_B": site.zeros(*stack, self.blocks, self.rank, height),
+        }
+        if self.hybrid_rank:
+            tensors["gralora_A_general"] = site.uniform(*stack, self.hybrid_rank, inputs, bound=inputs**-0.5)
+            tensors["gralora_B_general"] = site.zeros(*stack, outputs, self.hybrid_rank)
+        return tensors
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        # Of block i of the outputs and j of the inputs, the tensors hold A[j] and B[i]: its part of the rank, r, is
+        # the i-th of A[j] and the j-th of B[i]. Elsewhere in its rows and columns are zeros.
+        parts = (self.blocks, self.rank // self.blocks)
+        here = torch.eye(self.blocks, dtype=t.gralora_A.dtype, device=t.gralora_A.device)
+        down = torch.einsum("...jwir,jJ->...ijrJw", t.gralora_A.unflatten(-1, parts), here)
+        up = torch.einsum("...ijrh,iI->...Ihijr", t.gralora_B.unflatten(-2, parts), here)
+        down, up = down.flatten(-2).flatten(-4, -2), up.flatten(-3).flatten(-3, -2)
+        if self.hybrid_rank:
+            down, up = torch.cat([down, t.gralora_A_general], -2), torch.cat([up, t.gralora_B_general], -1)
+        return up * self.scaling, down
