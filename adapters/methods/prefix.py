@@ -15,7 +15,6 @@ from adapters.errors import AdapterError, TargetError
 from adapters.method import Method, Site, need
 from adapters.methods.virtual import VirtualTokens, mark, tokens_of
 
-
 # Settings of models whose keys or values have other heads or features than usual ones.
 _OWN_SHAPES = ("num_kv_heads", "qk_rope_head_dim")
 
