@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import AdapterError, RowsError, TargetError
-from adapters.layers import first_tensor
+from adapters.layers import first_tensor, rebuilt
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
@@ -79,30 +79,14 @@ class Rows:
         if size != block * self.count and not shared:
             raise RowsError(f"rows= names {self.count} rows, but a layer was given a batch of {size}: name each.")
 
-        def take(name: str, value: Any, index: Tensor) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(take(name, part, index) for part in value)
-            if isinstance(value, dict):
-                return {key: take(key, part, index) for key, part in value.items()}
-            if not isinstance(value, Tensor):
-                if hasattr(value, "update"):  # Such as a cache, which would hold the rows of each choice in turn.
-                    raise RowsError(f"rows= cannot divide a {type(value).__name__} into rows.")
-                return value
-            index = index.to(value.device)
-            if name == "attn_mask":  # Shared when it has no batch; else (batch * heads, queries, keys).
-                return value.unflatten(0, (size, -1))[index].flatten(0, 1) if value.ndim == 3 else value
-            batch = 0 if name == "key_padding_mask" else dim
-            fits = value.ndim > batch and value.shape[batch] == size
-            return value.index_select(batch, index) if fits else value
-
         outputs, taken = [], []
         ours = [patch for patch, choice in (current() or {}).items() if choice is self]
         for weights, rows in self.groups:
             index = (
                 torch.zeros(1, dtype=torch.long) if shared else (rows[:, None] * block + torch.arange(block)).flatten()
             )
-            some = [take("", value, index) for value in args]
-            named = {name: take(name, value, index) for name, value in kwargs.items()}
+            some = _take(args, index, size, dim)
+            named = _take(kwargs, index, size, dim)
             with choosing({**dict.fromkeys(ours, 0.0), **weights}):  # For adapted layers inside of this one.
                 outputs.append(compose(weights)(*some, **named))
             _check(outputs[-1], dim, len(index))
@@ -112,6 +96,24 @@ class Rows:
 
 
 _ATTENTION_INPUTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
+
+
+def _take(value: Any, index: Tensor, size: int, dim: int, name: str = "") -> Any:
+    """Some rows of an input, or of those in a tuple, a list or a dict; what has not `size` rows belongs to all."""
+    if isinstance(value, (tuple, list)):
+        return rebuilt(value, [_take(part, index, size, dim, name) for part in value])
+    if type(value) is dict:
+        return {key: _take(part, index, size, dim, key) for key, part in value.items()}
+    if not isinstance(value, Tensor):
+        if hasattr(value, "update"):  # Such as a cache, which each choice would fill with its own rows.
+            raise RowsError(f"rows= cannot divide a {type(value).__name__} into rows.")
+        return value
+    index = index.to(value.device)
+    if name == "attn_mask":  # Shared when it has no batch; else (batch * heads, queries, keys).
+        return value.unflatten(0, (size, -1))[index].flatten(0, 1) if value.ndim == 3 else value
+    batch = 0 if name == "key_padding_mask" else dim
+    fits = value.ndim > batch and value.shape[batch] == size
+    return value.index_select(batch, index) if fits else value
 
 
 def _check(output: Any, dim: int, size: int) -> None:

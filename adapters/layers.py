@@ -132,7 +132,11 @@ def with_first_tensor(values: Any, tensor: Tensor) -> Any:
         changed: Any = copy.copy(values)
         changed[next(key for key, value in values.items() if value is first)] = tensor
         return changed
-    parts = [tensor if value is first else value for value in values]
+    return rebuilt(values, [tensor if value is first else value for value in values])
+
+
+def rebuilt(values: Any, parts: list[Any]) -> Any:
+    """A tuple or a list of the kind of another one."""
     return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
 
 

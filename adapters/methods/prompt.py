@@ -66,8 +66,9 @@ class PromptTuning(VirtualTokens):
         prompt = (branch.prompt_embeddings * scale).to(embeddings).expand(len(embeddings), -1, -1)
         given["inputs_embeds"] = torch.cat([prompt, embeddings], 1)
         if (positions := given.get("position_ids")) is not None:
-            if positions.ndim != 2:
-                raise AdapterError("PromptTuning needs position_ids of shape (batch, tokens), or none.")
+            # Models that number positions by their padding begin at another number.
+            if positions.ndim != 2 or hasattr(getattr(branch.layer, "embeddings", None), "padding_idx"):
+                raise AdapterError("PromptTuning needs position_ids of shape (batch, tokens) that begin at 0, or none.")
             first = torch.arange(seen, seen + number, device=positions.device).expand(len(positions), -1)
             given["position_ids"] = torch.cat([first, positions], 1)
         if (types := given.get("token_type_ids")) is not None:

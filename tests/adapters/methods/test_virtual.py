@@ -12,7 +12,16 @@ import transformers
 from torch import Tensor, nn
 
 import adapters
-from adapters import AdapterError, LoRA, PatchStateError, PrefixTuning, PromptTuning, RowsError, TargetError
+from adapters import (
+    AdapterError,
+    LayerMismatchError,
+    LoRA,
+    PatchStateError,
+    PrefixTuning,
+    PromptTuning,
+    RowsError,
+    TargetError,
+)
 from tests.adapters.models import perturb, snapshot
 from tests.adapters.pretrained import build
 
@@ -281,6 +290,36 @@ def test_inputs_that_do_not_fit_are_refused(kind: adapters.Method) -> None:
         model.gradient_checkpointing_enable()
         with pytest.raises(AdapterError, match="which gradient checkpointing does without"):
             model.train()(TOKENS)
+
+
+def test_positions_that_begin_at_another_number_are_refused() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(vocab_size=20, **sizes)).eval()
+    adapters.inject(model, PromptTuning(3))
+    model(TOKENS)
+    with pytest.raises(AdapterError, match="that begin at 0, or none"):
+        model(TOKENS, position_ids=torch.arange(2, 8).expand(4, -1))
+
+
+@pytest.mark.parametrize("kind", [PromptTuning(3), PrefixTuning(3)], ids=str)
+def test_files_for_another_model_are_refused(kind: adapters.Method, tmp_path: Path) -> None:
+    model = build("gpt2").model
+    adapters.inject(model, kind).save_pretrained(tmp_path)
+    with pytest.raises(LayerMismatchError, match="it is no model of transformers"):
+        adapters.load(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    with pytest.raises(LayerMismatchError, match="it has an encoder and a decoder"):
+        adapters.load(build("t5").model, tmp_path)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes))
+    with pytest.raises(LayerMismatchError, match=r"model(: prompt_embeddings is \(3, 16\)| has a num_layers of 1)"):
+        adapters.load(other, tmp_path)
+
+
+def test_a_file_holds_one() -> None:
+    model = nn.ModuleDict({"one": build("bert").model.bert, "two": build("bert").model.bert})
+    patch = adapters.inject(model, PromptTuning(3), ["one", "two"])
+    with pytest.raises(PatchStateError, match="A file holds one PromptTuning, not another at two"):
+        patch.adapter_file()
 
 
 def test_scores_of_a_router_are_refused() -> None:
