@@ -114,8 +114,8 @@ MORE_ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ia3": {"ia3 of inputs": {"network_module": "ia3", "lora_dim": 2, "alpha": 3, "train_on_input": True}},
 }
-for method, algorithms in MORE_ALGORITHMS.items():
-    ALGORITHMS |= algorithms if method in METHODS else {}
+for algorithms in MORE_ALGORITHMS.values():
+    ALGORITHMS |= algorithms
 
 # What LyCORIS saves and cannot make a network of again: it takes the wrong axis of a transposed factor for the rank, or
 # guesses the shape of the first factor from those of all, and copies tensors into others of another shape; and it hands
