@@ -25,20 +25,17 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.initialize import initialize
+from adapters.loading import load
 from adapters.method import Method, Site
 from adapters.methods import *
 from adapters.methods import __all__ as _methods
-from adapters.methods import Copy, FourierFT, GraLoRA, LoRA, RandLoRA, SHiRA, VBLoRA, VeRA
-from adapters.patch import Patch, inject, load, patches
+from adapters.patch import Patch, inject, patches
 
 __all__ = [
     "Adapted",
     "Adapter",
     "AdapterError",
     "Branch",
-    "Copy",
-    "FourierFT",
-    "GraLoRA",
     "LayerMismatchError",
     "Method",
     "Patch",

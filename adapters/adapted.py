@@ -18,7 +18,7 @@ from adapters.layers import is_plain, is_stored, read_weight, substitute
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
-Made = dict[object, nn.Parameter]
+Made = dict[object, "nn.Parameter | None"]
 """Weights with branches folded in, by what they were made of."""
 
 
@@ -221,7 +221,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
                 weights = adapted_weights({name: own[name] for name in keys}, branches)
             for name, key in keys.items():
                 like = own[name] if own[name] is not None else own[branches[0][0].parameter]
-                made[key] = nn.Parameter(cast(Tensor, weights[name]).contiguous(), cast(Tensor, like).requires_grad)
+                made[key] = _parameter(weights[name], like)
         return {name: made[key] for name, key in keys.items()}
 
     # Transparency
@@ -331,6 +331,10 @@ def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[st
         like = own[name]
         weights[name] = None if result is None else result.to(dtype if like is None else like.dtype)
     return weights
+
+
+def _parameter(value: Tensor | None, like: Tensor | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value.contiguous(), like is not None and like.requires_grad)
 
 
 def _widened(weight: Tensor) -> Tensor:

@@ -90,9 +90,9 @@ class Branch(fl.Chain):
         tensors, matrix = self.values(weight.dtype), self.matrix.read(weight)
         changed[self.parameter] = self.matrix.write(self.method.change(matrix, tensors, scale), like=weight)
         for name in self.names[1:]:
-            bias = weights[name]
-            bias = matrix.new_zeros(matrix.shape[-2]) if bias is None else bias
-            changed[name] = bias.lerp(self.method.update_bias(bias, matrix, tensors), scale)
+            bias, updated = weights[name], self.method.update_bias(weights[name], matrix, tensors)
+            if updated is not None:
+                changed[name] = (torch.zeros_like(updated) if bias is None else bias).lerp(updated, scale)
         return changed
 
     def tensors(self) -> dict[str, Tensor]:

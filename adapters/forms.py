@@ -6,7 +6,7 @@ And the decomposition of a weight into lengths and directions, which goes with s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +68,14 @@ class OutputMap(Method):
         raise NotImplementedError
 
     def names(self, site: Site) -> tuple[str, ...]:
-        return (site.parameter, cast(str, site.bias_name)) if site.has_bias else (site.parameter,)
+        # Also where there is no bias: another branch may add one.
+        return (site.parameter,) if site.bias_name is None else (site.parameter, site.bias_name)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return self.map(weight.mT, t).mT
 
-    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
-        return self.map(bias, t)
+    def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
+        return None if bias is None else self.map(bias, t)
 
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return True

@@ -110,6 +110,12 @@ def is_plain(layer: nn.Module) -> bool:
     return is_stored(layer, "weight") and getattr(layer, "max_norm", None) is None
 
 
+def buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a layer that a state dict has, by name."""
+    left_out = layer._non_persistent_buffers_set
+    return {name: buffer for name, buffer in layer._buffers.items() if buffer is not None and name not in left_out}
+
+
 def features_dim(layer: nn.Module) -> int:
     """The dimension of a layer's output that has the rows of its matrix."""
     return -1 - len(layer.kernel_size) if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) else -1

@@ -249,8 +249,8 @@ class Method(ABC):
         """
         raise NotImplementedError
 
-    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
-        """What becomes of the bias, of shape `(outputs,)`: zeros where the layer has none."""
+    def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
+        """What becomes of the bias, of shape `(outputs,)`, or of there being none."""
         return bias
 
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:

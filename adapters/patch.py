@@ -22,12 +22,10 @@ import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
-from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
-from adapters.layers import is_stored
-from adapters.matching import find_layers
+from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError
+from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
-from adapters.methods import METHODS
-from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select
+from adapters.targets import Layer, Pattern, Patterns, as_rules, select
 
 _numbers = itertools.count()
 _known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
@@ -231,7 +229,7 @@ class Patch:
             for name in own.keys() & state_dict.keys()
             if state_dict[name].shape != own[name].shape
         ]
-        _refuse(f"The tensors do not fit the patch {self.name!r}", problems)
+        refuse(f"The tensors do not fit the patch {self.name!r}", problems)
         merged = self.merged
         if merged:
             self.unmerge()
@@ -424,7 +422,7 @@ class Patch:
                 continue
             method, tensors = place.branch.method.saved(place.branch)
             if method.files_have_buffers and place.branch.parameter == "weight" and place.target is not None:
-                tensors = {**tensors, **_buffers(place.target)}
+                tensors = {**tensors, **buffers(place.target)}
             own = {name: tensor.detach() for name, tensor in tensors.items()}
             path = "" if method.rooted else place.path
             if path in content:
@@ -527,77 +525,13 @@ def _new_places(
     for ((layer, *_), method), site in zip(chosen, sites, strict=True):
         method.check_site(site)
         method.check_training(layer.module, layer.parameter)
-    shared = _shared(zip((method for _, method in chosen), sites, strict=True))
+    shared = share(zip((method for _, method in chosen), sites, strict=True))
     places: list[Place] = []
     for ((layer, *tied), method), site in zip(chosen, sites, strict=True):
         branch = build(method, site, shared[method])
         places.append(Place.of(layer, branch))
-        places += [Place.of(other, _tied_to(branch)) for other in tied]
+        places += [Place.of(other, tied_to(branch)) for other in tied]
     return places
-
-
-def load(
-    model: nn.Module,
-    source: str | PathLike[str],
-    *,
-    name: str | None = None,
-    scale: float = 1.0,
-    component: str | None = None,
-    revision: str | None = None,
-    strict: bool = True,
-    trainable: bool = False,
-) -> Patch:
-    """Put an adapter from a file into a model. The format of the file is recognised.
-
-    Args:
-        model: The base model.
-        source: A folder, a file, or the id of a repository on the Hub.
-        name: The name of the patch, by default the last part of the source.
-        scale: How strongly it acts.
-        component: The part to load of a file that is for several models, such as `"unet"` or `"text_encoder_2"`. By
-            default everything, in a model that has the others by their names, or from a file that is for one.
-        revision: Branch, tag or commit, for a repository on the Hub.
-        strict: Raise when the file has layers that the model does not have. Otherwise they are left out.
-        trainable: Leave the tensors trainable and freeze the base.
-
-    Raises:
-        LayerMismatchError: The file does not fit the model: the message lists where.
-        PatchNameError: The name is in use.
-        weights.WeightsError: The source cannot be read.
-    """
-    name = name or Path(source).name.removesuffix(".safetensors") or "default"
-    check_name(model, name)
-    file = weights.read_adapter(source, revision=revision)
-    if component is not None:
-        whole, file = file, file.part(component)
-        if not file.layers:
-            parts = ", ".join(whole.components) or "none"
-            raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
-    everything = layers(model)
-    found, missing, problems = find_layers(everything, file)
-    rooted = _rooted(model, file)
-    found += rooted
-    missing = [path for path in missing if path or not rooted]
-    problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
-    restored, problems_of_layers = _restored(found, everything, file, trainable)
-    problems += problems_of_layers
-    mismatch = f"{source} is for another model"
-    if file.flattened and len(file.components) > 1:
-        mismatch += f", or for several: choose one with component=, out of {', '.join(file.components)}"
-    _refuse(mismatch, problems)
-    return Patch(name, model, restored, scale, freezes=trainable).inject()
-
-
-def _rooted(model: nn.Module, file: weights.AdapterFile) -> list[tuple[Layer, str]]:
-    """Where the adapter belongs that a file has for the whole model, if it has one."""
-    content = file.layers.get("")
-    if content is None or content.method not in METHODS:
-        return []
-    try:
-        chosen = select(model, {None: METHODS[content.method](**content.hyperparameters)}, None)
-    except TargetError as error:
-        raise LayerMismatchError(str(error)) from None
-    return [(layer, "") for (layer, *_), _ in chosen]
 
 
 def patches(model: nn.Module) -> dict[str, Patch]:
@@ -630,7 +564,7 @@ def find(model: nn.Module, name: str) -> Patch:
     return known[name]
 
 
-def _shared(sites: Iterable[tuple[Method, Site]]) -> dict[Method, dict[str, Tensor]]:
+def share(sites: Iterable[tuple[Method, Site]]) -> dict[Method, dict[str, Tensor]]:
     """What the weights of each method have in common."""
     by_method: dict[Method, list[Site]] = {}
     for method, site in sites:
@@ -647,112 +581,11 @@ def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
     return branch
 
 
-def _tied_to(branch: Branch) -> Branch:
+def tied_to(branch: Branch) -> Branch:
     """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
     twin = branch.structural_copy()
     twin.tied = True
     return twin
-
-
-def _restored(
-    found: Sequence[tuple[Layer, str]], everything: Sequence[Layer], file: weights.AdapterFile, trainable: bool
-) -> tuple[list[Place], list[str]]:
-    """Branches as a file has them, in their places, and what does not fit."""
-    problems: list[str] = []
-    sites: list[tuple[Layer, str, Method, Site]] = []
-    for layer, path in found:
-        content = file.layers[path]
-        try:
-            if content.method not in METHODS:
-                raise TargetError(f"its method {content.method!r} is not known here")
-            method = METHODS[content.method](**content.hyperparameters)
-            if method.matrix(layer.module, layer.parameter) is None:
-                raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
-            site = Site.of(layer, method, None, None, own=True)
-            method.check_site(site)
-            if trainable:
-                method.check_training(layer.module, layer.parameter)
-        except TargetError as problem:
-            problems.append(f"{layer.path}: {problem}")
-        else:
-            sites.append((layer, path, method, site))
-    shared = _shared((method, site) for *_, method, site in sites)
-    for common in shared.values():
-        given = {name: file.shared[name] for name in common if name in file.shared}
-        if len(given) < len(common) and file.layers.keys() > {path for _, path in found}:
-            names = ", ".join(common.keys() - given.keys())
-            problems.append(f"{names} is not in the file, and depends on the layers that are not in the model")
-        problems += _fill({name: common[name] for name in given}, given)
-    places: list[Place] = []
-    uses: dict[object, tuple[Branch, Mapping[str, Tensor]]] = {}
-    for layer, path, method, site in sites:
-        use, tensors = (method, layer.use(method)), file.layers[path].tensors
-        first, same = uses.get(use, (None, tensors))
-        if first is not None and _equal(tensors, same):  # They were tied when the file was made.
-            places.append(Place.of(layer, _tied_to(first)))
-            continue
-        branch = build(method, site, shared[method])
-        uses[use] = branch, tensors
-        if method.files_have_buffers:
-            tensors, different = _without_buffers(tensors, layer.module)
-            problems += [f"{layer.path}: {problem}" for problem in different]
-        problems += [f"{layer.path}: {problem}" for problem in _fill(method.file_tensors(branch), tensors)]
-        places.append(Place.of(layer, branch))
-        if method.tied_in_files:
-            others = [other for other in everything if not file.layers.keys() & {*other.paths}]
-            tied = [other for other in others if (method, other.use(method)) == use]
-            places += [Place.of(other, _tied_to(branch)) for other in tied]
-    for place in places:
-        for _, parameter in place.branch.named_weights():
-            parameter.requires_grad_(trainable)
-    return places, problems
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        tensor.shape == other[name].shape and torch.equal(tensor, other[name]) for name, tensor in one.items()
-    )
-
-
-def _buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a layer that a state dict has, by name."""
-    left_out = layer._non_persistent_buffers_set
-    return {name: buffer for name, buffer in layer._buffers.items() if buffer is not None and name not in left_out}
-
-
-def _without_buffers(tensors: Mapping[str, Tensor], layer: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of a file without the buffers of their layer, and those of the buffers that are not what it has."""
-    buffers = {name: buffer for name, buffer in _buffers(layer).items() if name in tensors}
-    different = [
-        f"{name} is not that of the model, and a patch changes parameters, no buffers"
-        for name, buffer in buffers.items()
-        if not torch.equal(tensors[name].to(buffer), buffer)
-    ]
-    return {name: tensor for name, tensor in tensors.items() if name not in buffers}, different
-
-
-def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Copy tensors into others, or say what does not fit. Formats differ in how many sizes of 1 end a shape."""
-    problems = [
-        f"{key} is {_shape(given.get(key))} in the file, {_shape(own.get(key))} in the model"
-        for key in {**own, **given}
-        if key not in own or key not in given or _significant(own[key]) != _significant(given[key])
-    ]
-    if not problems:
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(given[key].view(tensor.shape))
-    return problems
-
-
-def _significant(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without the sizes of 1 at its end."""
-    last = max((place for place, size in enumerate(tensor.shape) if size != 1), default=-1)
-    return tuple(tensor.shape[: last + 1])
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -765,7 +598,8 @@ def check_name(model: nn.Module, name: str) -> None:
         raise PatchNameError(f"The model has a patch {name!r} already: eject it, or choose another name=.")
 
 
-def _refuse(what: str, problems: Sequence[str]) -> None:
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """Raise one LayerMismatchError for all problems, if there are any."""
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -15,12 +15,12 @@ from adapters.methods.dora import DoRA
 from adapters.methods.fourierft import FourierFT
 from adapters.methods.full import Full
 from adapters.methods.glora import GLoRA
+from adapters.methods.gralora import GraLoRA
 from adapters.methods.hira import HiRA
 from adapters.methods.hra import HRA
 from adapters.methods.ia3 import IA3
 from adapters.methods.loha import DoHa, LoHa
 from adapters.methods.lokr import DoKr, LoKr
-from adapters.methods.gralora import GraLoRA
 from adapters.methods.lora import LoRA
 from adapters.methods.lycoris_glora import LycorisGLoRA
 from adapters.methods.miss import Bat, MiSS
@@ -53,6 +53,7 @@ METHODS: dict[str, type[Method]] = {
         FourierFT,
         Full,
         GLoRA,
+        GraLoRA,
         HiRA,
         HRA,
         IA3,
@@ -66,7 +67,6 @@ METHODS: dict[str, type[Method]] = {
         OutputBOFT,
         PrefixTuning,
         PromptTuning,
-        GraLoRA,
         RandLoRA,
         RoAd,
         SHiRA,
@@ -112,10 +112,10 @@ __all__ = [
     "FourierFT",
     "Full",
     "GLoRA",
+    "GraLoRA",
     "HiRA",
     "LoHa",
     "LoKr",
-    "GraLoRA",
     "LoRA",
     "LycorisGLoRA",
     "MiSS",

@@ -78,7 +78,9 @@ class GLoRA(Method):
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return weight + weight * _part(t, "A") + _part(t, "B")
 
-    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
+    def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
+        if bias is None:
+            return None
         c = _part(t, "C")
         coupled = (weight @ c).squeeze(1) if isinstance(c, Tensor) else c
         return bias + bias * _part(t, "D") + _part(t, "E") + coupled

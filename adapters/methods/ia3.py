@@ -54,7 +54,7 @@ class IA3(OutputMap, InputMap):
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return self._form.update(self, weight, t)
 
-    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
+    def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
         return self._form.update_bias(self, bias, weight, t)
 
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:

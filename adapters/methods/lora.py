@@ -111,8 +111,9 @@ class LoRA(LowRank):
             down, up = torch.cat([down, t.start_A], -2), torch.cat([up, -t.start_B], -1)
         return up * self.scaling, down
 
-    def update_bias(self, bias: Tensor, weight: Tensor, t: Tensors) -> Tensor:
-        return bias + self.scaling * t["lora_B.bias"]
+    def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
+        added = self.scaling * t["lora_B.bias"]
+        return added if bias is None else bias + added
 
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return not STARTS[self.init].moves

@@ -140,3 +140,22 @@ def test_meta_device(method: Method, case: tuple[nn.Module, Tensor]) -> None:
     assert all(tensor.is_meta for tensor in made.state_dict().values())
     empty.load_state_dict(state, assign=True)
     torch.testing.assert_close(empty(x), expected)
+
+
+def test_a_bias_that_another_patch_adds_is_mapped_too() -> None:
+    """A layer without a bias gets one of LoRA: what maps outputs maps it, beside the layer and merged."""
+    model, x = nn.Sequential(nn.Linear(4, 6, bias=False)).double(), torch.randn(3, 4, dtype=torch.float64)
+    lora = adapters.inject(model, adapters.LoRA(rank=2, bias=True), name="lora")
+    gate = adapters.inject(model, adapters.IA3(), name="gate")
+    with torch.no_grad():
+        for parameter in (*lora.parameters(), *gate.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+        expected = model(x)
+        for order in ([lora, gate], [gate, lora]):
+            for patch in order:
+                patch.merge()
+                torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+            assert model[0].base.bias is not None
+            for patch in order:
+                patch.unmerge()
+            assert model[0].base.bias is None and torch.equal(model(x), expected)

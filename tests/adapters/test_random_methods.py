@@ -24,9 +24,41 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "rank": st.integers(1, 4),
     "alpha": st.none() | st.floats(0.5, 8.0),
     "rslora": st.booleans(),
+    "bias": st.booleans(),
+    "init": st.sampled_from(["kaiming", "gaussian", "pissa", "olora"]),
+    "factor": st.sampled_from([-1, 2]),
+    "decompose_both": st.booleans(),
+    "feedforward": st.booleans(),
+    "parallel": st.booleans(),
+    "block_size": st.sampled_from([2, 4]),
+    "blocks": st.just(0),
+    "rescale": st.booleans(),
+    "cayley_neumann": st.booleans(),
+    "block_share": st.booleans(),
+    "boundary": st.floats(1.0, 20.0),
+    "group_size": st.sampled_from([2, 4]),
+    "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
+    "n_frequency": st.integers(1, 4),
+    "num_vectors": st.integers(3, 6),
+    "vector_length": st.sampled_from([1, 2, 4]),
+    "topk": st.integers(1, 3),
+    "size": st.integers(1, 4),
+    "config_a_b": st.sampled_from(["lora", "vector", "constant", "none"]),
+    "config_c": st.sampled_from(["lora", "vector", "none"]),
+    "config_d_e": st.sampled_from(["constant", "vector", "none"]),
+    "output-boft.factors": st.just(1),
+    "gralora.blocks": st.sampled_from([1, 2]),
+    "hra.rank": st.sampled_from([2, 4]),
+    "randlora.alpha": st.floats(0.5, 8.0),
+    "shira.rank": st.just(1),
+    "shira.seed": st.integers(0, 9),
 }
-# Methods that adapt none of the layers below.
-ELSEWHERE: set[str] = set()
+# Methods that adapt none of the layers below, or not without naming what.
+ELSEWHERE = {"prefix_tuning", "prompt_tuning", "trainable_tokens"}
+# Methods whose layers share tensors, of which a file holds one set.
+SHARING = {"randlora", "vblora", "vera"}
+# How far a start may be off the identity, where the method's paper has it start beside it.
+OFF = {"vblora": 0.05}
 
 
 @st.composite
@@ -90,7 +122,8 @@ def test_starts_and_gradients(method: Method, case: tuple[nn.Module, Tensor]) ->
     net, x = case
     base = net(x).detach()
     patch = inject(net, method, "a")
-    torch.testing.assert_close(net(x), base, rtol=1e-12, atol=1e-12)
+    off = OFF.get(method.key, 1e-12)
+    torch.testing.assert_close(net(x), base, rtol=off, atol=off)
     perturb(patch, 1)
     net(x).square().sum().backward()
     for name, parameter in patch.named_parameters():
@@ -128,6 +161,7 @@ def test_stacks_of_two_methods_merge_to_what_they_compute(
 def test_patterns_give_layers_their_own_numbers_and_files_keep_them(
     first: Method, second: Method, case: tuple[nn.Module, Tensor]
 ) -> None:
+    assume(first == second or first.key != second.key or first.key not in SHARING)
     net, x = case
     twin = copy.deepcopy(net)
     patch = inject(net, {nn.Linear: first, (lambda _, module: not isinstance(module, nn.Sequential)): second}, "a")

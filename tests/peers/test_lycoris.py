@@ -17,7 +17,6 @@ from torch.nn import functional as F
 import adapters
 import weights
 from adapters import DoHa, DoKr, LoHa, LoKr, LoRA
-from adapters.methods import METHODS
 from tests.adapters.models import perturb
 
 

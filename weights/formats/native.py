@@ -51,7 +51,7 @@ def read(path: Path) -> AdapterFile:
     try:
         about = json.loads(tensors.metadata[_ENTRY])
         version, base, layers = about["version"], about["base_model"], about["layers"]
-        described = {str(where): (str(one["method"]), dict(one["hyperparameters"])) for where, one in layers.items()}
+        described = {where: (str(one["method"]), _numbers(one["hyperparameters"])) for where, one in layers.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"{file} does not say what adapter it is ({error}); fetch or save it again.") from error
     if version != _VERSION or not isinstance(base, str | None):
@@ -87,6 +87,11 @@ def write(adapter: AdapterFile, path: Path) -> None:
     if not (path / CARD).exists():  # Somebody may have written it by hand.
         contents[path / CARD] = [model_card(adapter).encode()]
     write_files(contents)
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters, with tuples where JSON has lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
 
 
 def _about(adapter: AdapterFile) -> str:
