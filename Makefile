@@ -10,7 +10,7 @@ demo: $(VENV)/.run
 	$(BIN)/fluxion demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ def methods() -> Descriptions:
             method.formula,
             tuple(method.adapts or (name for name, sample in samples.items() if _can_adapt(method, *sample))),
             method.mergeable,
-            weights.formats_of(key),
+            weights.formats_of(method.stored_as or key),
         )
         for key, method in sorted(METHODS.items(), key=lambda item: item[1].__name__.lower())
     )

@@ -144,6 +144,7 @@ class Method(ABC):
         tied_in_files: Whether a layer of a file stands for those too that use the same weight in the same way, which
             have no entry of their own.
         files_have_buffers: Whether files hold the buffers of a layer beside the tensors, as copies of layers do.
+        stored_as: The key of the method that it is in files, where that is another.
         rooted: Whether a model has one, where the method goes by default: files name no layer of it.
     """
 
@@ -157,6 +158,7 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     tied_in_files: ClassVar[bool] = False
     files_have_buffers: ClassVar[bool] = False
+    stored_as: ClassVar[str] = ""
     rooted: ClassVar[bool] = False
 
     # What it adapts

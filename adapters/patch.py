@@ -451,10 +451,11 @@ class Patch:
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
+        file = self.adapter_file()
         if format is None:
-            theirs = all("peft" in weights.formats_of(place.branch.method.key) for place in self.places)
+            theirs = all("peft" in weights.formats_of(layer.method) for layer in file.layers.values())
             format = "peft" if theirs else "fluxion"
-        return weights.write_adapter(self.adapter_file(), path, format=format)
+        return weights.write_adapter(file, path, format=format)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Publish it in a repository of the Hugging Face Hub, in one commit. Returns the address of the commit.

@@ -26,6 +26,7 @@ class BitFit(Copy):
     paper = "arXiv:2106.10199"
     formula = "b', which starts as a copy of the bias b"
     files_have_buffers: ClassVar[bool] = False
+    stored_as: ClassVar[str] = "copy"
 
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         return Matrix.whole(layer, parameter) if self.chooses(parameter) else None

@@ -53,6 +53,7 @@ class VirtualTokens(Method):
 
     mergeable = False
     rooted = True
+    adapts = ("language models of transformers",)
     needs: ClassVar[frozenset[str]] = frozenset({"input_ids", "inputs_embeds", "attention_mask"})
 
     num_virtual_tokens: int = 20

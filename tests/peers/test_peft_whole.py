@@ -307,7 +307,7 @@ def test_what_their_files_cannot_hold_is_said(rules: Any, message: str, tmp_path
     patch = adapters.inject(model := made(bert), rules)
     assert adapters.patches(model)
     with pytest.raises(weights.FileFormatError, match=message):
-        patch.save_pretrained(tmp_path / "ours")
+        patch.save_pretrained(tmp_path / "ours", format="peft")
     assert not (tmp_path / "ours").exists()
 
 
