@@ -239,15 +239,20 @@ def test_lengths_under_either_name_are_read(tmp_path: Path) -> None:
     close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()(x), theirs(x))
 
 
-def dora_by_hand(layer: nn.Conv2d, state: dict[str, Tensor], scaling: float) -> nn.Conv2d:
-    a, b, m = (state[f"layer.{name}"] for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))
-    v = layer.weight.flatten(1) + scaling * b.flatten(1) @ a.flatten(1)
+def by_hand(layer: nn.Conv2d, state: dict[str, Tensor], scaling: float) -> nn.Conv2d:
+    """The convolution with the weight that LoRA, or DoRA if it has a magnitude, says."""
+    weight = layer.weight.flatten(1) + scaling * state["layer.lora_B.weight"].flatten(1) @ state[
+        "layer.lora_A.weight"
+    ].flatten(1)
+    if (magnitude := state.get("layer.lora_magnitude_vector")) is not None:
+        weight = magnitude.view(-1, 1) * weight / weight.norm(dim=1, keepdim=True)
     made = copy.deepcopy(layer)
     with torch.no_grad():
-        made.weight.copy_((m / v.norm(dim=1)).view(-1, 1, 1, 1) * v.view_as(layer.weight))
+        made.weight.copy_(weight.view_as(layer.weight))
     return made
 
 
+@pytest.mark.parametrize("method", [LoRA, DoRA])
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
@@ -256,10 +261,10 @@ def dora_by_hand(layer: nn.Conv2d, state: dict[str, Tensor], scaling: float) -> 
         ({"groups": 2}, "cannot be merged"),
     ],
 )
-def test_dora_has_the_geometry_of_the_convolution(options: dict[str, Any], wrong: str) -> None:
+def test_they_have_the_geometry_of_the_convolution(method: type[LoRA], options: dict[str, Any], wrong: str) -> None:
     """PEFT's A has neither the dilation nor the padding mode nor the groups of the convolution."""
     base, x = One(nn.Conv2d(4, 6, 3, **options)).double(), torch.randn(2, 4, 7, 7).double()
-    theirs = wrapped(base, config(r=2, use_dora=True, target_modules=["layer"]))
+    theirs = wrapped(base, config(r=2, use_dora=method is DoRA, target_modules=["layer"]))
     move(theirs)
     if wrong == "crashes":
         with pytest.raises(RuntimeError, match="must match the size"):
@@ -272,9 +277,9 @@ def test_dora_has_the_geometry_of_the_convolution(options: dict[str, Any], wrong
         theirs.merge_adapter()
         assert float((theirs(x) - unmerged).abs().max()) > 0.1
     ours = copy.deepcopy(base)
-    patch = adapters.inject(ours, DoRA(rank=2, alpha=3))
+    patch = adapters.inject(ours, method(rank=2, alpha=3))
     perturb(patch)
-    expected = dora_by_hand(base.layer, patch.state_dict(), 1.5)(x)
+    expected = by_hand(base.layer, patch.state_dict(), 1.5)(x)
     close(ours(x), expected, 1e-10)
     patch.merge()
     close(ours(x), expected, 1e-10)
