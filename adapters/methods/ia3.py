@@ -23,7 +23,8 @@ class IA3(OutputMap, InputMap):
 
     Args:
         feedforward: Multiply the input (of a convolution, its channels; of an embedding, its entries) rather than the
-            output with its bias.
+            output.
+        bias: Multiply the bias as well as the rest of the output, as in the paper. LyCORIS leaves it as it is.
     """
 
     key = "ia3"
@@ -31,6 +32,7 @@ class IA3(OutputMap, InputMap):
     formula = "diag(l) W and diag(l) b, or W diag(l) for an input"
 
     feedforward: bool = False
+    bias: bool = True
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         outputs, inputs = site.shape
@@ -49,7 +51,7 @@ class IA3(OutputMap, InputMap):
         return InputMap if self.feedforward else OutputMap
 
     def names(self, site: Site) -> tuple[str, ...]:
-        return self._form.names(self, site)
+        return self._form.names(self, site) if self.bias else (site.parameter,)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return self._form.update(self, weight, t)
@@ -58,7 +60,7 @@ class IA3(OutputMap, InputMap):
         return self._form.update_bias(self, bias, weight, t)
 
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
-        return self._form.beside(self, layer, matrix)
+        return (self.bias or self.feedforward) and self._form.beside(self, layer, matrix)
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
         return self._form.run(self, branch, layer, scale, *args, **kwargs)

@@ -145,6 +145,7 @@ VARIANTS: dict[str, Variant] = {
     "mini miss": Variant(MiSS(rank=2, mini_r=2)),
     "bat": Variant(Bat(rank=2)),
     "ia3": Variant(IA3()),
+    "ia3 that leaves the bias": Variant(IA3(bias=False)),
     "ia3 of the input": Variant(IA3(feedforward=True)),
     "road_1": Variant(RoAd(group_size=2)),
     "road_2": Variant(RoAd("road_2", group_size=4)),

@@ -111,7 +111,10 @@ MORE_ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
         "boft": {"network_module": "boft", "lora_dim": 4, "alpha": 3},
         "rescaled boft": {"network_module": "boft", "lora_dim": 4, "alpha": 3, "constraint": 0.01, "rescaled": True},
     },
-    "ia3": {"ia3 of inputs": {"network_module": "ia3", "lora_dim": 2, "alpha": 3, "train_on_input": True}},
+    "ia3": {
+        "ia3 of inputs": {"network_module": "ia3", "lora_dim": 2, "alpha": 3, "train_on_input": True},
+        "ia3 of outputs": {"network_module": "ia3", "lora_dim": 2, "alpha": 3},
+    },
 }
 for algorithms in MORE_ALGORITHMS.values():
     ALGORITHMS |= algorithms
@@ -119,7 +122,7 @@ for algorithms in MORE_ALGORITHMS.values():
 # What LyCORIS saves and cannot make a network of again: it takes the wrong axis of a transposed factor for the rank, or
 # guesses the shape of the first factor from those of all, and copies tensors into others of another shape; and it hands
 # IA3 one tensor too many.
-NOT_LOADED_THERE = {"ia3 of inputs", "lokr with a core", "lokr, unbalanced"}
+NOT_LOADED_THERE = {"ia3 of inputs", "ia3 of outputs", "lokr with a core", "lokr, unbalanced"}
 
 
 def pairs() -> Iterator[tuple[str, str]]:

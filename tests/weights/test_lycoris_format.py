@@ -284,24 +284,24 @@ def test_biases_are_layers_of_their_own_here(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in other.items())
 
 
-def test_factors_of_ia3_are_of_inputs_and_near_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_input", [0, 1])
+def test_factors_of_ia3_are_near_1_and_leave_the_bias(tmp_path: Path, on_input: int) -> None:
     for shape in ((4,), (1, 4, 1, 1)):
-        path = file(tmp_path, {"lycoris_fc": {"weight": shape}}, on_input=torch.tensor(1))
+        path = file(tmp_path, {"lycoris_fc": {"weight": shape}}, on_input=torch.tensor(on_input))
         layer = only(path)
-        assert (layer.method, layer.hyperparameters) == ("ia3", {"feedforward": True})
+        numbers = {"feedforward": True} if on_input else {"feedforward": False, "bias": False}
+        assert (layer.method, layer.hyperparameters) == ("ia3", numbers)
         added = weights.open(path)["lycoris_fc.weight"]
         torch.testing.assert_close(layer.tensors["ia3_l"].flatten(), 1 + added.flatten())
         again = write({"fc": layer}, tmp_path / "again.safetensors")
-        assert again["lycoris_fc.on_input"] == 1 and again["lycoris_fc.weight"].shape == shape
+        assert again["lycoris_fc.on_input"] == on_input and again["lycoris_fc.weight"].shape == shape
         torch.testing.assert_close(again["lycoris_fc.weight"], added)
     outputs = weights.LayerWeights("ia3", {"feedforward": False}, {"ia3_l": torch.ones(4, 1)})
-    with pytest.raises(
-        weights.FileFormatError, match="factors of the outputs, which LyCORIS does not apply to the bias"
-    ):
+    with pytest.raises(weights.FileFormatError, match="which LyCORIS leaves as it is: train with bias=False"):
         write({"fc": outputs}, tmp_path / "again.safetensors")
-    for numbers in ({"on_input": torch.tensor(0)}, {}):
-        with pytest.raises(weights.FileFormatError, match="factors of the outputs, which LyCORIS does not apply"):
-            weights.read_adapter(file(tmp_path, {"lycoris_fc": {"weight": (4,)}}, **numbers))
+    left = weights.LayerWeights("ia3", {"feedforward": False, "bias": False}, {"ia3_l": torch.ones(4, 1)})
+    with pytest.raises(weights.FileFormatError, match="leave the bias as it is, where PEFT's do not"):
+        weights.write_adapter(weights.AdapterFile({"fc": left}), tmp_path / "peft", format="peft")
 
 
 @pytest.mark.parametrize(

@@ -214,19 +214,21 @@ def _write_full(layer: LayerWeights) -> Written:
 
 
 def _read_ia3(tensors: Tensors, alpha: float | None) -> Read:
-    """Files hold what is added to a factor of 1."""
-    if not tensors.get("on_input", torch.tensor(0)).any():
-        raise ValueError("factors of the outputs, which LyCORIS does not apply to the bias as (IA)³ does")
+    """Files hold what is added to a factor of 1, and the bias of a layer is not multiplied."""
+    on_input = bool(tensors.get("on_input", torch.tensor(0)).any())
     factors = 1 + tensors["ia3_l"].to(torch.promote_types(tensors["ia3_l"].dtype, torch.float32))
-    return {"feedforward": True}, {"ia3_l": factors.view(1, -1) if factors.ndim == 1 else factors}
+    if factors.ndim == 1:
+        factors = factors.view(1, -1) if on_input else factors.view(-1, 1)
+    return {"feedforward": True} if on_input else {"feedforward": False, "bias": False}, {"ia3_l": factors}
 
 
 def _write_ia3(layer: LayerWeights) -> Written:
-    if not layer.hyperparameters.get("feedforward"):
-        raise ValueError("factors of the outputs, which LyCORIS does not apply to the bias as (IA)³ does")
+    on_input = bool(layer.hyperparameters.get("feedforward"))
+    if not on_input and layer.hyperparameters.get("bias", True):
+        raise ValueError("factors of the outputs and of the bias, which LyCORIS leaves as it is: train with bias=False")
     factors = layer.tensors["ia3_l"]
     added = factors.to(torch.promote_types(factors.dtype, torch.float32)) - 1
-    return {"ia3_l": added.flatten() if added.ndim == 2 else added, "on_input": torch.tensor(1)}, None
+    return {"ia3_l": added.flatten() if added.ndim == 2 else added, "on_input": torch.tensor(int(on_input))}, None
 
 
 _LORA = {

@@ -278,6 +278,14 @@ def _names_modules(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
+def _ia3_problem(layer: LayerWeights) -> str | None:
+    """What PEFT's adapter of a layer cannot do."""
+    numbers = layer.hyperparameters
+    if numbers.get("feedforward") or numbers.get("bias", True):
+        return None
+    return "factors of the outputs that leave the bias as it is, where PEFT's do not"
+
+
 def _ia3_side(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
     named = config.get("feedforward_modules") or []
     if isinstance(named, str):
@@ -414,6 +422,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         tensors={"ia3_l": "ia3_l"},
         inert=frozenset({"init_ia3_weights"}),
         read={"feedforward_modules": _names_modules},
+        check=_ia3_problem,
         of_layer=_ia3_side,
         of_file=_ia3_sides,
     ),
