@@ -22,7 +22,7 @@ import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
-from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError
+from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.targets import Layer, Pattern, Patterns, as_rules, select
@@ -530,6 +530,8 @@ def _new_places(
     places: list[Place] = []
     for ((layer, *tied), method), site in zip(chosen, sites, strict=True):
         branch = build(method, site, shared[method])
+        if next(branch.named_weights(), None) is None:
+            raise TargetError(f"{method} has nothing to train at {site.path}: exclude it, or choose other numbers.")
         places.append(Place.of(layer, branch))
         places += [Place.of(other, tied_to(branch)) for other in tied]
     return places

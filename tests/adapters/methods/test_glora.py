@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapters
-from adapters import AdapterError, GLoRA, LycorisGLoRA, Patch
+from adapters import AdapterError, GLoRA, LycorisGLoRA, Patch, TargetError
 from tests.adapters.models import perturb
 
 
@@ -100,3 +100,15 @@ def test_bad_numbers(options: dict[str, object]) -> None:
 def test_bad_numbers_of_lycoris(options: dict[str, object]) -> None:
     with pytest.raises(AdapterError, match=f"LycorisGLoRA needs an? {next(iter(options))}"):
         LycorisGLoRA(**options)  # type: ignore[arg-type]
+
+
+def test_nothing_to_train_is_refused() -> None:
+    """What is left of the paper's five tensors may be none, as of those for a bias where there is none."""
+    for layer, method in (
+        (nn.Linear(2, 3, bias=False), GLoRA(config_a_b="none")),
+        (nn.Linear(2, 3), GLoRA(config_a_b="none", config_c="none", config_d_e="none")),
+    ):
+        model = nn.Sequential(layer)
+        with pytest.raises(TargetError, match=r"has nothing to train at 0: exclude it"):
+            adapters.inject(model, method)
+        assert model[0] is layer
