@@ -37,6 +37,8 @@ def test_linear(configs: tuple[str, str, str]) -> None:
     model, x = nn.Sequential(base), torch.randn(3, 4).double()
     for bias in (True, False):
         base.bias = base.bias if bias else None
+        if "none" in configs[0] and (not bias or configs == ("none", "none", "none")):
+            continue  # Nothing to train: see below.
         patch = adapters.inject(model, GLoRA(2, *configs), scale=0.7)
         torch.testing.assert_close(model(x), base(x), rtol=1e-12, atol=1e-12)
         perturb(patch, std=1.0)
