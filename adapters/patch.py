@@ -484,14 +484,17 @@ def inject(
     seed: int | None = None,
     freeze_base: bool = True,
 ) -> Patch:
-    """Put a new adapter of a method beside every layer that is targeted. At first nothing changes what is computed.
+    """Put a new adapter of a method beside every layer that is targeted.
+
+    At first nothing changes what is computed, but for methods that start at random: prompts and prefixes, VBLoRA, and
+    HRA with an odd rank or `gram_schmidt`.
 
     Layers that share a weight have one adapter between them, also when only one of them is targeted, if they use it
     in a way that is the same to the method: an embedding and a head do for one that trains whole rows, not for LoRA.
 
     Args:
         model: Any module: a Chain, a torch model, a transformers or diffusers model.
-        method: The method, or a mapping of patterns to methods.
+        method: The method, or a mapping of patterns to methods, of which a layer has the first that matches it.
         targets: Which layers: a dotted suffix of whole names (`"q_proj"`, `"attn.q_proj"`), a glob (`*` within one
             name, `**` across dots), a compiled regex (of the whole path), a type, `f(path, module) -> bool`, or a
             list of these. None means every layer the method supports, except the output head.
@@ -592,9 +595,9 @@ def tied_to(branch: Branch) -> Branch:
 def check_name(model: nn.Module, name: str) -> None:
     """Raise unless a new patch of a model may have that name."""
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"{model!r} is no model: adapters go into a torch.nn.Module.")
-    if not name:
-        raise PatchNameError("A patch needs a name that is not empty.")
+        raise AdapterError(f"A {type(model).__name__} is no model: adapters go into a torch.nn.Module.")
+    if not (isinstance(name, str) and name):
+        raise PatchNameError(f"A patch needs a name that is a string and not empty, not {name!r}.")
     if name in patches(model):
         raise PatchNameError(f"The model has a patch {name!r} already: eject it, or choose another name=.")
 
