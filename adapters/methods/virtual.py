@@ -15,7 +15,7 @@ from adapters.adapted import Adapted
 from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, first_tensor
-from adapters.method import Method, need
+from adapters.method import Method, is_integer, need
 
 # What a transformer may take besides its tokens. Anything else could depend on where the tokens are.
 _INPUTS = frozenset(
@@ -60,7 +60,7 @@ class VirtualTokens(Method):
 
     def __post_init__(self) -> None:
         number = self.num_virtual_tokens
-        need(isinstance(number, int) and number >= 1, self, "a num_virtual_tokens of 1 or more", number)
+        need(is_integer(number, 1), self, "a num_virtual_tokens of 1 or more", number)
 
     # What it adapts
 
