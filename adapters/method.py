@@ -66,6 +66,8 @@ class Site:
         if node is not None:
             read = partial(node.own_weight if own else node.effective, parameter)
         weight = read_weight(module, parameter) if method.mergeable else next(module.parameters(), None)
+        if dtype is None and weight is not None and not (weight.is_floating_point() or weight.is_complex()):
+            raise TargetError(f"{layer.path} has a weight of {weight.dtype}, no dtype to train in: pass dtype=.")
         return cls(
             layer.path,
             module,

@@ -165,12 +165,17 @@ def select(
         elif matching[0].is_name and (_is_left(layer) if method.within() else matching[0].names(layer)):
             raise TargetError(
                 f"{layer.path} is a {type(layer.module).__name__}, which {type(method).__name__} cannot adapt:"
-                " exclude it or choose another method."
+                f" exclude it or choose another method{_inside(layer)}."
             )
     for selector in (*selectors, *excluded):
         if not selector.useful:
             raise TargetError(selector.complaint(everything, {id(layer) for layer, _ in chosen}))
     return _with_tied(chosen, rest)
+
+
+def _inside(layer: Layer) -> str:
+    """How to choose what is in a block rather than the block."""
+    return f", or choose what is in it by '{layer.path}.**'" if layer.module._modules else ""
 
 
 def _is_left(layer: Layer) -> bool:

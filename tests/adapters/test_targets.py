@@ -91,6 +91,7 @@ def test_patterns(targets: object, exclude: object, expected: list[str]) -> None
         (re.compile("layers"), None, "selects no layer to adapt, .* such as layers"),
         ("**.norm", None, r"unsupported ones such as layers\.0\.norm \(LayerNorm\)"),
         ("norm", None, r"layers\.0\.norm is a LayerNorm, which LoRA cannot adapt"),
+        ("attn", None, r"which LoRA cannot adapt: .* or choose what is in it by 'layers\.0\.attn\.\*\*'"),
         ("gru", None, r"layers\.0\.gru is a GRU, which LoRA cannot adapt"),
         ("lm_head", "lm_head", "selects no layer to adapt"),
         (3, None, "3 is no pattern"),
