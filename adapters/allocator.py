@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import AdapterError
+from adapters.method import is_integer
 from adapters.methods.adalora import AdaLoRA
 from adapters.patch import Patch
 
@@ -60,6 +61,8 @@ class RankAllocator:
             raise AdapterError(f"The patch {patch.name!r} has no AdaLoRA, which is what RankAllocator prunes.")
         if not (0 < beta1 < 1 and 0 < beta2 < 1):
             raise AdapterError(f"beta1 and beta2 have to be between 0 and 1, not {beta1} and {beta2}.")
+        if not all(is_integer(number) for number in (total_steps, target_rank, warmup, final, interval)):
+            raise AdapterError("total_steps, target_rank, warmup, final and interval have to be integers.")
         if min(warmup, final, target_rank) < 0 or interval < 1 or warmup >= total_steps - final:
             raise AdapterError(
                 f"Of {total_steps} steps, {warmup} of warmup and {final} final ones leave none to prune in: none of"

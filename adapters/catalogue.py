@@ -122,8 +122,8 @@ for method in adapters.methods():
 ```
 
 Every method can be injected, switched, weighed, mixed by rows, saved and ejected in the same way, and merged where the
-table says so. At a scale `s` of a patch the weight is `W + s (W' - W)`, with `W'` as the formula says. To add one of
-your own, see [a method of your own](own_method.md).
+table says so. At a scale `s` of a patch the weight is `W + s (W' - W)`, with `W'` as the formula says. Which to choose
+and how to train it, see [training](training.md); to add one, see [a method of your own](own_method.md).
 
 {described._repr_markdown_()}
 {sections}

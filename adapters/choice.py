@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +34,13 @@ def choosing(choice: Mapping[Patch, float | Rows]) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def finite(scale: float, what: str) -> float:
+    """A scale, or an AdapterError for what is no finite number."""
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise AdapterError(f"{what} has to be a finite number, not {scale!r}.")
+    return float(scale)
 
 
 class Rows:
@@ -106,7 +115,7 @@ def _take(value: Any, index: Tensor, size: int, dim: int, name: str = "") -> Any
         return {key: _take(part, index, size, dim, key) for key, part in value.items()}
     if not isinstance(value, Tensor):
         if hasattr(value, "update"):  # Such as a cache, which each choice would fill with its own rows.
-            raise RowsError(f"rows= cannot divide a {type(value).__name__} into rows.")
+            raise RowsError(f"rows= cannot divide a {type(value).__name__} into rows: pass use_cache=False.")
         return value
     index = index.to(value.device)
     if name == "attn_mask":  # Shared when it has no batch; else (batch * heads, queries, keys).
@@ -124,7 +133,10 @@ def _check(output: Any, dim: int, size: int) -> None:
             continue
         if not isinstance(part, Tensor) or part.ndim <= dim or part.shape[dim] != size:
             made = f"a tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
-            raise RowsError(f"rows= needs a row of output for each row of input: a layer made {made} of {size} rows.")
+            hint = ": pass use_cache=False" if hasattr(part, "update") else ""
+            raise RowsError(
+                f"rows= needs a row of output for each row of input: a layer made {made} of {size} rows{hint}."
+            )
         dim = 0  # What follows the output of attention has the batch in front.
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from adapters.branch import Branch
 from adapters.errors import AdapterError, PatchStateError
 from adapters.forms import LowRank
 from adapters.layers import Matrix, read_weight
-from adapters.method import Site
+from adapters.method import Site, is_integer, is_number
 from adapters.methods import LoRA
 from adapters.patch import Patch, Place, build, check_name, find
 from adapters.targets import Layer, layers
@@ -103,21 +102,21 @@ def _check(weights: Mapping[str, float], how: str, rank: int | None, density: fl
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError('combine needs the names of patches and their weights: {"style": 0.7, "pose": 0.3}.')
     for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise AdapterError(f"The weight of {name!r} has to be a finite number, not {weight}.")
+        if not is_number(weight):
+            raise AdapterError(f"The weight of {name!r} has to be a finite number, not {weight!r}.")
     known = ("exact", "svd", *PRUNINGS)
     if how not in known:
         raise AdapterError(f"{how!r} is no way to combine: choose from {', '.join(known)}.")
     if rank is not None and how == "exact":
         raise AdapterError("how='exact' keeps every rank: leave rank= out, or choose how='svd' to reduce it.")
-    if rank is not None and rank < 1:
-        raise AdapterError(f"rank= has to be 1 or more, not {rank}.")
+    if rank is not None and not is_integer(rank, 1):
+        raise AdapterError(f"rank= has to be an integer of 1 or more, not {rank!r}.")
     if density is None and how in PRUNINGS:
         raise AdapterError(f"how={how!r} needs density=, the share of entries to keep.")
     if density is not None and how not in PRUNINGS:
         raise AdapterError(f"how={how!r} keeps every entry: density= is for {', '.join(PRUNINGS)}.")
-    if density is not None and not 0 < density <= 1:
-        raise AdapterError(f"density= has to be more than 0 and at most 1, not {density}.")
+    if density is not None and not (is_number(density) and 0 < density <= 1):
+        raise AdapterError(f"density= has to be more than 0 and at most 1, not {density!r}.")
 
 
 # What there is to combine

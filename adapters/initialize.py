@@ -52,10 +52,13 @@ def initialize(
 
     Raises:
         PatchStateError: The patch is not injected, or merged.
-        AdapterError: No branch starts from data, or data are missing: batches, originals, a loss, finite numbers.
+        AdapterError: No branch starts from data, data are missing (batches, originals, a loss, finite numbers), or
+            there is one batch instead of several.
         TargetError: A layer is not reached by the batches, or its rank is too large for the start.
         LayerMismatchError: The originals lack a weight, or have it in another shape.
     """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise AdapterError("initialize() was given one batch: pass a list of them, or anything that yields them.")
     if not patch.injected or patch.merged:
         raise PatchStateError(f"The patch {patch.name!r} has to be injected, and not merged, to be initialised.")
     places = [place for place in patch.places if _start(place).needs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -66,6 +66,8 @@ class Site:
         if node is not None:
             read = partial(node.own_weight if own else node.effective, parameter)
         weight = read_weight(module, parameter) if method.mergeable else next(module.parameters(), None)
+        if dtype is None and weight is not None and not (weight.is_floating_point() or weight.is_complex()):
+            raise TargetError(f"{layer.path} has a weight of {weight.dtype}, no dtype to train in: pass dtype=.")
         return cls(
             layer.path,
             module,
@@ -300,40 +302,56 @@ def need(holds: bool, method: object, what: str, value: object) -> None:
         raise AdapterError(f"{type(method).__name__} needs {what}, not {value!r}.")
 
 
+def is_integer(value: object, least: float = -math.inf) -> bool:
+    """Whether a hyperparameter is an integer, no boolean, and large enough."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether a hyperparameter is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def need_rank(method: Any) -> None:
     """Check `rank`."""
-    need(
-        isinstance(method.rank, int) and method.rank >= 1, method, "a rank that is an integer of 1 or more", method.rank
-    )
+    need(is_integer(method.rank, 1), method, "a rank that is an integer of 1 or more", method.rank)
 
 
 def need_alpha(method: Any) -> None:
     """Check `alpha`, and make it the rank where it is None."""
     if method.alpha is None:
         object.__setattr__(method, "alpha", float(method.rank))
-    need(
-        isinstance(method.alpha, (int, float)) and math.isfinite(method.alpha),
-        method,
-        "an alpha that is a finite number",
-        method.alpha,
-    )
+    need(is_number(method.alpha), method, "an alpha that is a finite number", method.alpha)
 
 
 def need_number(method: Any, name: str) -> None:
     """Check that a hyperparameter is a finite number."""
     value = getattr(method, name)
-    need(isinstance(value, (int, float)) and math.isfinite(value), method, f"{name} to be a finite number", value)
+    need(is_number(value), method, f"{name} to be a finite number", value)
 
 
 def need_count(method: Any, name: str) -> None:
     """Check that a hyperparameter is an integer of 1 or more."""
     value = getattr(method, name)
-    need(isinstance(value, int) and value >= 1, method, f"{name} to be an integer of 1 or more", value)
+    need(is_integer(value, 1), method, f"{name} to be an integer of 1 or more", value)
 
 
 def need_seed(method: Any) -> None:
     """Check `seed`."""
-    need(isinstance(method.seed, int), method, "a seed that is an integer", method.seed)
+    need(is_integer(method.seed), method, "a seed that is an integer", method.seed)
+
+
+def need_choice(method: Any, name: str, choices: Iterable[str]) -> None:
+    """Check that a hyperparameter is one of some names."""
+    value, known = getattr(method, name), tuple(choices)
+    article = "an" if name[0] in "aeiou" else "a"
+    need(value in known, method, f"{article} {name} out of {', '.join(known)}", value)
+
+
+def need_dropout(method: Any) -> None:
+    """Check `dropout`."""
+    fits = is_number(method.dropout) and 0 <= method.dropout < 1
+    need(fits, method, "a dropout of 0 or more and less than 1", method.dropout)
 
 
 def refuse_dropout(method: Any, layer: nn.Module) -> None:

@@ -22,6 +22,7 @@ import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
+from adapters.choice import finite
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
@@ -111,8 +112,8 @@ class Patch:
 
     Attributes:
         name: Its name, unique in the model.
-        scale: How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
-        enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it is as quick.
+        enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it takes the same time for any
+            model.
         places: The layers it adapts, and its branch at each.
         errors: By path, how far `combine` is off what it stands for, where it made the patch: the relative error of
             the update, in the Frobenius norm.
@@ -120,7 +121,7 @@ class Patch:
 
     def __init__(self, name: str, model: nn.Module, places: Sequence[Place], scale: float, freezes: bool) -> None:
         self.name = name
-        self.scale = scale
+        self._scale = finite(scale, f"The scale of {name!r}")
         self.enabled = True
         self.errors: dict[str, float] = {}
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
@@ -132,6 +133,19 @@ class Patch:
             place.branch.patch = self
 
     # What it is
+
+    @property
+    def scale(self) -> float:
+        """How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
+
+        Raises:
+            AdapterError: It is set to what is no finite number.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale = finite(scale, f"The scale of {self.name!r}")
 
     @property
     def model(self) -> nn.Module:
@@ -222,12 +236,12 @@ class Patch:
             LayerMismatchError: Names are missing or unexpected, or a shape differs.
         """
         own = dict(self._named_tensors())
-        problems = [f"missing {name}" for name in own.keys() - state_dict.keys()]
-        problems += [f"unexpected {name}" for name in state_dict.keys() - own.keys()]
+        problems = [f"missing {name}" for name in own if name not in state_dict]
+        problems += [f"unexpected {name}" for name in state_dict if name not in own]
         problems += [
             f"{name} has shape {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & state_dict.keys()
-            if state_dict[name].shape != own[name].shape
+            for name in own
+            if name in state_dict and state_dict[name].shape != own[name].shape
         ]
         refuse(f"The tensors do not fit the patch {self.name!r}", problems)
         merged = self.merged
@@ -445,16 +459,18 @@ class Patch:
         Args:
             path: A folder, which gets tensors, configuration and model card; or for `"lycoris"`, and if you like for
                 `"fluxion"`, a file whose name ends in `.safetensors`.
-            format: `"peft"`, `"lycoris"`, or `"fluxion"`, this library's own; by default PEFT's, if PEFT has the
-                method, and else this library's.
+            format: `"peft"`, `"lycoris"`, or `"fluxion"`, this library's own; by default PEFT's, if that can hold the
+                patch, and else this library's.
 
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
         file = self.adapter_file()
         if format is None:
-            theirs = all("peft" in weights.formats_of(layer.method) for layer in file.layers.values())
-            format = "peft" if theirs else "fluxion"
+            try:
+                return weights.write_adapter(file, path, format="peft")
+            except weights.FileFormatError:
+                format = "fluxion"
         return weights.write_adapter(file, path, format=format)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -484,14 +500,17 @@ def inject(
     seed: int | None = None,
     freeze_base: bool = True,
 ) -> Patch:
-    """Put a new adapter of a method beside every layer that is targeted. At first nothing changes what is computed.
+    """Put a new adapter of a method beside every layer that is targeted.
+
+    At first nothing changes what is computed, but for methods that start at random: prompts and prefixes, VBLoRA, and
+    HRA with an odd rank or `gram_schmidt`.
 
     Layers that share a weight have one adapter between them, also when only one of them is targeted, if they use it
     in a way that is the same to the method: an embedding and a head do for one that trains whole rows, not for LoRA.
 
     Args:
         model: Any module: a Chain, a torch model, a transformers or diffusers model.
-        method: The method, or a mapping of patterns to methods.
+        method: The method, or a mapping of patterns to methods, of which a layer has the first that matches it.
         targets: Which layers: a dotted suffix of whole names (`"q_proj"`, `"attn.q_proj"`), a glob (`*` within one
             name, `**` across dots), a compiled regex (of the whole path), a type, `f(path, module) -> bool`, or a
             list of these. None means every layer the method supports, except the output head.
@@ -506,9 +525,14 @@ def inject(
     Raises:
         TargetError: A pattern matches nothing, or a layer cannot be adapted by the method.
         PatchNameError: The name is in use.
-        AdapterError: The model is no module, or the method no method.
+        AdapterError: The model is no module, the method no method, or another argument is of the wrong kind.
     """
     check_name(model, name)
+    finite(scale, f"The scale of {name!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise AdapterError(f"dtype= has to be one of floating point, such as torch.float32, not {dtype!r}.")
+    if not (seed is None or isinstance(seed, int)):
+        raise AdapterError(f"seed= has to be an integer, not {seed!r}.")
     rules = as_rules(method, targets)
     for value in rules.values():
         if not isinstance(value, Method):
@@ -594,9 +618,9 @@ def tied_to(branch: Branch) -> Branch:
 def check_name(model: nn.Module, name: str) -> None:
     """Raise unless a new patch of a model may have that name."""
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"{model!r} is no model: adapters go into a torch.nn.Module.")
-    if not name:
-        raise PatchNameError("A patch needs a name that is not empty.")
+        raise AdapterError(f"A {type(model).__name__} is no model: adapters go into a torch.nn.Module.")
+    if not (isinstance(name, str) and name):
+        raise PatchNameError(f"A patch needs a name that is a string and not empty, not {name!r}.")
     if name in patches(model):
         raise PatchNameError(f"The model has a patch {name!r} already: eject it, or choose another name=.")
 

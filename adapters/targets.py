@@ -25,6 +25,9 @@ Patterns = Pattern | Iterable[Pattern]
 # The weights of an attention layer that are not modules.
 _PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 
+# What a regular expression may have in it, and neither a path nor a glob has.
+_REGEX = re.compile(r"[\\()|\[\]+?^$]|\.\*[^.]|^\.")
+
 # Names that models give to the layer that makes the final scores.
 _HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "output_head"})
 
@@ -120,7 +123,7 @@ def _below(parent: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn
 def select(
     model: nn.Module, rules: Mapping[Pattern | None, Method], exclude: Patterns | None
 ) -> list[tuple[list[Layer], Method]]:
-    """The layers that rules select, each with the method of the first rule whose pattern matches it.
+    """The layers that rules select, each with the method of the first rule that matches and can adapt it.
 
     Layers that use one parameter in a way that is the same to the method come together, whichever of them was
     selected.
@@ -145,7 +148,8 @@ def select(
     rest: list[Layer] = []
     for layer in everything:
         matching = [selector for selector in selectors if selector.matches(layer, selector.method)]
-        first = matching[0].method if matching else None
+        able = [selector for selector in matching if selector.can_adapt(layer)]
+        first = (able or matching)[0].method if matching else None
         left_out = [selector for selector in excluded if selector.matches(layer, first)]
         for selector in left_out:
             selector.useful = True
@@ -154,19 +158,24 @@ def select(
         if left_out or not matching:
             continue
         method = cast("Method", first)
-        if method.matrix(layer.module, layer.parameter) is not None:
+        if able:
             chosen.append((layer, method))
-            for selector in matching:
-                selector.useful = True
+            for selector in able:
+                selector.useful |= selector.method == method
         elif matching[0].is_name and (_is_left(layer) if method.within() else matching[0].names(layer)):
             raise TargetError(
                 f"{layer.path} is a {type(layer.module).__name__}, which {type(method).__name__} cannot adapt:"
-                " exclude it or choose another method."
+                f" exclude it or choose another method{_inside(layer)}."
             )
     for selector in (*selectors, *excluded):
         if not selector.useful:
-            raise TargetError(selector.complaint(everything))
+            raise TargetError(selector.complaint(everything, {id(layer) for layer, _ in chosen}))
     return _with_tied(chosen, rest)
+
+
+def _inside(layer: Layer) -> str:
+    """How to choose what is in a block rather than the block."""
+    return f", or choose what is in it by '{layer.path}.**'" if layer.module._modules else ""
 
 
 def _is_left(layer: Layer) -> bool:
@@ -221,14 +230,24 @@ class _Selector:
             names = [*names, *layer.holders(self.model, method.within())]
         return any(self._matches(path, module) for path, module in names)
 
+    def can_adapt(self, layer: Layer) -> bool:
+        """Whether its method can adapt a layer."""
+        return self.method is not None and self.method.matrix(layer.module, layer.parameter) is not None
+
     def names(self, layer: Layer) -> bool:
         """Whether it matches the path of a layer itself, rather than of a module that has it."""
         return any(self._matches(path, layer.module) for path in layer.paths)
 
-    def complaint(self, everything: list[Layer]) -> str:
+    def complaint(self, everything: list[Layer], taken: set[int]) -> str:
+        """Why it is of no use, given the layers and the ids of those that were chosen."""
         if self.pattern is None:
-            return "The model has no layer that the method supports besides its output head: name the targets."
+            return (
+                f"The model has no layer that {type(self.method).__name__} supports besides its output head: choose"
+                " another method, or name the targets."
+            )
         matched = [layer for layer in everything if self.matches(layer, self.method)]
+        if any(id(layer) in taken and self.can_adapt(layer) for layer in matched):
+            return f"The pattern {self.pattern!r} is left without a layer by those before it: put it in front of them."
         if matched:
             return (
                 f"The pattern {self.pattern!r} selects no layer to adapt, only excluded or unsupported ones such as"
@@ -240,10 +259,16 @@ class _Selector:
                 f"The pattern {self.pattern!r} selects only layers that have no parameter for"
                 f" {type(self.method).__name__}, such as {others[0].path} ({type(others[0].module).__name__})."
             )
-        paths = [layer.path for layer in everything]
+        return f"The pattern {self.pattern!r} matches no layer; {self._hint([layer.path for layer in everything])}."
+
+    def _hint(self, paths: list[str]) -> str:
+        if not isinstance(self.pattern, str):
+            return f"the paths are such as {', '.join(map(repr, paths[-3:]))}"
+        if _REGEX.search(self.pattern):
+            return f"if it is a regular expression, pass re.compile({self.pattern!r})"
         names = sorted({*paths, *(path.rpartition(".")[2] for path in paths)})
-        near = difflib.get_close_matches(str(self.pattern), names, n=3, cutoff=0.5) or names[:3]
-        return f"The pattern {self.pattern!r} matches no layer; near it are {', '.join(map(repr, near))}."
+        near = difflib.get_close_matches(self.pattern, names, n=3, cutoff=0.5) or names[-3:]
+        return f"near it are {', '.join(map(repr, near))}"
 
 
 def _matcher(pattern: Pattern | None, model: nn.Module, method: Method | None) -> Callable[[str, nn.Module], bool]:
@@ -264,9 +289,10 @@ def _matcher(pattern: Pattern | None, model: nn.Module, method: Method | None) -
     if isinstance(pattern, type):
         kind = pattern
         return lambda path, module: isinstance(module, kind)
-    if callable(pattern):
+    if callable(pattern) and not isinstance(pattern, nn.Module):
         return pattern
-    raise TargetError(f"{pattern!r} is no pattern: use a name, a glob, a compiled regex, a type or f(path, module).")
+    shown = f"A {type(pattern).__name__}" if isinstance(pattern, nn.Module) else repr(pattern)
+    raise TargetError(f"{shown} is no pattern: use a name, a glob, a compiled regex, a type or f(path, module).")
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
@@ -287,6 +313,8 @@ def as_rules(method: Any, targets: Patterns | None) -> dict[Pattern | None, Any]
     if isinstance(method, Mapping):
         if targets is not None:
             raise TargetError("Targets are given twice: in the mapping of patterns to methods and as targets=.")
+        if not method:
+            raise TargetError("There are no patterns in the mapping of patterns to methods: name some.")
         return dict(method)
     if targets is None:
         return {None: method}
@@ -299,6 +327,8 @@ def as_rules(method: Any, targets: Patterns | None) -> dict[Pattern | None, Any]
 def _as_list(patterns: Patterns | None) -> list[Pattern]:
     if patterns is None:
         return []
-    if isinstance(patterns, Iterable) and not isinstance(patterns, (str, type)):
+    if isinstance(patterns, Mapping):
+        raise TargetError("A mapping of patterns to methods takes the place of the method, not of the patterns.")
+    if isinstance(patterns, Iterable) and not isinstance(patterns, (str, type, nn.Module)):
         return list(patterns)
     return [patterns]

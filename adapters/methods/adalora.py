@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
 from adapters.forms import LowRank
-from adapters.method import Method, Site, need, need_alpha, need_rank, refuse_dropout
+from adapters.method import Method, Site, is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class AdaLoRA(LowRank):
     def __post_init__(self) -> None:
         need_rank(self)
         need_alpha(self)
-        need(0 <= self.dropout < 1, self, "a dropout of 0 or more and less than 1", self.dropout)
-        fits = self.kept is None or (isinstance(self.kept, int) and 0 <= self.kept <= self.rank)
+        need_dropout(self)
+        fits = self.kept is None or (is_integer(self.kept, 0) and self.kept <= self.rank)
         need(fits, self, f"a kept of 0 up to the rank, {self.rank}", self.kept)
 
     @property

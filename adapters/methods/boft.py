@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.method import Method, Site, need
+from adapters.method import Method, Site, is_integer, need
 from adapters.methods.rotations import OutputRotation, butterfly, cayley, cut, need_blocks, widened
 
 
@@ -94,8 +94,7 @@ class OutputBOFT(OutputRotation):
 def need_factors(method: BOFT | OutputBOFT, least: int = 1) -> None:
     """Check `factors`."""
     factors = method.factors
-    valid = isinstance(factors, int) and factors >= least
-    need(valid, method, f"a number of factors that is an integer of {least} or more", factors)
+    need(is_integer(factors, least), method, f"a number of factors that is an integer of {least} or more", factors)
 
 
 def check_butterfly(method: BOFT | OutputBOFT, site: Site, blocks: int, size: int) -> None:

@@ -21,7 +21,7 @@ from adapters.layers import (
     first_tensor,
     with_first_tensor,
 )
-from adapters.method import Method, Site, need
+from adapters.method import Method, Site, is_integer, need, need_choice, need_number
 from adapters.targets import layers
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -82,8 +82,9 @@ class Bottleneck(Method):
         for name in ("size", "reduction", "features"):
             value = getattr(self, name)
             optional = value is None and name != "reduction"
-            need(optional or (isinstance(value, int) and value >= 1), self, f"a {name} of 1 or more", value)
-        need(self.activation in ACTIVATIONS, self, f"an activation out of {', '.join(ACTIVATIONS)}", self.activation)
+            need(optional or is_integer(value, 1), self, f"a {name} of 1 or more", value)
+        need_number(self, "scaling")
+        need_choice(self, "activation", ACTIVATIONS)
 
     # What it adapts
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import Additive
-from adapters.method import Site, need
+from adapters.method import Site, is_integer, need
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class C3A(Additive):
 
     def __post_init__(self) -> None:
         size = self.block_size
-        need(isinstance(size, int) and size >= 1, self, "a block_size that is an integer of 1 or more", size)
+        need(is_integer(size, 1), self, "a block_size that is an integer of 1 or more", size)
 
     def check_site(self, site: Site) -> None:
         outputs, inputs = site.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters.branch import Branch, Tensors
-from adapters.method import Method, Site, need, need_rank
+from adapters.method import Method, Site, need_choice, need_rank
 
 _A_B = ("lora", "vector", "constant", "none")
 _C = ("lora", "vector", "none")
@@ -45,8 +45,7 @@ class GLoRA(Method):
     def __post_init__(self) -> None:
         need_rank(self)
         for name, choices in (("config_a_b", _A_B), ("config_c", _C), ("config_d_e", _D_E)):
-            value = getattr(self, name)
-            need(value in choices, self, f"a {name} out of {', '.join(choices)}", value)
+            need_choice(self, name, choices)
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

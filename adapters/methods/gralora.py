@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import LowRank
-from adapters.method import Site, need, need_alpha, need_count, need_rank
+from adapters.method import Site, is_integer, need, need_alpha, need_count, need_rank
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class GraLoRA(LowRank):
         need_alpha(self)
         need_count(self, "blocks")
         need(self.rank % self.blocks == 0, self, f"a rank that is a multiple of blocks={self.blocks}", self.rank)
-        hybrid = isinstance(self.hybrid_rank, int) and self.hybrid_rank >= 0
-        need(hybrid, self, "a hybrid_rank that is an integer of 0 or more", self.hybrid_rank)
+        hybrid = self.hybrid_rank
+        need(is_integer(hybrid, 0), self, "a hybrid_rank that is an integer of 0 or more", hybrid)
 
     @property
     def scaling(self) -> float:

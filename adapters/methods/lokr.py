@@ -14,7 +14,7 @@ from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
 from adapters.forms import Additive
 from adapters.layers import Matrix
-from adapters.method import Site, need, need_alpha, need_rank
+from adapters.method import Site, is_integer, need, need_alpha, need_rank
 from adapters.methods.decomposed import Decomposed
 from adapters.methods.tucker import channels, has_core, product
 
@@ -53,8 +53,8 @@ class LoKr(Additive):
         need_rank(self)
         need_alpha(self)
         numbers = self.factor if isinstance(self.factor, tuple) and len(self.factor) == 2 else (self.factor,)
-        at_hand = self.factor == -1 or all(isinstance(number, int) and number >= 1 for number in numbers)
-        need(at_hand, self, "a factor that is -1, an integer of 1 or more, or two of these", self.factor)
+        at_hand = self.factor == -1 or all(is_integer(number, 1) for number in numbers)
+        need(at_hand, self, "a factor that is -1, an integer of 1 or more, or a tuple of two of these", self.factor)
 
     def check_site(self, site: Site) -> None:
         rows, columns = self._first(site)

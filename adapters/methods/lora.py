@@ -15,7 +15,7 @@ from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
 from adapters.forms import LowRank
 from adapters.layers import Matrix, is_plain
-from adapters.method import Method, Site, need, need_alpha, need_rank, refuse_dropout
+from adapters.method import Method, Site, need, need_alpha, need_choice, need_dropout, need_rank, refuse_dropout
 from adapters.methods.factors import GroupsToSamples, SamplesToGroups, as_matrices, factors, groups_of, is_layer
 from adapters.methods.starts import STARTS
 
@@ -55,8 +55,8 @@ class LoRA(LowRank):
     def __post_init__(self) -> None:
         need_rank(self)
         need_alpha(self)
-        need(0 <= self.dropout < 1, self, "a dropout of 0 or more and less than 1", self.dropout)
-        need(self.init in STARTS, self, f"an init out of {', '.join(STARTS)}", self.init)
+        need_dropout(self)
+        need_choice(self, "init", STARTS)
         zero_or_alpha = self.alpha != 0 or not STARTS[self.init].divides
         need(zero_or_alpha, self, f"an alpha other than 0 for init={self.init!r}", self.alpha)
 

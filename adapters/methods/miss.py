@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import LowRank
-from adapters.method import Method, Site, need, need_rank
+from adapters.method import Method, Site, is_integer, need, need_rank
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MiSS(LowRank):
     def __post_init__(self) -> None:
         need_rank(self)
         mini = self.mini_r
-        need(isinstance(mini, int) and mini >= 0, self, "a mini_r that is an integer of 0 or more", mini)
+        need(is_integer(mini, 0), self, "a mini_r that is an integer of 0 or more", mini)
 
     def check_site(self, site: Site) -> None:
         outputs, inputs = site.shape

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fluxion as fl
 from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
-from adapters.method import Method, Site, need
+from adapters.method import Method, Site, is_integer, need
 from adapters.methods.virtual import VirtualTokens, mark, tokens_of
 
 # Settings of models whose keys or values have other heads or features than usual ones.
@@ -48,8 +48,9 @@ class PrefixTuning(VirtualTokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.projection
-        need(size is None or (isinstance(size, int) and size >= 1), self, "a projection of 1 or more", size)
+        for name in ("projection", "num_layers", "num_attention_heads"):
+            value = getattr(self, name)
+            need(value is None or is_integer(value, 1), self, f"a {name} of 1 or more", value)
 
     def shape(self, transformer: nn.Module) -> tuple[int, ...]:
         """`(layers, heads, features)` of the keys."""

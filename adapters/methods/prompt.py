@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
 from adapters.layers import first_tensor, with_first_tensor
-from adapters.method import Site
+from adapters.method import Site, is_integer, need
 from adapters.methods.virtual import VirtualTokens, caches, mark
 
 
@@ -38,12 +38,19 @@ class PromptTuning(VirtualTokens):
 
     text: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.text
+        fits = isinstance(given, (tuple, list)) and all(is_integer(token, 0) for token in given)
+        need(fits, self, "a text that is ids of tokens, as a tokenizer gives them", given)
+        object.__setattr__(self, "text", tuple(given))
+
     def shape(self, transformer: nn.Module) -> tuple[int, ...]:
         embedding: Any = transformer.get_input_embeddings()  # type: ignore[operator]
         return embedding.num_embeddings, embedding.embedding_dim
 
     def check_site(self, site: Site) -> None:
-        if any(not 0 <= token < site.shape[0] for token in self.text):
+        if any(token >= site.shape[0] for token in self.text):
             raise TargetError(f"{site.path} has no tokens beyond {site.shape[0] - 1}: choose others for text=.")
 
     def tensors(self, site: Site) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import OutputMap
-from adapters.method import Site, need
+from adapters.method import Site, is_integer, need, need_choice
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """The numbers of angles, and of scales, for each output."""
@@ -42,9 +42,9 @@ class RoAd(OutputMap):
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        need(self.variant in _SIZES, self, f"a variant out of {', '.join(_SIZES)}", self.variant)
+        need_choice(self, "variant", _SIZES)
         size = self.group_size
-        need(isinstance(size, int) and size > 0 and size % 2 == 0, self, "a group_size that is even and positive", size)
+        need(is_integer(size, 1) and size % 2 == 0, self, "a group_size that is even and positive", size)
 
     def check_site(self, site: Site) -> None:
         groups = site.matrix.groups  # Outputs of different inputs cannot be mixed in the weight of a convolution.

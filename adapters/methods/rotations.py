@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.method import Method, Site, need
+from adapters.method import Method, Site, is_integer, is_number, need
 
 
 def need_blocks(method: Any, usual: int) -> None:
@@ -20,11 +20,11 @@ def need_blocks(method: Any, usual: int) -> None:
     Raises:
         AdapterError: Both are given, or one is out of its range.
     """
-    if not method.block_size and not method.blocks:
-        object.__setattr__(method, "block_size", usual)
     given = (method.block_size, method.blocks)
+    need(all(is_integer(n, 0) for n in given), method, "an integer for block_size or blocks", given)
     need(0 in given, method, "either a block_size or a number of blocks", given)
-    need(all(isinstance(n, int) and n >= 0 for n in given), method, "an integer for block_size or blocks", given)
+    if given == (0, 0):
+        object.__setattr__(method, "block_size", usual)
 
 
 def cut(method: Any, site: Site, features: int, least: int = 2) -> tuple[int, int]:
@@ -126,7 +126,7 @@ class OutputRotation(Method):
     def __post_init__(self) -> None:
         need_blocks(self, usual=4)
         bound = self.constraint
-        need(bound >= 0 and math.isfinite(bound), self, "a constraint of 0 or more", bound)
+        need(is_number(bound) and bound >= 0, self, "a constraint of 0 or more", bound)
 
     def check_site(self, site: Site) -> None:
         self.block_shape(site)

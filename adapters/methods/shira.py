@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import Additive
-from adapters.method import Site, need, need_rank
+from adapters.method import Site, is_integer, need, need_rank
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SHiRA(Additive):
 
     def __post_init__(self) -> None:
         need_rank(self)
-        need(self.seed is None or isinstance(self.seed, int), self, "a seed that is an integer or None", self.seed)
+        need(self.seed is None or is_integer(self.seed), self, "a seed that is an integer or None", self.seed)
 
     def check_site(self, site: Site) -> None:
         outputs, inputs = site.shape[-2:]

@@ -124,20 +124,23 @@ def _pissa(site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
     u, singular, vt = torch.linalg.svd(site.weight, full_matrices=False)
     rank = down.shape[-2]
     root = (singular[..., :rank] / abs(scaling)).sqrt()
-    _set(down, root.unsqueeze(-1) * vt[..., :rank, :])
-    _set(up, u[..., :rank] * root.unsqueeze(-2))
+    _set(site, down, root.unsqueeze(-1) * vt[..., :rank, :])
+    _set(site, up, u[..., :rank] * root.unsqueeze(-2))
 
 
 def _olora(site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
     """The first columns and rows of a QR decomposition (arXiv:2406.01775)."""
     q, r = torch.linalg.qr(site.weight)
-    _set(down, r[..., : down.shape[-2], :])
-    _set(up, q[..., : down.shape[-2]])
+    _set(site, down, r[..., : down.shape[-2], :])
+    _set(site, up, q[..., : down.shape[-2]])
 
 
-def _set(factor: Tensor, value: Tensor) -> None:
+def _set(site: Site, factor: Tensor, value: Tensor) -> None:
     if factor.shape != value.shape:
-        raise TargetError(f"A rank of {factor.shape[-2]} is more than this weight has: it is {tuple(value.shape)}.")
+        *_, outputs, inputs = site.shape
+        raise TargetError(
+            f"{site.path} is {outputs} × {inputs}, too small for a rank of {factor.shape[-2]}: choose a smaller one."
+        )
     factor.copy_(value)
 
 

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+import fluxion as fl
 from adapters.adapted import Adapted
 from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, first_tensor
-from adapters.method import Method, need
+from adapters.method import Method, is_integer, need
 
 # What a transformer may take besides its tokens. Anything else could depend on where the tokens are.
 _INPUTS = frozenset(
@@ -60,7 +61,7 @@ class VirtualTokens(Method):
 
     def __post_init__(self) -> None:
         number = self.num_virtual_tokens
-        need(isinstance(number, int) and number >= 1, self, "a num_virtual_tokens of 1 or more", number)
+        need(is_integer(number, 1), self, "a num_virtual_tokens of 1 or more", number)
 
     # What it adapts
 
@@ -74,9 +75,10 @@ class VirtualTokens(Method):
         return None if self._problem(layer) else Matrix(self.shape(layer), "as is", "any")
 
     def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+        root, model = model, _only_transformer(model)
         base = transformer = _inside(getattr(model, "base_model", model))
         problem = _unusual(getattr(model, "config", None))
-        if problem is None and base is model:
+        if problem is None and base is root:
             problem = "has no transformer below it: use a model with a head, or put it inside a module"
         if problem is None:
             # A model with a head may call the decoder of its base rather than the base.
@@ -160,6 +162,18 @@ def caches(*values: Any) -> list[Any]:
     """The caches among what a transformer takes and gives."""
     parts = (part for value in values for part in (value.values() if isinstance(value, Mapping) else value))
     return [part for part in parts if hasattr(part, "get_seq_length")]
+
+
+def _only_transformer(model: nn.Module) -> nn.Module:
+    """The only model of transformers that a module of another kind has in it, or else the module itself."""
+    if _is_transformer(model):
+        return model
+    found = [_inside(module) for module, _ in fl.walk(model, lambda module, _: _is_transformer(module))]
+    return cast(nn.Module, found[0]) if len(found) == 1 else model
+
+
+def _is_transformer(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "get_text_config")
 
 
 def _inside(module: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 import adapters
 import weights
-from adapters import LayerMismatchError, LoRA, PatchNameError
+from adapters import IA3, OFT, LayerMismatchError, LoRA, Method, PatchNameError
 from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
 from tests.weights.conftest import hub, hub_home  # noqa: F401
 from tests.weights.hub_server import WRITER, HubServer
@@ -55,6 +55,38 @@ def test_each_layer_keeps_its_own_rank_and_alpha(tmp_path: Path) -> None:
     fresh = build("chain")
     adapters.load(fresh.model, tmp_path)
     assert torch.equal(fresh(), expected)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"query": LoRA(rank=2), "value": IA3()},
+        {"query": LoRA(rank=2, dropout=0.1), "value": LoRA(rank=2)},
+        {"query": OFT(block_size=4), "value": OFT(block_size=8)},
+    ],
+)
+def test_what_pefts_format_cannot_hold_is_saved_in_our_own(rules: dict[str, Method], tmp_path: Path) -> None:
+    case = build("bert")
+    patch = adapters.inject(case.model, rules)
+    perturb(patch)
+    expected = case()
+    patch.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter.safetensors"]
+    patch.eject()
+    adapters.load(case.model, tmp_path)
+    assert torch.equal(case(), expected)
+
+
+def test_the_name_of_a_file_is_no_folder(tmp_path: Path) -> None:
+    case = build("plain")
+    patch = adapters.inject(case.model, LoRA(rank=2))
+    path = tmp_path / "style.safetensors"
+    with pytest.raises(weights.FileFormatError, match="its name is that of a file, and PEFT's adapters are folders"):
+        patch.save_pretrained(path, format="peft")
+    assert not path.exists()
+    patch.save_pretrained(path)
+    assert path.is_file()
+    assert adapters.load(case.model, path).name == "style"
 
 
 class Net(nn.Module):

@@ -7,6 +7,9 @@ import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import nn
 
 import adapters
 import fluxion as fl
-from adapters import AdapterError, LoRA, PatchNameError, PatchStateError
+from adapters import AdapterError, LayerMismatchError, LoRA, PatchNameError, PatchStateError, TargetError
 from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
 
 LORA = LoRA(rank=2, alpha=4)
@@ -510,3 +513,78 @@ def test_printing() -> None:
         "        ├── Multiply(scale=2.0)",
         "        └── Linear(in_features=2, out_features=5, device=cpu, dtype=float32) #2",
     ]
+
+
+@pytest.mark.parametrize("scale", ["1", None, float("nan"), float("inf"), torch.tensor([1.0])])
+def test_scales_are_finite_numbers(scale: object, tmp_path: Path) -> None:
+    case = build("plain")
+    before = snapshot(case.model)
+    with pytest.raises(AdapterError, match="The scale of 'default' has to be a finite number, not"):
+        adapters.inject(case.model, LoRA(rank=2), scale=scale)
+    assert snapshot(case.model) == before
+    patch = adapters.inject(case.model, LoRA(rank=2), scale=2)
+    patch.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="The scale of 'default' has to be a finite number, not"):
+        patch.scale = scale
+    assert patch.scale == 2
+    for choice in ({"default": scale}, {"rows": [{"default": scale}]}):
+        with pytest.raises(AdapterError, match="The scale of 'default' has to be a finite number, not"):
+            names, rows = ([], choice["rows"]) if "rows" in choice else ([choice], None)
+            adapters.use(case.model, *names, rows=rows).__enter__()
+    with pytest.raises(AdapterError, match="The scale of 'again' has to be a finite number, not"):
+        adapters.load(case.model, tmp_path, name="again", scale=scale)
+    assert list(adapters.patches(case.model)) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype= has to be one of floating point, such as torch.float32, not 'float16'"),
+        ({"dtype": torch.int8}, "dtype= has to be one of floating point"),
+        ({"seed": "one"}, "seed= has to be an integer, not 'one'"),
+        ({"name": 3}, "a string and not empty, not 3"),
+        ({"name": ""}, "a string and not empty, not ''"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    case = build("plain")
+    before = snapshot(case.model)
+    with pytest.raises(AdapterError, match=message):
+        adapters.inject(case.model, LoRA(rank=2), **options)
+    assert snapshot(case.model) == before
+
+
+def test_weights_of_integers_need_a_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TargetError, match=r"0 has a weight of torch\.int8, no dtype to train in: pass dtype="):
+        adapters.inject(model, LoRA(rank=2))
+    patch = adapters.inject(model, LoRA(rank=2), dtype=torch.float32)
+    assert {parameter.dtype for parameter in patch.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda patch: {"names": [patch]}, "A patch is chosen by its name, or by a mapping of names to scales"),
+        (lambda patch: {"names": [1]}, "not by 1"),
+        (lambda patch: {"rows": [patch, None]}, "A patch is chosen by its name"),
+        (lambda patch: {"rows": "default"}, "a choice for each row of the batch, not 'default'"),
+        (lambda patch: {"rows": []}, r"a choice for each row of the batch, not \[\]"),
+    ],
+)
+def test_choices_of_the_wrong_kind_are_refused(choose: Callable[[Any], dict[str, Any]], message: str) -> None:
+    case = build("plain")
+    options = choose(adapters.inject(case.model, LoRA(rank=2)))
+    with pytest.raises(AdapterError, match=message):
+        adapters.use(case.model, *options.pop("names", []), **options).__enter__()
+
+
+def test_what_does_not_fit_is_listed_in_order() -> None:
+    case = build("plain")
+    patch = adapters.inject(case.model, LoRA(rank=2), ["stem", "head"])
+    names = list(patch.state_dict())
+    with pytest.raises(LayerMismatchError) as caught:
+        patch.load_state_dict({"b": torch.ones(1), "a": torch.ones(1)})
+    expected = [*(f"missing {name}" for name in names), "unexpected b"]
+    assert str(caught.value).partition(": ")[2] == "; ".join(expected) + "; and 1 more."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import adapters
 import fluxion as fl
 from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
+from adapters.methods import METHODS
 from tests.adapters.models import build, snapshot
 
 
@@ -89,9 +91,16 @@ def test_patterns(targets: object, exclude: object, expected: list[str]) -> None
         (re.compile("layers"), None, "selects no layer to adapt, .* such as layers"),
         ("**.norm", None, r"unsupported ones such as layers\.0\.norm \(LayerNorm\)"),
         ("norm", None, r"layers\.0\.norm is a LayerNorm, which LoRA cannot adapt"),
+        ("attn", None, r"which LoRA cannot adapt: .* or choose what is in it by 'layers\.0\.attn\.\*\*'"),
         ("gru", None, r"layers\.0\.gru is a GRU, which LoRA cannot adapt"),
         ("lm_head", "lm_head", "selects no layer to adapt"),
         (3, None, "3 is no pattern"),
+        (nn.Linear(2, 2), None, "A Linear is no pattern"),
+        ([nn.Linear(2, 2)], None, "A Linear is no pattern"),
+        ({"q_proj": 4}, None, "A mapping of patterns to methods takes the place of the method"),
+        (nn.Conv3d, None, "matches no layer; the paths are such as 'attn"),
+        (r"(q|v)_proj", None, r"if it is a regular expression, pass re\.compile\("),
+        (".*_proj", None, r"if it is a regular expression, pass re\.compile\("),
     ],
 )
 def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: str) -> None:
@@ -100,6 +109,25 @@ def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: 
     with pytest.raises(TargetError, match=message):
         adapters.inject(model, LoRA(rank=1), targets=targets, exclude=exclude)
     assert snapshot(model) == before
+
+
+def test_the_first_pattern_that_can_adapt_a_layer_counts() -> None:
+    model = Net()
+    patch = adapters.inject(model, {"layers.0.**": LoRA(rank=1), "q_proj": LoRA(rank=2), "norm": NormTuning()})
+    methods = {place.path: place.branch.method for place in patch.places}
+    assert methods["layers.0.q_proj"] == LoRA(rank=1)
+    assert methods["layers.1.q_proj"] == LoRA(rank=2)
+    assert methods["layers.0.norm"] == NormTuning()
+
+
+def test_a_pattern_that_others_leave_nothing_is_refused() -> None:
+    model = Net()
+    adapters.inject(model, {"q_proj": LoRA(rank=2), "**_proj": LoRA(rank=1)}).eject()
+    adapters.inject(model, LoRA(rank=2), ["**_proj", "q_proj"]).eject()
+    with pytest.raises(TargetError, match="'q_proj' is left without a layer by those before it: put it in front"):
+        adapters.inject(model, {"**_proj": LoRA(rank=1), "q_proj": LoRA(rank=2)})
+    with pytest.raises(TargetError, match="There are no patterns in the mapping"):
+        adapters.inject(model, {})
 
 
 class Parts(nn.Module):
@@ -249,8 +277,23 @@ def test_the_output_embeddings_of_transformers_are_left_out() -> None:
     paths = list(adapters.inject(gpt, LoRA(rank=1)).targets)
     assert "transformer.h.0.attn.c_attn" in paths
     assert "lm_head" not in paths
-    with pytest.raises(TargetError, match="no layer that the method supports besides its output head"):
+    with pytest.raises(TargetError, match="no layer that LoRA supports besides its output head"):
         adapters.inject(nn.Sequential(nn.LayerNorm(3)), LoRA(rank=1))
+
+
+NEEDED = {"TrainableTokens": {"tokens": (1,)}}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.__name__)
+def test_methods_check_the_type_of_their_numbers(method: type[Method]) -> None:
+    """Whatever is no yes or no is refused where it is no number, name or tuple of the kind that is asked for."""
+    needed = NEEDED.get(method.__name__, {})
+    for field in dataclasses.fields(method):
+        if "bool" in str(field.type):
+            continue
+        for wrong in ("many", ["many"], {}, *([True] if field.name == "rank" else [])):
+            with pytest.raises(adapters.AdapterError, match=f"^{method.__name__} needs .* not "):
+                method(**{**needed, field.name: wrong})
 
 
 def test_methods_check_their_numbers() -> None:
@@ -267,7 +310,7 @@ def test_methods_check_their_numbers() -> None:
         (Net(), LoRA, None, "is no method: pass one with its numbers"),
         (Net(), {"q_proj": "lora"}, None, "'lora' is no method"),
         (Net(), LoRA(rank=1), [], "There are no targets in the list"),
-        (None, LoRA(rank=1), None, "None is no model"),
+        (None, LoRA(rank=1), None, "A NoneType is no model"),
     ],
 )
 def test_what_cannot_be_injected_is_said(model: nn.Module, method: object, targets: object, message: str) -> None:

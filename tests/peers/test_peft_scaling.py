@@ -94,7 +94,7 @@ def test_hira_and_its_rank_pattern(tmp_path: Path) -> None:
     mixed = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
     patch = adapters.inject(mixed, {"0": HiRA(2), "1": HiRA(3)})
     with pytest.raises(FileFormatError, match="its layers differ in rank, PEFT keeps one"):
-        patch.save_pretrained(tmp_path / "mixed")
+        patch.save_pretrained(tmp_path / "mixed", format="peft")
 
 
 class Nested(nn.Module):

@@ -21,7 +21,6 @@ from weights.formats.lycoris_methods import GRAMMARS, Grammar
 
 METHODS = frozenset(grammar.method for grammar in GRAMMARS)
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
-METHODS = frozenset(grammar.method for grammar in GRAMMARS)
 
 COMPONENTS: Mapping[str, str] = {
     "lycoris": "",

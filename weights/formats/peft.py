@@ -102,9 +102,12 @@ def write(adapter: AdapterFile, path: Path) -> None:
     PEFT keeps no other text in the tensor file, so the adapter's `metadata` is not written.
 
     Raises:
-        FileFormatError: PEFT does not know the method, or the layers differ in what the format holds once.
+        FileFormatError: PEFT does not know the method, the layers differ in what the format holds once, or the path is
+            that of a file.
         FileWriteError: The system refused to write.
     """
+    if path.suffix == ".safetensors":
+        _refuse(path, ["its name is that of a file, and PEFT's adapters are folders"])
     if adapter.flattened:
         _refuse(path, ["the paths of its layers are flattened: load it into the model, and save it from there"])
     layers = {where: layer for where, layer in adapter.layers.items() if layer.method not in besides.METHODS}

@@ -148,6 +148,8 @@ def test_orthogonality() -> None:
 @pytest.mark.parametrize(
     ("numbers", "match"),
     [
+        ({"total_steps": "10"}, "have to be integers"),
+        ({"total_steps": 10, "target_rank": 2.5}, "have to be integers"),
         ({"total_steps": 0}, "leave none to prune in"),
         ({"total_steps": 10, "warmup": 6, "final": 4}, "6 of warmup and 4 final ones leave none"),
         ({"total_steps": 10, "interval": 0}, "the interval is 1 or more"),

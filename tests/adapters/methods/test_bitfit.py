@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 import adapters
 from adapters import BitFit
+from tests.adapters.methods.closed_form import few
 
 
+@few
 @given(st.integers(1, 5), st.integers(2, 5), st.floats(-2, 2))
 def test_closed_form(inputs: int, outputs: int, scale: float) -> None:
     model = nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.Linear(outputs, 2, bias=False)).double()

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 import adapters
 from adapters import Copy, LayerMismatchError
+from tests.adapters.methods.closed_form import few
 
 
+@few
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(-2, 2))
 def test_closed_form(inputs: int, outputs: int, scale: float) -> None:
     model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(inputs, 3), nn.Tanh(), nn.Linear(3, outputs))}).double()

@@ -125,7 +125,7 @@ def test_factors_that_do_not_divide_a_weight_are_refused() -> None:
     [
         ({"rank": 0}, "LoKr needs a rank that is an integer of 1 or more, not 0"),
         ({"alpha": float("nan")}, "an alpha that is a finite number, not nan"),
-        ({"factor": 0}, "a factor that is -1, an integer of 1 or more, or two of these, not 0"),
+        ({"factor": 0}, "a factor that is -1, an integer of 1 or more, or a tuple of two of these, not 0"),
         ({"factor": -2}, "not -2"),
         ({"factor": 1.5}, "not 1.5"),
         ({"factor": (2, 0)}, r"not \(2, 0\)"),

@@ -277,6 +277,7 @@ def refused(
 X = torch.randn(9, 5, dtype=torch.float64)
 CASES: dict[str, Callable[[], None]] = {
     "no data": lambda: refused(AdapterError, "No branch of the patch 'default' starts from data", "kaiming", [X]),
+    "one batch": lambda: refused(AdapterError, "was given one batch", "eva", batches=torch.randn(9, 5)),
     "no batches": lambda: refused(AdapterError, "was given no batches", "eva"),
     "not reached": lambda: refused(
         TargetError, "idle cannot start: the batches do not reach it", "eva", [X], targets=["a", "idle"]
@@ -333,3 +334,12 @@ def test_the_patch_has_to_be_there_and_apart() -> None:
     other.merge()
     with pytest.raises(PatchStateError, match="a has another patch merged in"):
         adapters.initialize(patch, batches, loss)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_rank_that_the_weight_does_not_have_is_refused(init: str) -> None:
+    model, _ = made()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match="b is 6 × 7, too small for a rank of 7"):
+        adapters.inject(model, LoRA(rank=7, init=init), "b")
+    assert snapshot(model) == before

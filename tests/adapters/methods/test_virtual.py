@@ -267,9 +267,9 @@ def test_rows(kind: str) -> None:
     with adapters.use(model, rows=["default", None, None, "default"]):
         mixed = model(TOKENS, attention_mask=MASK, use_cache=False).logits
         close(mixed, torch.stack([full[0], base[1], base[2], full[3]]))
-        with pytest.raises(RowsError):
+        with pytest.raises(RowsError, match="pass use_cache=False"):
             model(TOKENS, attention_mask=MASK, use_cache=True)
-        with pytest.raises(RowsError):
+        with pytest.raises(RowsError, match="pass use_cache=False"):
             model.generate(TOKENS, max_new_tokens=2)
 
 
@@ -385,15 +385,31 @@ def test_models_that_need_something_else_are_refused(make: Any, method: adapters
     assert snapshot(model) == before
 
 
+class Embedder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = build("bert").model.bert
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.encoder(tokens).last_hidden_state.mean(1)
+
+
+def test_a_transformer_inside_of_another_model_is_found(tmp_path: Path) -> None:
+    model = Embedder().eval()
+    patch = adapters.inject(model, PromptTuning(3))
+    assert list(patch.targets) == ["encoder"]
+    adapted = model(TOKENS)
+    patch.save_pretrained(tmp_path)
+    patch.eject()
+    adapters.inject(model, LoRA(rank=2), "query")
+    adapters.inject(model, PromptTuning(2), name="beside").enabled = False
+    loaded = adapters.load(model, tmp_path)
+    assert torch.equal(model(TOKENS), adapted)
+    with pytest.raises(PatchStateError, match="no change of weights"):
+        loaded.merge()
+
+
 def test_a_transformer_inside_of_another_model_can_be_named() -> None:
-    class Embedder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = build("bert").model.bert
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.encoder(tokens).last_hidden_state.mean(1)
-
     model = Embedder().eval()
     with pytest.raises(TargetError, match="is a BertEncoder, which PromptTuning cannot adapt"):
         adapters.inject(model, PromptTuning(3), "encoder.encoder")
