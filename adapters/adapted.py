@@ -237,7 +237,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             if table:
                 holder = nn.Module()
                 holder._parameters = cast("dict[str, nn.Parameter | None]", table)
-                holder._apply(fn)  # type: ignore[no-untyped-call]
+                holder._apply(fn)
         return self
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
