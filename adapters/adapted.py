@@ -14,7 +14,7 @@ from adapters.adapter import Adapter
 from adapters.branch import Branch
 from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
-from adapters.layers import is_plain, is_stored, read_weight, substitute
+from adapters.layers import is_plain, is_stored, read_weight, substitute, with_parameters, with_weights
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
@@ -54,6 +54,10 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def inner(self) -> nn.Module:
         """The layer, inside of the adapters that were injected below this node."""
         return next(iter(self._modules.values()))
+
+    def _with(self, layer: nn.Module) -> nn.Module:
+        """What is inside of this node, with another layer."""
+        return substitute(self.inner, self.base, layer)
 
     @property
     def branches(self) -> list[Branch]:
@@ -111,7 +115,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             weights, inside = self._computed, len(merged)
         else:
             weights = self._weights(active[:inside])
-        run: Callable[..., Any] = substitute(self.inner, self.base, weights) if weights else self.inner
+        run: Callable[..., Any] = self._with(with_weights(self.base, weights)) if weights else self.inner
         for branch, scale in active[inside:]:
             run = partial(branch.method.run, branch, run, scale)
         return run
@@ -226,6 +230,16 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     # Transparency
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapted:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What the layer does not hold at the moment goes where the layer goes: to a device, or a dtype.
+        for table in (self._own, self._computed):
+            if table:
+                holder = nn.Module()
+                holder._parameters = cast("dict[str, nn.Parameter | None]", table)
+                holder._apply(fn)
+        return self
+
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
         """This node, then the layer under this node's own name, so that its parameters keep their names."""
         memo = set() if memo is None else memo
@@ -249,10 +263,14 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             return getattr(self.inner, name)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The entries of the layer under their own names, then those of the branches; shared ones in one place."""
+        """The entries of the layer under their own names, then those of the branches; shared ones in one place.
+
+        What is merged is left out of them, for it is what the branches stand for.
+        """
         if args:
             destination, prefix, keep_vars = (*args, prefix, keep_vars)[:3]
-        destination = self.inner.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        inner = self._with(with_parameters(self.base, self._own)) if self._own else self.inner
+        destination = inner.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key, child in list(self._modules.items())[1:]:
             if isinstance(child, Branch) and child.tied:
                 continue
@@ -269,7 +287,9 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Hand the layer its entries, which are under this node's name."""
+        """Hand the layer its entries, which are under this node's name, and are of its own weights."""
+        merged = self.merged
+        self.merge([])
         first, *others = self._modules
         inside, branches = f"{prefix}{first}.", tuple(f"{prefix}{key}." for key in others)
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(branches)]:
@@ -277,7 +297,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         # A checkpoint of the base model says nothing of a branch, and is complete without.
         absent = tuple(branch for branch in branches if not any(key.startswith(branch) for key in state_dict))
         marks = [(names, len(names)) for names in (missing_keys, unexpected_keys, error_msgs)]
-        self.__dict__["_loading"] = (inside, prefix, absent, marks)
+        self.__dict__["_loading"] = (inside, prefix, absent, marks, merged)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -312,9 +332,10 @@ class ByName(dict[str, Any]):
         return ByName, (self.layer, self.table)
 
 
-def _finish_loading(node: nn.Module, incompatible_keys: object) -> None:
-    """Give what was said of a layer while its node was loaded the layer's own names."""
-    inside, prefix, absent, marks = node.__dict__.pop("_loading")
+def _finish_loading(node: Adapted, incompatible_keys: object) -> None:
+    """Merge again what was merged, and give what was said of a layer during loading the layer's own names."""
+    inside, prefix, absent, marks, merged = node.__dict__.pop("_loading")
+    node.merge(merged)
     for said, start in marks:
         said[start:] = [text.replace(inside, prefix) for text in said[start:] if not text.startswith(absent)]
 

@@ -55,7 +55,7 @@ class LowRank(Additive):
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
         up, down = self.factors(branch.values())
-        return output + (F.linear(F.linear(branch.cast(x), down), up) * scale).to(output.dtype)
+        return output.add(F.linear(F.linear(branch.cast(x), down), up).to(output.dtype), alpha=scale)
 
 
 class OutputMap(Method):

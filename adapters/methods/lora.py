@@ -120,7 +120,7 @@ class LoRA(LowRank):
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
-        return output + (branch.forward(branch.cast(x)) * scale).to(output.dtype)
+        return output.add(branch.forward(branch.cast(x)).to(output.dtype), alpha=scale)
 
     def hyperparameters(self) -> dict[str, Any]:
         return {name: value for name, value in super().hyperparameters().items() if name != "init"}

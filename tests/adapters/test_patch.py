@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import adapters
 import fluxion as fl
@@ -277,21 +278,29 @@ def test_copies_have_patches_of_their_own(case: Case) -> None:
         assert torch.equal(other(), adapted)
 
 
-def test_state_dict_keeps_every_base_key_and_loads_base_checkpoints(case: Case) -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_state_dict_keeps_every_base_key_and_loads_base_checkpoints(case: Case, merged: bool) -> None:
     base = {key: value.clone() for key, value in case.model.state_dict().items()}
     output = case()
-    patch = adapters.inject(case.model, LORA)
+    layers = (nn.Linear, nn.Conv2d)
+    patch = adapters.inject(case.model, {lambda path, layer: isinstance(layer, layers): LoRA(rank=2, bias=True)})
     perturb(patch)
+    unmerged = case()
+    if merged:
+        patch.merge()
     adapted = case()
     patched = case.model.state_dict()
     assert [key for key in patched if key in base] == list(base)
     assert len(patched) > len(base)
     with torch.no_grad():
         named = dict(case.model.named_parameters(remove_duplicate=False))
-        assert {key for key in named if key not in base} == {key for key in named if ".lora_default" in key}
-        for key in named.keys() & base.keys():
-            named[key].mul_(2)
+        if not merged:
+            assert {key for key in named if key not in base} == {key for key in named if ".lora_default" in key}
+        assert all(torch.equal(patched[key], value) for key, value in base.items())
+        for key in base:
+            patched[key].mul_(2)  # They are the model's own.
     case.model.load_state_dict(base)
+    assert patch.merged == merged
     assert torch.equal(case(), adapted)
 
     bare = Case(case.name, build(case.name, seed=9).model, case.inputs, case.run)
@@ -299,6 +308,9 @@ def test_state_dict_keeps_every_base_key_and_loads_base_checkpoints(case: Case) 
     assert result.missing_keys == []
     assert set(result.unexpected_keys) == patched.keys() - base.keys()
     assert torch.equal(bare(), output)
+    if merged:
+        patch.unmerge()
+    assert torch.equal(case(), unmerged)
 
 
 def test_loading_a_state_dict_still_names_what_is_wrong() -> None:
@@ -403,6 +415,22 @@ def test_adapters_follow_the_mode_dtype_and_seed() -> None:
     perturb(wide)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
     assert case.run(case.model, case.inputs.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_is_merged_goes_where_the_model_goes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), weight_norm(nn.Linear(4, 3))).double()
+    weight, x = model[0].weight, torch.randn(2, 4)
+    patch = adapters.inject(model, LoRA(rank=2, bias=True))
+    perturb(patch)
+    expected = model(x.double()).float()
+    patch.merge()
+    model.float()
+    torch.testing.assert_close(model(x), expected)
+    patch.unmerge()
+    torch.testing.assert_close(model(x), expected)
+    patch.eject()
+    assert model[0].weight is weight
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_parameter_groups_for_lora_plus() -> None:
