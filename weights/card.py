@@ -23,7 +23,9 @@ import adapters
 
 patch = adapters.load(model, "<repo>")  # the id of this repository, or the path of this folder
 ```
+"""
 
+_WITH_PEFT = """
 With [PEFT](https://github.com/huggingface/peft):
 
 ```python
@@ -34,8 +36,8 @@ model = PeftModel.from_pretrained(model, "<repo>")
 """
 
 
-def model_card(adapter: AdapterFile) -> str:
-    """The text of `README.md`: the Hub's fields as YAML, a table of methods, and how to load it.
+def model_card(adapter: AdapterFile, *, peft: bool) -> str:
+    """The text of `README.md`: the Hub's fields as YAML, a table of methods, and how to load it, in PEFT too if it can.
 
     A base model that is a local path means nothing to others and is left out.
     """
@@ -47,14 +49,14 @@ def model_card(adapter: AdapterFile) -> str:
         base_model=base,
         base_model_relation="adapter" if base else None,
         library_name=_LIBRARY,
-        tags=[_LIBRARY, "peft", *methods, *([f"base_model:adapter:{base}"] if base else [])],
+        tags=[_LIBRARY, *(["peft"] if peft else []), *methods, *([f"base_model:adapter:{base}"] if base else [])],
     )
     body = _BODY.format(
         title=f"Adapter for {base}" if base else "Adapter",
         rows="\n".join(_row(adapter, method) for method in methods),
         library=_LIBRARY,
     )
-    return f"---\n{fields.to_yaml()}\n---\n\n{body}"
+    return f"---\n{fields.to_yaml()}\n---\n\n{body}{_WITH_PEFT if peft else ''}"
 
 
 def _row(adapter: AdapterFile, method: str) -> str:

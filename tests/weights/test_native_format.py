@@ -46,6 +46,7 @@ def test_everything_comes_back(tmp_path: Path, name: str) -> None:
     file, other = (one / "adapter.safetensors" if one.is_dir() else one for one in (path, again))
     assert file.read_bytes() == other.read_bytes()
     assert (path / "README.md").exists() == path.is_dir()
+    assert not path.is_dir() or "PEFT" not in (path / "README.md").read_text()
     if path.is_dir():
         assert same(weights.read_adapter(path / "adapter.safetensors"), ADAPTER)
 
