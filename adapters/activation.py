@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from adapters.choice import Rows, choosing
+from adapters.choice import Rows, choosing, strength
 from adapters.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def use(model: nn.Module, *names: str | Mapping[str, float], rows: Sequence[RowC
 
     Raises:
         PatchNameError: The model has no patch of that name.
-        AdapterError: Both names and rows are given.
+        AdapterError: Both names and rows are given, or what is neither a name nor a mapping to finite numbers.
     """
     from adapters.patch import find, patches  # A patch needs this module to know whether it acts.
 
@@ -40,13 +40,17 @@ def use(model: nn.Module, *names: str | Mapping[str, float], rows: Sequence[RowC
         if choice is None:
             return {}
         if isinstance(choice, Mapping):
-            return {find(model, name): float(scale) for name, scale in choice.items()}
+            return {find(model, name): strength(scale) for name, scale in choice.items()}
         listed = [choice] if isinstance(choice, str) else choice
+        if not isinstance(listed, Sequence):
+            raise AdapterError(f"{choice!r} chooses no patch: pass names, or a mapping of names to scales.")
         return {patch: patch.scale for patch in (find(model, name) for name in listed)}
 
     if rows is not None:
         if names:
             raise AdapterError("Pass names for the whole batch or rows= for each row, not both.")
+        if isinstance(rows, str):
+            raise AdapterError(f"rows= takes a list with one choice for each row, not {rows!r}.")
         grouped = Rows([weights(choice) for choice in rows])
         chosen: dict[Patch, float | Rows] = dict.fromkeys(patches(model).values(), grouped)
     else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +34,17 @@ def choosing(choice: Mapping[Patch, float | Rows]) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def strength(scale: object) -> float:
+    """A scale, checked.
+
+    Raises:
+        AdapterError: It is no finite number.
+    """
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise AdapterError(f"A scale has to be a finite number, not {scale!r}.")
+    return float(scale)
 
 
 class Rows:

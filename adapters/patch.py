@@ -22,6 +22,7 @@ import weights
 from adapters.adapted import Adapted, Made
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
+from adapters.choice import strength
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
@@ -111,8 +112,7 @@ class Patch:
 
     Attributes:
         name: Its name, unique in the model.
-        scale: How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
-        enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it is as quick.
+        enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it is as quick as `scale`.
         places: The layers it adapts, and its branch at each.
         errors: By path, how far `combine` is off what it stands for, where it made the patch: the relative error of
             the update, in the Frobenius norm.
@@ -120,7 +120,7 @@ class Patch:
 
     def __init__(self, name: str, model: nn.Module, places: Sequence[Place], scale: float, freezes: bool) -> None:
         self.name = name
-        self.scale = scale
+        self._scale = strength(scale)
         self.enabled = True
         self.errors: dict[str, float] = {}
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
@@ -132,6 +132,19 @@ class Patch:
             place.branch.patch = self
 
     # What it is
+
+    @property
+    def scale(self) -> float:
+        """How strongly it acts: 1 as trained, 0 not at all. Setting it takes the same time for any model.
+
+        Raises:
+            AdapterError: It is set to what is no finite number.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = strength(value)
 
     @property
     def model(self) -> nn.Module:
@@ -376,17 +389,21 @@ class Patch:
                     f"{node.path} computes its weight from others: remove its parametrization, or merge() instead."
                 )
         made: Made = {}
-        replaced: dict[int, nn.Parameter] = {}
+        replaced: dict[int, list[nn.Parameter]] = {}
         with _all_or_nothing() as undo:
             for node, branches in self._nodes():
                 before, ours = node.merged, [(branch, self.scale) for branch in branches]
                 own = {name: node.own_weight(name) for branch in branches for name in branch.names}
-                new = node.folded(own, ours, made)
+                new = cast("dict[str, nn.Parameter | None]", node.folded(own, ours, made))
                 node.merge([item for item in before if item[0].patch is not self], own=new, made=made)
                 undo.callback(node.merge, before, own)
-                replaced.update({id(own[name]): cast(nn.Parameter, weight) for name, weight in new.items()})
+                for name, weight in new.items():
+                    # A bias that is new thaws with the weight.
+                    old = own[branches[0].parameter] if own[name] is None else own[name]
+                    if weight is not None:
+                        replaced.setdefault(id(old), []).append(weight)
         for patch in patches(self.model).values():
-            patch._frozen = [replaced.get(id(parameter), parameter) for parameter in patch._frozen]
+            patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
         self._leave()
 
     def _nodes(self) -> Iterator[tuple[Adapted, list[Branch]]]:
@@ -506,13 +523,15 @@ def inject(
     Raises:
         TargetError: A pattern matches nothing, or a layer cannot be adapted by the method.
         PatchNameError: The name is in use.
-        AdapterError: The model is no module, or the method no method.
+        AdapterError: The model is no module, the method no method, or scale or dtype no floating-point ones.
     """
     check_name(model, name)
     rules = as_rules(method, targets)
     for value in rules.values():
         if not isinstance(value, Method):
             raise AdapterError(f"{value!r} is no method: pass one with its numbers, such as LoRA(rank=8).")
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterError(f"{dtype} cannot be trained: pass a dtype= of floating-point numbers.")
     with _seeded(seed):
         places = _new_places(select(model, rules, exclude), device, dtype)
     return Patch(name, model, places, scale, freeze_base).inject()
@@ -593,8 +612,8 @@ def check_name(model: nn.Module, name: str) -> None:
     """Raise unless a new patch of a model may have that name."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"{model!r} is no model: adapters go into a torch.nn.Module.")
-    if not name:
-        raise PatchNameError("A patch needs a name that is not empty.")
+    if not isinstance(name, str) or not name:
+        raise PatchNameError(f"A patch needs a name that is a string and not empty, not {name!r}.")
     if name in patches(model):
         raise PatchNameError(f"The model has a patch {name!r} already: eject it, or choose another name=.")
 

@@ -460,6 +460,26 @@ def test_hot_swap_of_the_weights() -> None:
     assert snapshot(case.model) == before
 
 
+def test_numbers_and_choices_that_are_none_are_refused() -> None:
+    case = build("chain")
+    patch = adapters.inject(case.model, LORA, name="style", scale=0.5)
+    before = snapshot(case.model)
+    for call, message in [
+        (lambda: adapters.inject(case.model, LORA, name="b", scale=float("nan")), "scale has to be .* not nan"),
+        (lambda: setattr(patch, "scale", "1"), "scale has to be a finite number, not '1'"),
+        (lambda: adapters.inject(case.model, LORA, name=3), "a name that is a string and not empty, not 3"),
+        (lambda: adapters.inject(case.model, LORA, name="b", dtype=torch.int8), "torch.int8 cannot be trained"),
+        (adapters.use(case.model, {"style": None}).__enter__, "scale has to be a finite number, not None"),
+        (adapters.use(case.model, 3).__enter__, "3 chooses no patch"),
+        (adapters.use(case.model, rows="style").__enter__, "a list with one choice for each row, not 'style'"),
+    ]:
+        with pytest.raises(AdapterError, match=message):
+            call()
+    assert patch.scale == 0.5
+    assert list(adapters.patches(case.model)) == ["style"]
+    assert snapshot(case.model) == before
+
+
 def test_calls_that_do_not_fit_the_state_are_refused() -> None:
     case = build("chain")
     patch = adapters.inject(case.model, LORA)
