@@ -390,17 +390,21 @@ class Patch:
                     f"{node.path} computes its weight from others: remove its parametrization, or merge() instead."
                 )
         made: Made = {}
-        replaced: dict[int, nn.Parameter] = {}
+        replaced: dict[int, list[nn.Parameter]] = {}
         with _all_or_nothing() as undo:
             for node, branches in self._nodes():
                 before, ours = node.merged, [(branch, self.scale) for branch in branches]
                 own = {name: node.own_weight(name) for branch in branches for name in branch.names}
-                new = node.folded(own, ours, made)
+                new = cast("dict[str, nn.Parameter | None]", node.folded(own, ours, made))
                 node.merge([item for item in before if item[0].patch is not self], own=new, made=made)
                 undo.callback(node.merge, before, own)
-                replaced.update({id(own[name]): cast(nn.Parameter, weight) for name, weight in new.items()})
+                for name, weight in new.items():
+                    # A bias that is new thaws with the weight.
+                    old = own[branches[0].parameter] if own[name] is None else own[name]
+                    if weight is not None:
+                        replaced.setdefault(id(old), []).append(weight)
         for patch in patches(self.model).values():
-            patch._frozen = [replaced.get(id(parameter), parameter) for parameter in patch._frozen]
+            patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
         self._leave()
 
     def _nodes(self) -> Iterator[tuple[Adapted, list[Branch]]]:

@@ -165,6 +165,18 @@ def test_merge_and_eject_leaves_a_plain_model(name: str) -> None:
     assert all(parameter.requires_grad for parameter in case.model.parameters())
 
 
+def test_a_bias_that_is_folded_in_thaws_with_the_weight() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    first, second = (adapters.inject(model, LoRA(rank=2, bias=True), name=name) for name in ("first", "second"))
+    first.merge_and_eject()
+    assert not any(parameter.requires_grad for parameter in model[0].base.parameters())
+    second.eject()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == {
+        "0.weight": True,
+        "0.bias": True,
+    }
+
+
 class Doubling(nn.Linear):
     """A Linear that does more with its weight than `nn.Linear`."""
 
