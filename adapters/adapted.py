@@ -14,7 +14,7 @@ from adapters.adapter import Adapter
 from adapters.branch import Branch
 from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
-from adapters.layers import is_plain, is_stored, read_weight, substitute, with_parameters, with_weights
+from adapters.layers import is_plain, is_stored, read_weight, substitute, widened, with_parameters, with_weights
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
@@ -343,7 +343,7 @@ def _finish_loading(node: Adapted, incompatible_keys: object) -> None:
 def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
     """What weights become by some branches, in their own dtypes, computed in at least single precision."""
     touched = dict.fromkeys(name for branch, _ in active for name in branch.names)
-    wide = {name: None if (weight := own[name]) is None else _widened(weight) for name in touched}
+    wide = {name: None if (weight := own[name]) is None else widened(weight) for name in touched}
     for branch, scale in active:
         wide = branch.change(wide, scale)
     dtype = next((weight.dtype for weight in own.values() if weight is not None), None)  # For a bias where none was.
@@ -356,7 +356,3 @@ def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[st
 
 def _parameter(value: Tensor | None, like: Tensor | None) -> nn.Parameter | None:
     return None if value is None else nn.Parameter(value.contiguous(), like is not None and like.requires_grad)
-
-
-def _widened(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))

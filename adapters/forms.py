@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.branch import Branch, Tensors
 from adapters.layers import Matrix, features_dim
-from adapters.method import Method, Site
+from adapters.method import Method, Site, between
 
 
 class Additive(Method):
@@ -33,7 +33,22 @@ class Additive(Method):
         return torch.add(weight, self.delta(t), alpha=scale)
 
 
-class LowRank(Additive):
+class MatrixFree(Additive):
+    """`W + s Δ`, where `Δ x` takes less than `Δ`, which is never made for a linear layer."""
+
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        """`Δ x` for inputs of shape `(..., inputs)`: `(..., outputs)`."""
+        raise NotImplementedError
+
+    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return matrix.kind == "linear"
+
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output: Tensor = layer(x, *args, **kwargs)
+        return output.add(self.product(branch.cast(x), branch.values()).to(output.dtype), alpha=scale)
+
+
+class LowRank(MatrixFree):
     """`W + s U D`, with `U` of a few columns and `D` of as many rows."""
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
@@ -49,13 +64,9 @@ class LowRank(Additive):
         add = torch.baddbmm if weight.ndim == 3 else torch.addmm
         return add(weight, up * scale, down)
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
-        return matrix.kind == "linear"
-
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output: Tensor = layer(x, *args, **kwargs)
-        up, down = self.factors(branch.values())
-        return output.add(F.linear(F.linear(branch.cast(x), down), up).to(output.dtype), alpha=scale)
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        up, down = self.factors(t)
+        return F.linear(F.linear(x, down), up)
 
 
 class OutputMap(Method):
@@ -84,7 +95,7 @@ class OutputMap(Method):
         output: Tensor = layer(*args, **kwargs)
         dtype = _finer(output, branch)
         features = output.movedim(features_dim(branch.layer), -1).to(dtype)
-        mapped = features.lerp(self.map(features, branch.values(dtype)).to(dtype), scale)
+        mapped = between(features, self.map(features, branch.values(dtype)).to(dtype), scale)
         return mapped.movedim(-1, features_dim(branch.layer)).to(output.dtype)
 
 
@@ -104,7 +115,7 @@ class InputMap(Method):
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = _finer(x, branch)
         inputs = x.to(dtype)
-        mapped = inputs.lerp(self.map(inputs, branch.values(dtype), transposed=False).to(dtype), scale)
+        mapped = between(inputs, self.map(inputs, branch.values(dtype), transposed=False).to(dtype), scale)
         return layer(mapped.to(x.dtype), *args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapters.adapted import Adapted
 from adapters.choice import choosing
 from adapters.errors import AdapterError, LayerMismatchError, PatchStateError, TargetError
-from adapters.layers import input_rows, is_stored
+from adapters.layers import input_rows, is_stored, widened
 from adapters.methods.data_starts import Inputs
 from adapters.methods.lora import LoRA
 from adapters.methods.starts import STARTS, Start
@@ -94,7 +94,7 @@ def _node(place: Place) -> Adapted:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return widened(x.detach())
 
 
 def _effective(place: Place) -> Tensor:

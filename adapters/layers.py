@@ -95,6 +95,11 @@ class Matrix:
         return matrix.view_as(like)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in at least single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, a Linear with its weight transposed."""
     return any(

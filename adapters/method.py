@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
 from adapters.errors import AdapterError, TargetError
-from adapters.layers import Matrix, read_weight
+from adapters.layers import Matrix, read_weight, widened
 
 if TYPE_CHECKING:
     from adapters.targets import Layer
@@ -91,8 +91,7 @@ class Site:
     @cached_property
     def weight(self) -> Tensor:
         """The matrix of the weight, in at least single precision."""
-        weight = cast(Tensor, self.read()).detach()
-        return self.matrix.read(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return self.matrix.read(widened(cast(Tensor, self.read()).detach()))
 
     @property
     def bias_name(self) -> str | None:
@@ -250,6 +249,9 @@ class Method(ABC):
         Args:
             weight: The matrix, `(outputs, inputs)`, with the experts in front for a stack.
             t: The tensors, in the same dtype.
+
+        Returns:
+            A new tensor: a merged layer keeps it.
         """
         raise NotImplementedError
 
@@ -259,7 +261,7 @@ class Method(ABC):
 
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
         """What becomes of the weight at a strength: on the line from the weight, at 0, to its update, at 1."""
-        return weight.lerp(self.update(weight, t), scale)
+        return between(weight, self.update(weight, t), scale)
 
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         """Whether `run` is the way to compute it, for a layer whose output is linear in its weight."""
@@ -294,6 +296,11 @@ class Method(ABC):
     def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
         """What a file says of a branch: the method to load it with, and the tensors."""
         return self, self.file_tensors(branch)
+
+
+def between(start: Tensor, end: Tensor, scale: float) -> Tensor:
+    """What lies on the line from one tensor, at 0, to another, at 1, which is taken as it is."""
+    return end if scale == 1 else start.lerp(end, scale)
 
 
 def need(holds: bool, method: object, what: str, value: object) -> None:

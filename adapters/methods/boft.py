@@ -8,8 +8,9 @@ from torch import Tensor
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
+from adapters.layers import widened
 from adapters.method import Method, Site, is_integer, need
-from adapters.methods.rotations import OutputRotation, butterfly, cayley, cut, need_blocks, widened
+from adapters.methods.rotations import OutputRotation, butterfly, cayley, cut, need_blocks
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import Additive
+from adapters.forms import MatrixFree
+from adapters.layers import widened
 from adapters.method import Site, is_integer, need
 
 
 @dataclass(frozen=True)
-class C3A(Additive):
+class C3A(MatrixFree):
     """Circular convolution adaptation.
 
     Args:
@@ -50,3 +52,11 @@ class C3A(Additive):
         places = torch.arange(self.block_size, device=t.c3a_kernel.device)
         blocks = t.c3a_kernel[..., (places - places.unsqueeze(-1)) % self.block_size]
         return blocks.transpose(1, 2).reshape(t.shape) / t.shape[-1]
+
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        """By Fourier transforms, which make a circulant matrix diagonal; of nothing there is no transform."""
+        if not x.numel():
+            return F.linear(x, self.delta(t))
+        kernel = torch.fft.rfft(widened(t.c3a_kernel) / t.shape[-1]).conj()
+        blocks = torch.fft.rfft(widened(x).unflatten(-1, (-1, self.block_size)))
+        return torch.fft.irfft(torch.einsum("...jf,ijf->...if", blocks, kernel), n=self.block_size).flatten(-2)

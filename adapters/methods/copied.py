@@ -43,7 +43,7 @@ class Copy(Method):
         return {"copy": site.weight.to(site.device, site.dtype, copy=True)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
-        return t.copy
+        return t.copy.clone()
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         return {branch.parameter: branch.copy}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
@@ -85,3 +86,12 @@ class GraLoRA(LowRank):
         if self.hybrid_rank:
             down, up = torch.cat([down, t.gralora_A_general], -2), torch.cat([up, t.gralora_B_general], -1)
         return up * self.scaling, down
+
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        parts = (self.blocks, self.rank // self.blocks)
+        middle = torch.einsum("...jw,jwk->...jk", x.unflatten(-1, (self.blocks, -1)), t.gralora_A)
+        middle = middle.unflatten(-1, parts).transpose(-3, -2).flatten(-2)
+        output = torch.einsum("...ik,ikh->...ih", middle, t.gralora_B).flatten(-2)
+        if self.hybrid_rank:
+            output = output + F.linear(F.linear(x, t.gralora_A_general), t.gralora_B_general)
+        return output * self.scaling

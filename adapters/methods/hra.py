@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import InputMap
+from adapters.layers import widened
 from adapters.method import Site, need_rank
-from adapters.methods.rotations import widened
 
 
 @dataclass(frozen=True)

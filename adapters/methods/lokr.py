@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapters.branch import Branch, Tensors
+from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import Additive
-from adapters.layers import Matrix
+from adapters.forms import MatrixFree
 from adapters.method import Site, is_integer, need, need_alpha, need_rank
 from adapters.methods.decomposed import Decomposed
 from adapters.methods.tucker import channels, has_core, product
 
 
 @dataclass(frozen=True)
-class LoKr(Additive):
+class LoKr(MatrixFree):
     """Low-rank Kronecker product: each number of the first factor is the strength of one block of the update.
 
     The second factor is itself a product of low rank, unless it is so small that this would not make it smaller.
@@ -102,15 +100,11 @@ class LoKr(Additive):
     def delta(self, t: Tensors) -> Tensor:
         return torch.kron(*self.factors(t))
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
-        return matrix.kind == "linear"
-
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Without ever making the product: `(w₁ ⊗ w₂) x` is `w₁ X w₂ᵀ`, where X has the inputs in rows."""
-        output: Tensor = layer(x, *args, **kwargs)
-        first, second = self.factors(branch.values())
-        rows = branch.cast(x).unflatten(-1, (first.shape[1], second.shape[1]))
-        return output + ((first @ (rows @ second.mT)).flatten(-2) * scale).to(output.dtype)
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        """`(w₁ ⊗ w₂) x` is `w₁ X w₂ᵀ`, where X has the inputs in rows."""
+        first, second = self.factors(t)
+        rows = x.unflatten(-1, (first.shape[1], second.shape[1]))
+        return torch.einsum("...ij,pi,qj->...pq", rows, first, second).flatten(-2)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
@@ -54,6 +55,11 @@ class MiSS(LowRank):
         block = t.miss_block
         sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, -(-inputs // self.rank))
         return block.T.repeat(outputs // block.shape[-1], 1), sums[:, :inputs]
+
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        block, (outputs, inputs) = t.miss_block, t.shape
+        runs = F.pad(x, (0, -inputs % self.rank)).unflatten(-1, (-1, self.rank))
+        return (runs.sum(-2) @ block).repeat(*(1 for _ in x.shape[1:]), outputs // block.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
 from adapters.forms import InputMap
-from adapters.layers import Matrix
-from adapters.method import Site, is_integer, is_number, need
-from adapters.methods.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew, widened
+from adapters.layers import Matrix, widened
+from adapters.method import Site, between, is_integer, is_number, need
+from adapters.methods.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class OFT(InputMap):
         rows: Tensor = layer(x, *args, **kwargs)
         features = branch.cast(rows)
         rotated = self.map(features, branch.values(), transposed=False)
-        return features.lerp(rotated, scale).to(rows.dtype)
+        return between(features, rotated, scale).to(rows.dtype)
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         name = "oft_embedding_R" if branch.matrix.kind == "embedding" else "oft_R"

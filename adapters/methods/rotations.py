@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
+from adapters.layers import widened
 from adapters.method import Method, Site, is_integer, is_number, need
 
 
@@ -74,11 +75,6 @@ def cayley(q: Tensor) -> Tensor:
     q = widened(q)
     identity = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
     return torch.linalg.solve(identity + q, identity - q)  # The two factors commute.
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """A tensor in at least single precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:

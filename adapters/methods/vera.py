@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.branch import Tensors
 from adapters.forms import LowRank
@@ -62,9 +63,19 @@ class VeRA(LowRank):
         return {name: tensor.to(sites[0].device, sites[0].dtype) for name, tensor in (("vera_A", a), ("vera_B", b))}
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
-        outputs, inputs = t.shape[-2:]
-        up = t.vera_lambda_b.unsqueeze(-1) * t.vera_B[:outputs]
-        return up, t.vera_lambda_d.unsqueeze(-1) * t.vera_A[:, :inputs]
+        up, down = _cut(t)
+        return t.vera_lambda_b.unsqueeze(-1) * up, t.vera_lambda_d.unsqueeze(-1) * down
+
+    def product(self, x: Tensor, t: Tensors) -> Tensor:
+        """With the vectors applied to the features, so that B and A need no gradients."""
+        up, down = _cut(t)
+        return F.linear(F.linear(x, down) * t.vera_lambda_d, up) * t.vera_lambda_b
+
+
+def _cut(t: Tensors) -> tuple[Tensor, Tensor]:
+    """B and A of the size of one layer."""
+    outputs, inputs = t.shape[-2:]
+    return t.vera_B[:outputs], t.vera_A[:, :inputs]
 
 
 def largest(sites: Sequence[Site]) -> tuple[int, int]:

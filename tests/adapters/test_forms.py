@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapters
-from adapters import IA3, DeLoRA, LoRA, Method, Patch, RoAd
-from adapters.forms import InputMap, LowRank, OutputMap
+from adapters import C3A, IA3, DeLoRA, GraLoRA, LoKr, LoRA, Method, MiSS, Patch, RoAd, VeRA
+from adapters.forms import InputMap, LowRank, MatrixFree, OutputMap
 from tests.adapters.models import perturb
 
 METHODS: dict[str, Method] = {
     "output, ia3": IA3(),
     "output, road": RoAd("road_4", group_size=4),
     "input": IA3(feedforward=True),
+    "matrix-free, c3a": C3A(block_size=4),
+    "matrix-free, lokr": LoKr(rank=1),
     "low rank": DeLoRA(rank=3, boundary=2),
+    "low rank, gralora": GraLoRA(rank=8, blocks=4, hybrid_rank=2),
+    "low rank, miss": MiSS(rank=3, mini_r=4),
+    "low rank, vera": VeRA(rank=8, d_initial=1),
     "layers": LoRA(rank=3),
 }
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -62,6 +67,17 @@ def test_the_methods_have_these_forms() -> None:
     assert isinstance(METHODS["output, road"], OutputMap)
     assert isinstance(METHODS["input"], InputMap)
     assert isinstance(METHODS["low rank"], LowRank)
+    assert isinstance(METHODS["matrix-free, c3a"], MatrixFree)
+
+
+@pytest.mark.parametrize("rows", [(), (5,), (0,), (2, 3)])
+@pytest.mark.parametrize("method", [C3A(3), *(m for m in METHODS.values() if isinstance(m, MatrixFree))], ids=str)
+def test_products_are_those_of_the_update(method: MatrixFree, rows: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(12, 24)).double()
+    patch = adapters.inject(model, method)
+    perturb(patch)
+    tensors, x = patch.places[0].branch.values(), torch.randn(*rows, 12, dtype=torch.float64)
+    torch.testing.assert_close(method.product(x, tensors), x @ method.delta(tensors).T, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
