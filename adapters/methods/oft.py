@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch, Tensors
 from adapters.forms import InputMap
 from adapters.layers import Matrix
-from adapters.method import Site, need
+from adapters.method import Site, is_finite, need
 from adapters.methods.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew, widened
 
 
@@ -51,7 +51,7 @@ class OFT(InputMap):
 
     def __post_init__(self) -> None:
         need_blocks(self, usual=32)
-        need(self.eps > 0 and math.isfinite(self.eps), self, "an eps of more than 0", self.eps)
+        need(is_finite(self.eps) and self.eps > 0, self, "an eps of more than 0", self.eps)
         terms = self.num_terms
         need(isinstance(terms, int) and terms >= 2, self, "a num_terms that is an integer of 2 or more", terms)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.method import Method, Site, need
+from adapters.method import Method, Site, is_finite, need
 
 
 def need_blocks(method: Any, usual: int) -> None:
@@ -126,7 +126,7 @@ class OutputRotation(Method):
     def __post_init__(self) -> None:
         need_blocks(self, usual=4)
         bound = self.constraint
-        need(bound >= 0 and math.isfinite(bound), self, "a constraint of 0 or more", bound)
+        need(is_finite(bound) and bound >= 0, self, "a constraint of 0 or more", bound)
 
     def check_site(self, site: Site) -> None:
         self.block_shape(site)
