@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from os import PathLike
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +68,12 @@ def load(
     missing = [path for path in missing if path or not rooted]
     problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     entries, unfit = _entries(found, file, trainable)
-    places, unfilled = _restored(entries, everything, file, partial=len(found) < len(file.layers))
+    unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     mismatch = f"{source} is for another model"
     if file.flattened and len(file.components) > 1:
         mismatch += f", or for several: choose one with component=, out of {', '.join(file.components)}"
-    refuse(mismatch, problems + unfit + unfilled)
+    refuse(mismatch, problems + unfit)
+    places = _restored(entries, everything, file)
     for place in places:
         for _, parameter in place.branch.named_weights():
             parameter.requires_grad_(trainable)
@@ -101,6 +105,12 @@ class _Entry:
         """Equal for entries that can share a branch."""
         return self.method, self.layer.use(self.method)
 
+    @property
+    def kind(self) -> object:
+        """Equal for entries of which one fits its layer if the other does, unless a method goes by something else."""
+        tensors = frozenset((name, _kind(tensor)) for name, tensor in self.tensors.items())
+        return self.method, type(self.layer.module), self.layer.parameter, self.site.matrix, tensors
+
 
 def _entries(
     found: Sequence[tuple[Layer, str]], file: weights.AdapterFile, trainable: bool
@@ -108,21 +118,35 @@ def _entries(
     """What a file has for the layers that were found, and what is wrong with the others."""
     problems: list[str] = []
     entries: list[_Entry] = []
+    fitting: set[object] = set()
     for layer, path in found:
-        content = file.layers[path]
         try:
-            method = _method(content)
-            if method.matrix(layer.module, layer.parameter) is None:
-                raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
-            site = Site.of(layer, method, None, None, own=True)
-            method.check_site(site)
-            if trainable:
-                method.check_training(layer.module, layer.parameter)
+            entry = _entry(layer, file.layers[path], trainable)
+            different = [] if entry.kind in fitting else _misfits(entry)
+            if not different:
+                fitting.add(entry.kind)
+                entry.method.check_tensors(entry.site, entry.tensors)
         except AdapterError as problem:
-            problems.append(f"{layer.path}: {problem}")
+            different = [str(problem)]
         else:
-            entries.append(_Entry(layer, content.tensors, method, site))
+            entries += [] if different else [entry]
+        problems += [f"{layer.path}: {problem}" for problem in different]
     return entries, problems
+
+
+def _entry(layer: Layer, content: weights.LayerWeights, trainable: bool) -> _Entry:
+    """What a file has for a layer; raises an AdapterError where the layer cannot have it."""
+    method = _method(content)
+    if method.matrix(layer.module, layer.parameter) is None:
+        raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
+    site = Site.of(layer, method, None, None, own=True)
+    method.check_site(site)
+    if trainable:
+        method.check_training(layer.module, layer.parameter)
+    tensors = content.tensors
+    if method.files_have_buffers:
+        tensors = _without_buffers(layer.module, tensors)
+    return _Entry(layer, tensors, method, site)
 
 
 def _method(content: weights.LayerWeights) -> Method:
@@ -130,24 +154,69 @@ def _method(content: weights.LayerWeights) -> Method:
     if content.method not in METHODS:
         raise TargetError(f"its method {content.method!r} is not known here: register it, or get a newer version")
     kind = METHODS[content.method]
+    for name, value in content.hyperparameters.items():
+        if type(value) not in _types(kind).get(name, (type(value),)):
+            raise TargetError(f"its {name} is {value!r}, which is nothing for {kind.__name__}")
     try:
         return kind(**content.hyperparameters)
     except TypeError as error:
         raise TargetError(f"its hyperparameters are not those of {kind.__name__} ({error})") from None
 
 
-def _restored(
-    entries: Sequence[_Entry], everything: Sequence[Layer], file: weights.AdapterFile, partial: bool
-) -> tuple[list[Place], list[str]]:
-    """Branches as a file has them, in their places, and what does not fit."""
-    shared = share((entry.method, entry.site) for entry in entries)
+@cache
+def _types(kind: type[Method]) -> Mapping[str, tuple[type, ...]]:
+    """The types that each hyperparameter of a method may have, where these are such as files can tell apart."""
+    found: dict[str, tuple[type, ...]] = {}
+    for name, hint in get_type_hints(kind).items():
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        types = {get_origin(option) or option for option in options}
+        if types <= {bool, int, float, str, tuple, NoneType}:
+            found[name] = (*types, int) if float in types else (*types,)
+    return found
+
+
+def _misfits(entry: _Entry) -> list[str]:
+    """What is wrong with the tensors of an entry.
+
+    They are compared with a branch that has shapes only, so that numbers which do not go with the tensors in the file
+    never make any memory be used.
+    """
+    branch = _built(entry, replace(entry.site, device=torch.device("meta")), {})
+    own = entry.method.file_tensors(branch)
+    held = {id(part) for tensor in own.values() for part in (tensor, tensor._base)}
+    unheld = [name for name, tensor in branch.named_weights() if id(tensor) not in held]
+    return _different(own, entry.tensors) + [f"{name} is nothing that a file has" for name in unheld]
+
+
+def _built(entry: _Entry, site: Site, shared: dict[str, Tensor]) -> Branch:
+    try:
+        return build(entry.method, site, shared)
+    except (RuntimeError, TypeError, OverflowError) as error:  # What torch raises for a size that is none.
+        raise TargetError(f"{entry.method} cannot be made ({str(error).splitlines()[0]})") from error
+
+
+def _shared_misfits(entries: Sequence[_Entry], file: weights.AdapterFile, partial: bool) -> list[str]:
+    """What is wrong with the tensors that the layers of each method have in common."""
+    by_method: dict[Method, list[Site]] = {}
+    for entry in entries:
+        by_method.setdefault(entry.method, []).append(entry.site)
     problems: list[str] = []
+    for method, sites in by_method.items():
+        shapes = method.shared_shapes(sites)
+        given = {name: file.shared[name] for name in shapes if name in file.shared}
+        if len(given) < len(shapes) and partial:
+            names = ", ".join(shapes.keys() - given.keys())
+            problems.append(f"{names} is not in the file, and depends on the layers that are not in the model")
+        problems += _different({name: torch.empty(shapes[name], device="meta") for name in given}, given)
+    return problems
+
+
+def _restored(entries: Sequence[_Entry], everything: Sequence[Layer], file: weights.AdapterFile) -> list[Place]:
+    """Branches as a file has them, in their places."""
+    shared = share((entry.method, entry.site) for entry in entries)
     for common in shared.values():
         given = {name: file.shared[name] for name in common if name in file.shared}
-        if len(given) < len(common) and partial:
-            names = ", ".join(common.keys() - given.keys())
-            problems.append(f"{names} is not in the file, and depends on the layers that are not in the model")
-        problems += _fill({name: common[name] for name in given}, given)
+        _fill({name: common[name] for name in given}, given)
     places: list[Place] = []
     uses: dict[object, tuple[Branch, Mapping[str, Tensor]]] = {}
     for entry in entries:
@@ -155,17 +224,15 @@ def _restored(
         if first is not None and _equal(entry.tensors, same):  # They were tied when the file was made.
             places.append(Place.of(entry.layer, tied_to(first)))
             continue
-        branch = build(entry.method, entry.site, shared[entry.method])
+        branch = _built(entry, entry.site, shared[entry.method])
         uses[entry.use] = branch, entry.tensors
-        tensors, different = _without_buffers(entry) if entry.method.files_have_buffers else (entry.tensors, [])
-        different += _fill(entry.method.file_tensors(branch), tensors)
-        problems += [f"{entry.layer.path}: {problem}" for problem in different]
+        _fill(entry.method.file_tensors(branch), entry.tensors)
         places.append(Place.of(entry.layer, branch))
         if entry.method.tied_in_files:
             others = [other for other in everything if not file.layers.keys() & {*other.paths}]
             tied = [other for other in others if (entry.method, other.use(entry.method)) == entry.use]
             places += [Place.of(other, tied_to(branch)) for other in tied]
-    return places, problems
+    return places
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -174,36 +241,41 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _without_buffers(entry: _Entry) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors without the buffers of their layer, and those of the buffers that are not what the layer has."""
-    given, own = entry.tensors, buffers(entry.layer.module)
-    different = [
-        f"{name} is not that of the model, and a patch changes parameters, no buffers"
-        for name, buffer in own.items()
-        if name in given and not torch.equal(given[name].to(buffer), buffer)
-    ]
-    return {name: tensor for name, tensor in given.items() if name not in own}, different
+def _without_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the buffers of a layer; raises a TargetError where those are not what the layer has."""
+    own = buffers(module)
+    for name, buffer in own.items():
+        given = tensors.get(name, buffer)
+        if given.shape != buffer.shape or not torch.equal(given.to(buffer), buffer):
+            raise TargetError(f"{name} is not that of the model, and a patch changes parameters, no buffers")
+    return {name: tensor for name, tensor in tensors.items() if name not in own}
 
 
-def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Copy tensors into others, or say what does not fit. Formats differ in how many sizes of 1 end a shape."""
-    problems = [
+def _different(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors do not fit others. Formats differ in how many sizes of 1 end a shape."""
+    return [
         f"{key} is {_shape(given.get(key))} in the file, {_shape(own.get(key))} in the model"
         for key in {**own, **given}
-        if key not in own or key not in given or _significant(own[key]) != _significant(given[key])
+        if key not in own or key not in given or _kind(own[key]) != _kind(given[key])
     ]
-    if not problems:
-        with torch.no_grad():
-            for key, tensor in own.items():
-                tensor.copy_(given[key].view(tensor.shape))
-    return problems
 
 
-def _significant(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without the sizes of 1 at its end."""
+def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy tensors into others."""
+    refuse("The tensors are for other layers", _different(own, given))
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(given[key].view(tensor.shape))
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """What tensors have in common that can be copied into each other: the shape without the sizes of 1 at its end."""
     last = max((place for place, size in enumerate(tensor.shape) if size != 1), default=-1)
-    return tuple(tensor.shape[: last + 1])
+    return tensor.shape[: last + 1], tensor.is_complex(), tensor.is_floating_point()
 
 
 def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
+    if tensor is None:
+        return "missing"
+    dtype = "" if tensor.is_floating_point() else f" of {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{dtype}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -120,6 +121,14 @@ class Site:
         """A new tensor of normally distributed values around 0."""
         return self.empty(*shape).normal_(std=std)
 
+    def shuffled(self, seed: int | None) -> Tensor:
+        """The places in a matrix, counted row by row, in a random order: for one seed the same on any device."""
+        count = self.shape[-2] * self.shape[-1]
+        if self.device.type == "meta":
+            return self.empty(count).long()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return torch.randperm(count, generator=generator, device="cpu")
+
     def uniform(self, *shape: int, bound: float | None = None) -> Tensor:
         """A new tensor of values up to a bound to either side; by default that of torch's linear layers, `1 / √n`."""
         bound = 1 / math.sqrt(math.prod(shape[1:])) if bound is None else bound
@@ -187,6 +196,9 @@ class Method(ABC):
     def check_training(self, layer: nn.Module, parameter: str) -> None:  # noqa: B027 - most refuse nothing
         """Raise a TargetError where these hyperparameters cannot be kept in training."""
 
+    def check_tensors(self, site: Site, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most refuse nothing
+        """Raise a TargetError where tensors of a file have values that cannot be, such as the number of no row."""
+
     # Its tensors
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
@@ -203,6 +215,10 @@ class Method(ABC):
         Args:
             sites: Every weight that has this method, with these hyperparameters, in one patch.
         """
+        return {}
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `shared` makes, for those who have the values already."""
         return {}
 
     def share(self, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -315,8 +331,8 @@ def is_integer(value: object, least: float = -math.inf) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a hyperparameter is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether a hyperparameter is a finite number, and no integer that is too large for a float."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def need_rank(method: Any) -> None:
@@ -346,6 +362,7 @@ def need_count(method: Any, name: str) -> None:
 def need_seed(method: Any) -> None:
     """Check `seed`."""
     need(is_integer(method.seed), method, "a seed that is an integer", method.seed)
+    need(-(2**63) <= method.seed < 2**63, method, "a seed of 64 bits", method.seed)
 
 
 def need_choice(method: Any, name: str, choices: Iterable[str]) -> None:

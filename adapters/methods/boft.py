@@ -81,8 +81,7 @@ class OutputBOFT(OutputRotation):
     def block_shape(self, site: Site) -> tuple[int, ...]:
         blocks, size = cut(self, site, site.shape[-2])
         check_butterfly(self, site, blocks, size)
-        most = (blocks & -blocks).bit_length() if size % 2 == 0 else 1
-        return self.factors or most, blocks, size, size
+        return self.factors or most_factors(blocks, size), blocks, size, size
 
     def turn(self, y: Tensor, rotations: Tensor) -> Tensor:
         # LyCORIS counts the features of a block through its two halves in turn. The transpose makes up for the other
@@ -100,8 +99,13 @@ def need_factors(method: BOFT | OutputBOFT, least: int = 1) -> None:
 
 def check_butterfly(method: BOFT | OutputBOFT, site: Site, blocks: int, size: int) -> None:
     """Raise a TargetError unless blocks of that size and number allow as many factors as there are to be."""
-    if method.factors > 1 and (size % 2 or blocks % 2 ** (method.factors - 1)):
+    if method.factors > most_factors(blocks, size):
         raise TargetError(
             f"{site.path} has {blocks} blocks of {size}, too few or of an odd size for {method.factors} factors: choose"
             " fewer factors or an even block_size, or exclude it."
         )
+
+
+def most_factors(blocks: int, size: int) -> int:
+    """One, and for an even size one more for each time that the number of blocks can be halved."""
+    return (blocks & -blocks).bit_length() if size % 2 == 0 else 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from adapters.branch import Tensors
 from adapters.forms import LowRank
-from adapters.method import Site, need, need_rank
+from adapters.method import Site, is_number, need, need_rank
 
 _LEAST_NORM = 1e-4
 """What shorter rows and columns are divided by: at the start, those of B are zero."""
@@ -37,8 +36,7 @@ class DeLoRA(LowRank):
 
     def __post_init__(self) -> None:
         need_rank(self)
-        finite = isinstance(self.boundary, (int, float)) and math.isfinite(self.boundary)
-        need(finite, self, "a boundary that is a finite number", self.boundary)
+        need(is_number(self.boundary), self, "a boundary that is a finite number", self.boundary)
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
         outputs, inputs = site.shape

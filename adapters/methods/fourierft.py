@@ -56,10 +56,7 @@ class FourierFT(Additive):
         return {"fourierft_spectrum": site.zeros(*site.shape[:-2], self.n_frequency)}
 
     def constants(self, site: Site) -> dict[str, Tensor]:
-        outputs, inputs = site.shape[-2:]
-        generator = torch.Generator().manual_seed(self.seed)
-        positions = torch.randperm(outputs * inputs, generator=generator, device="cpu")[: self.n_frequency]
-        return {"positions": positions.to(site.device, copy=True)}
+        return {"positions": site.shuffled(self.seed)[: self.n_frequency].to(site.device, copy=True)}
 
     def delta(self, t: Tensors) -> Tensor:
         spectrum = t.fourierft_spectrum

@@ -63,16 +63,19 @@ class RandLoRA(LowRank):
             "randlora_gamma": site.ones(*stack, bases, short) / max(bases, short),
         }
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         short, long = sorted(largest(sites))
+        return {"randlora_A": (self.rank, 1, short), "randlora_B": (long, math.ceil(short / self.rank), self.rank)}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        bases = math.ceil(short / self.rank)
+        of_a, of_b = self.shared_shapes(sites).values()
         if self.sparse or self.very_sparse:
-            share = 1 / (math.sqrt(short) if self.very_sparse else 3)
-            a = _signs((self.rank, 1, short), share, generator)
-            b = _signs((long, bases, self.rank), share, generator)
+            share = 1 / (math.sqrt(of_a[-1]) if self.very_sparse else 3)
+            a, b = _signs(of_a, share, generator), _signs(of_b, share, generator)
         else:
-            a = _uniform((self.rank, 1, short), generator)
+            a = _uniform(of_a, generator)
+            long, bases, _ = of_b
             b = torch.cat([_uniform((long, 1, self.rank), generator) for _ in range(bases)], dim=1)
         if not all(base.numel() > 1 and base.std() > 0 for base in (a, b)):
             raise TargetError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from adapters.branch import Tensors
 from adapters.errors import TargetError
 from adapters.forms import Additive
-from adapters.method import Site, is_integer, need, need_rank
+from adapters.method import Site, is_integer, need, need_rank, need_seed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class SHiRA(Additive):
     def __post_init__(self) -> None:
         need_rank(self)
         need(self.seed is None or is_integer(self.seed), self, "a seed that is an integer or None", self.seed)
+        if self.seed is not None:
+            need_seed(self)
 
     def check_site(self, site: Site) -> None:
         outputs, inputs = site.shape[-2:]
@@ -47,13 +50,16 @@ class SHiRA(Additive):
                 f" {self._count(site)}: give it a smaller rank."
             )
 
+    def check_tensors(self, site: Site, tensors: Mapping[str, Tensor]) -> None:
+        for places, size in zip(tensors["shira_indices"].long(), site.shape[-2:], strict=True):
+            if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
+                raise TargetError(f"shira_indices has places outside of {tuple(site.shape[-2:])}")
+
     def tensors(self, site: Site) -> dict[str, Tensor]:
         return {"shira_weight": site.zeros(*site.shape[:-2], self._count(site))}
 
     def constants(self, site: Site) -> dict[str, Tensor]:
-        outputs, inputs = site.shape[-2:]
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        places = torch.randperm(outputs * inputs, generator=generator, device="cpu")[: self._count(site)].sort().values
+        inputs, places = site.shape[-1], site.shuffled(self.seed)[: self._count(site)].sort().values
         return {"shira_indices": torch.stack([places // inputs, places % inputs]).to(site.device, torch.int32)}
 
     def _count(self, site: Site) -> int:

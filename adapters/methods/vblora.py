@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,13 @@ class VBLoRA(LowRank):
                 " save_only_topk_weights. Save it with all logits to train on."
             )
 
+    def check_tensors(self, site: Site, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("_topk_indices") and tensor.numel():
+                least, most = (int(number) for number in tensor.long().aminmax())
+                if least < 0 or most >= self.num_vectors:
+                    raise TargetError(f"{name} has numbers from {least} to {most}, for {self.num_vectors} vectors")
+
     def tensors(self, site: Site) -> dict[str, Tensor]:
         shapes = {} if self.only_topk else self._pieces(site)
         return {name: site.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
@@ -77,9 +84,12 @@ class VBLoRA(LowRank):
             tensors[f"{name}_topk_weights"] = site.zeros(*shape, self.topk - 1)
         return tensors
 
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        return {"vblora_vector_bank": (self.num_vectors, self.vector_length)}
+
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        bank = sites[0].uniform(self.num_vectors, self.vector_length, bound=0.02)
-        return {"vblora_vector_bank": nn.Parameter(bank)}
+        shapes = self.shared_shapes(sites)
+        return {name: nn.Parameter(sites[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
 
     def _pieces(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The logits, and how many pieces each has."""

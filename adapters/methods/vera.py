@@ -53,14 +53,20 @@ class VeRA(LowRank):
             "vera_lambda_d": site.zeros(*stack, self.rank).fill_(self.d_initial),
         }
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
         outputs, inputs = largest(sites)
+        return {"vera_A": (self.rank, inputs), "vera_B": (outputs, self.rank)}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        a, b = (
-            nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator)
-            for shape in ((self.rank, inputs), (outputs, self.rank))
-        )
-        return {name: tensor.to(sites[0].device, sites[0].dtype) for name, tensor in (("vera_A", a), ("vera_B", b))}
+        empty = {
+            name: torch.empty(shape, dtype=torch.float32, device="cpu")
+            for name, shape in self.shared_shapes(sites).items()
+        }
+        return {
+            name: nn.init.kaiming_uniform_(tensor, generator=generator).to(sites[0].device, sites[0].dtype)
+            for name, tensor in empty.items()
+        }
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         up, down = _cut(t)

@@ -140,6 +140,49 @@ def test_a_pattern_for_a_path_does_not_reach_a_longer_path(tmp_path: Path) -> No
     assert equal_outputs(applied(adapter), peft.PeftModel.from_pretrained(Net(), tmp_path))
 
 
+OF_ONE_LAYER = {
+    "lora": lora(2, 4.0, (6, 6)),
+    "ia3": weights.LayerWeights("ia3", {"feedforward": True}, {"ia3_l": torch.randn(1, 6)}),
+    "road": weights.LayerWeights(
+        "road", {"variant": "road_1", "group_size": 2}, {"road_theta": torch.randn(3), "road_alpha": torch.randn(3)}
+    ),
+    "vera": weights.LayerWeights(
+        "vera", {"rank": 2}, {"vera_lambda_b": torch.randn(6), "vera_lambda_d": torch.randn(2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("path", ["fc", "block.fc"])
+@pytest.mark.parametrize("method", OF_ONE_LAYER)
+def test_the_real_library_adapts_no_other_layer_of_that_name(tmp_path: Path, method: str, path: str) -> None:
+    """There are `fc` and `block.fc`, and around them `outer`: what PEFT has in a list it takes for ends of paths."""
+    shared = {"vera_A": torch.randn(2, 6), "vera_B": torch.randn(6, 2)} if method == "vera" else {}
+    weights.write_adapter(weights.AdapterFile({path: OF_ONE_LAYER[method]}, shared=shared), tmp_path)
+    model = nn.ModuleDict({"fc": nn.Linear(6, 6), "block": Block(), "outer": Net()})
+    with warnings.catch_warnings(action="error"):
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path)
+    adapted = {name for name, module in loaded.base_model.model.named_modules() if hasattr(module, "active_adapter")}
+    assert adapted == {path}
+    assert weights.read_adapter(tmp_path).layers.keys() == {path}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_rank_is_that_of_the_tensors_where_sorting_hid_the_pattern(tmp_path: Path, dora: bool) -> None:
+    """PEFT takes the first pattern that matches, and sorts them when it saves: its own loader then finds no rank 3."""
+    patterns = {r"block\.fc": 3, "(.*fc)": 5}
+    config = peft.LoraConfig(
+        r=2, target_modules=["fc", "out"], rank_pattern=patterns, init_lora_weights=False, use_dora=dora
+    )
+    with warnings.catch_warnings(action="ignore"):
+        model = peft.get_peft_model(Net(), config)
+    model.save_pretrained(tmp_path)
+    assert list(json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]) != list(patterns)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(Net(), tmp_path)
+    ranks = {path: layer.hyperparameters["rank"] for path, layer in weights.read_adapter(tmp_path).layers.items()}
+    assert ranks == {"block.fc": 3, "block.out": 2, "fc": 5}
+
+
 def test_everything_comes_back(tmp_path: Path) -> None:
     layers = {"fc": lora(2, 4.0, (6, 6), dropout=0.5), "conv": lora(3, 0.5, (6, 2, 3, 3), dropout=0.5)}
     written = weights.AdapterFile(layers, base_model="someone/base", metadata={"format": "pt"})
@@ -167,6 +210,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         ({"r": 3}, r"layer 'fc' has lora_A \(2, 6\) and lora_B \(6, 2\), which do not fit .* rank 3"),
         ({"rank_pattern": {"fc": 5}}, "rank 5"),
         ({"rank_pattern": {"f(c": 5}}, "rank_pattern is not a table"),
+        ({"rank_pattern": {"(" * 9999: 5}}, "rank_pattern is not a table"),
+        ({"alpha_pattern": {"f{99999999999999}": 5}}, "alpha_pattern is not a table"),
+        ({"alpha_pattern": {"((f|c)+)+$": 5}}, "alpha_pattern has regular expressions that take too long to match"),
+        ({"lora_alpha": 10**400}, "lora_alpha=10+ is not a number"),
         ({"alpha_pattern": {"fc": "5"}}, "alpha_pattern is not a table"),
         ({"lora_alpha": "16"}, "lora_alpha='16' is not a number"),
         ({"lora_alpha": math.nan}, "lora_alpha=nan is not a number"),

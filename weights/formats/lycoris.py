@@ -19,7 +19,6 @@ from weights.errors import FileFormatError
 from weights.files import open_tensors, save
 from weights.formats.lycoris_methods import GRAMMARS, Grammar
 
-METHODS = frozenset(grammar.method for grammar in GRAMMARS)
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
 
 COMPONENTS: Mapping[str, str] = {
@@ -137,6 +136,9 @@ def _read_layer(found: Mapping[str, Tensor]) -> LayerWeights:
         raise ValueError(f"{', '.join(sorted(found))}, which is no method that is known here")
     if grammar.has_alpha and any(tensor.ndim < 2 or not tensor.numel() for tensor in tensors.values()):
         raise ValueError("a tensor that is no matrix")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and name != "on_input":
+            raise ValueError(f"a {grammar.end(name)} of {str(tensor.dtype).removeprefix('torch.')}")
     hyperparameters, tensors = grammar.read(tensors, _read_alpha(found.get(_ALPHA)))
     return LayerWeights(grammar.method, hyperparameters, tensors)
 
@@ -144,7 +146,7 @@ def _read_layer(found: Mapping[str, Tensor]) -> LayerWeights:
 def _read_alpha(alpha: Tensor | None) -> float | None:
     if alpha is None:
         return None
-    if alpha.numel() != 1 or not math.isfinite(alpha.item()):
+    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
         raise ValueError("an alpha that is not a number")
     return float(alpha.item())
 

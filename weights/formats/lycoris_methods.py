@@ -16,6 +16,9 @@ Tensors = Mapping[str, Tensor]
 Read = tuple[dict[str, Hyperparameter], dict[str, Tensor]]
 Written = tuple[dict[str, Tensor], float | None]
 
+# A core and a factor make a tensor of the product of their sizes, which must not be out of proportion to the file.
+_LARGEST_KERNEL = 4096
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -63,7 +66,12 @@ def _alpha(alpha: float | None, rank: int) -> float:
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
     """A multiple, not rounded to half precision."""
-    return tensor if scale == 1 else tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * scale
+    return tensor if scale == 1 else _widened(tensor) * scale
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """A tensor in at least single precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _with_alpha(layer: LayerWeights, factor: str) -> Written:
@@ -86,11 +94,10 @@ def _read_lora(tensors: Tensors, alpha: float | None) -> Read:
     core = tensors.get("lora_mid")
     rank = down.shape[0]
     if core is not None:
-        if core.shape[:2] != (rank, rank):
+        if core.shape[:2] != (rank, rank) or math.prod(core.shape[2:]) > _LARGEST_KERNEL:
             raise ValueError(f"a lora_mid {tuple(core.shape)} that does not fit rank {rank}")
         # Each position of the kernel has its own mixture of the rows of A: as if A had been a convolution.
-        wide = torch.promote_types(down.dtype, torch.float32)
-        down = torch.einsum("pq...,qc->pc...", core.to(wide), down.flatten(1).to(wide))
+        down = torch.einsum("pq...,qc->pc...", _widened(core), _widened(down.flatten(1)))
     return {"rank": rank, "alpha": _alpha(alpha, rank)}, {"lora_A": down, "lora_B": up}
 
 
@@ -216,7 +223,7 @@ def _write_full(layer: LayerWeights) -> Written:
 def _read_ia3(tensors: Tensors, alpha: float | None) -> Read:
     """Files hold what is added to a factor of 1, and the bias of a layer is not multiplied."""
     on_input = bool(tensors.get("on_input", torch.tensor(0)).any())
-    factors = 1 + tensors["ia3_l"].to(torch.promote_types(tensors["ia3_l"].dtype, torch.float32))
+    factors = 1 + _widened(tensors["ia3_l"])
     if factors.ndim == 1:
         factors = factors.view(1, -1) if on_input else factors.view(-1, 1)
     return {"feedforward": True} if on_input else {"feedforward": False, "bias": False}, {"ia3_l": factors}
@@ -227,7 +234,7 @@ def _write_ia3(layer: LayerWeights) -> Written:
     if not on_input and layer.hyperparameters.get("bias", True):
         raise ValueError("factors of the outputs and of the bias, which LyCORIS leaves as it is: train with bias=False")
     factors = layer.tensors["ia3_l"]
-    added = factors.to(torch.promote_types(factors.dtype, torch.float32)) - 1
+    added = _widened(factors) - 1
     return {"ia3_l": added.flatten() if added.ndim == 2 else added, "on_input": torch.tensor(int(on_input))}, None
 
 

@@ -8,10 +8,10 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
+from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
 
@@ -38,6 +39,8 @@ _COMMON: Mapping[str, Any] = {
     "base_model_name_or_path": None,
     **besides.DEFAULTS,
 }
+# Paths with fewer dots may well be the ends of others in the model.
+_NAMES = 2
 # Settings that do not change what the saved tensors compute: how they were found and trained, and how the base
 # model's layers were laid out and chosen, which the names of the tensors say better.
 _INERT = {
@@ -87,6 +90,7 @@ def read(path: Path) -> AdapterFile:
     beside, stray = besides.layers(tensors, others, fields, grammar.prefix)
     _refuse(folder / TENSORS, [f"the key {key!r} is not expected" for key in stray])
     _refuse(folder / TENSORS, [] if named or beside else ["it has no adapter in it"])
+    _refuse(folder, (*_slow_patterns(fields, grammar, named), *_name_problems(named, grammar)))
     layers = {
         where: LayerWeights(grammar.method, _hyperparameters(fields, grammar, where, own), dict(sorted(own.items())))
         for where, own in named.items()
@@ -117,6 +121,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
     grammar = _grammar_of(layers, beside, path)
     more, settings, unfit = besides.write(beside, layers, grammar)
     settings = {**_config_of(adapter, layers, grammar, path), **settings}
+    _refuse(path, _name_problems({where: layer.tensors for where, layer in layers.items()}, grammar))
     problems = (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar), *unfit)
     _refuse(path, problems)
     tensors = {
@@ -174,7 +179,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Grammar]:
     defaults |= {grammar.shared_if: True} if grammar.shared_if else {}
     fields = {**defaults, **fields}
     _refuse(path, _config_problems(fields, grammar))
-    return fields, grammar
+    return {**fields, **{name: PatternTable(fields[name]) for name in grammar.patterns.values()}}, grammar
 
 
 def _misfits(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
@@ -202,7 +207,7 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
         if not usable(fields.get(name)):
             yield f"{name}={fields[name]!r} is not of the right kind"
     for name in grammar.patterns.values():
-        if not _is_pattern_table(fields[name]):
+        if not _is_table(fields[name]):
             yield f"{name} is not a table of regular expressions and numbers"
 
 
@@ -219,16 +224,24 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def _is_pattern_table(table: Any) -> bool:
-    if not isinstance(table, dict) or not all(_is_number(value) for value in table.values()):
-        return False
+def _is_table(table: Any) -> bool:
+    """Whether a value is a table of patterns and numbers."""
     try:
-        return all(re.compile(pattern) for pattern in table)
-    except re.error:
+        return isinstance(table, dict) and all(map(_is_number, table.values())) and bool(PatternTable(table))
+    except ValueError:
         return False
+
+
+def _slow_patterns(fields: Mapping[str, Any], grammar: Grammar, layers: Collection[str]) -> Iterator[str]:
+    """Which settings have patterns that would take forever to match."""
+    patterns = {name: fields[name].patterns for name in grammar.patterns.values()}
+    patterns |= {name: [fields[name]] for name in grammar.read if isinstance(fields.get(name), str)}
+    for name, some in patterns.items():
+        if not are_quick(some, layers):
+            yield f"{name} has regular expressions that take too long to match: name the layers by whole paths instead"
 
 
 def _hyperparameters(
@@ -239,7 +252,7 @@ def _hyperparameters(
     for hyperparameter, (name, default) in grammar.settings.items():
         value = fields[name]
         if hyperparameter in grammar.patterns:
-            value = _lookup(fields[grammar.patterns[hyperparameter]], layer, value)
+            value = fields[grammar.patterns[hyperparameter]].get(layer, value)
         if type(default) is float:
             value = float(value)
         elif isinstance(value, list):
@@ -248,14 +261,6 @@ def _hyperparameters(
             value = _as_integer(value)
         found[hyperparameter] = value
     return {**found, **grammar.of_layer(fields, layer, tensors)}
-
-
-def _lookup(table: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The layer's value as PEFT finds it: the first pattern that matches the end of the path, from a dot on."""
-    for pattern, value in table.items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return table.get(layer, default)
 
 
 def _grammar_of(layers: Mapping[str, LayerWeights], beside: Mapping[str, LayerWeights], path: Path) -> Grammar:
@@ -273,14 +278,21 @@ def _grammar_of(layers: Mapping[str, LayerWeights], beside: Mapping[str, LayerWe
     return known[methods[0]]
 
 
-def _layer_problems(layers: Mapping[str, LayerWeights], grammar: Grammar) -> Iterator[str]:
+def _name_problems(layers: Mapping[str, Mapping[str, Tensor]], grammar: Grammar) -> Iterator[str]:
+    """Which layers do not have the tensors that they need."""
     required = grammar.tensors.keys() - grammar.optional
-    for path, layer in layers.items():
-        missing, extra = required - layer.tensors.keys(), layer.tensors.keys() - grammar.tensors.keys()
-        if missing or extra or not layer.tensors:
-            have = ", ".join(sorted(layer.tensors)) or "nothing"
+    for path, tensors in layers.items():
+        if not required <= tensors.keys() <= grammar.tensors.keys() or not tensors:
+            have = ", ".join(sorted(tensors)) or "nothing"
             yield f"layer {path!r} has {have} instead of {' and '.join(sorted(required))}"
-        elif problem := grammar.check(layer):
+        elif not grammar.whole and not all(tensor.ndim for tensor in tensors.values()):
+            yield f"layer {path!r} has a single number in place of a tensor"
+
+
+def _layer_problems(layers: Mapping[str, LayerWeights], grammar: Grammar) -> Iterator[str]:
+    """What is wrong with tensors that are all there."""
+    for path, layer in layers.items():
+        if problem := grammar.check(layer):
             yield f"layer {path!r} has {problem}"
 
 
@@ -319,7 +331,10 @@ def _targets(layers: Mapping[str, LayerWeights], grammar: Grammar) -> list[str] 
     """What PEFT is to put adapters on: the modules of these layers."""
     if not layers:
         return besides.ALONE
-    return sorted({besides.module_of(*item) for item in layers.items()} if grammar.whole else layers)
+    modules = sorted({besides.module_of(*item) for item in layers.items()} if grammar.whole else layers)
+    # PEFT takes names in a list for ends of paths, and a text for a regular expression of whole ones.
+    may_be_ends = any(path.count(".") < _NAMES for path in modules)
+    return "|".join(map(re.escape, modules)) if may_be_ends else modules
 
 
 def _values(layers: Mapping[str, LayerWeights], path: Path, name: str, default: Any) -> dict[str, Any]:
@@ -346,7 +361,8 @@ def _pattern_table(values: Mapping[str, float], default: float, pattern: Callabl
     PEFT takes the first pattern that matches, and also tries them on the tail of a longer path.
     """
     table = {pattern(layer): value for layer, value in values.items() if value != default}
-    caught = {pattern(layer): value for layer, value in values.items() if _lookup(table, layer, default) != value}
+    found = PatternTable(table)
+    caught = {pattern(layer): value for layer, value in values.items() if found.get(layer, default) != value}
     return {**caught, **table}
 
 

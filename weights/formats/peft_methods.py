@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, Hyperparameter, LayerWeights
+from weights.formats.patterns import compiled
 
 Settings = Mapping[str, Any]
 
@@ -94,10 +95,15 @@ def _lora_problem(layer: LayerWeights) -> str | None:
     return f"lora_A {a} and lora_B {b}, which do not fit each other and rank {rank}"
 
 
-def _lora_start(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
-    """The start that PEFT subtracts from the weight: embeddings have none, whatever the settings say."""
+def _lora_layer(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
+    """The start that PEFT subtracts from the weight, and the rank where several patterns match."""
+    found: dict[str, Hyperparameter] = {}
     start = config.get("init_lora_weights", True)
-    return {"init": start} if start in ("pissa", "olora") and "lora_embedding_A" not in tensors else {}
+    if start in ("pissa", "olora") and "lora_embedding_A" not in tensors:  # Embeddings have none, whatever it says.
+        found["init"] = start
+    # PEFT sorts the patterns when it saves them, which can make another one the first that matches.
+    rank = next((len(tensor) for name, tensor in tensors.items() if name.endswith("_A")), 0)
+    return {**found, "rank": rank} if rank in config["rank_pattern"].found(path) else found
 
 
 def _adalora_problem(layer: LayerWeights) -> str | None:
@@ -246,7 +252,7 @@ _LORA_STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora")
 
 def _oft_blocks(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
     """The block size of a layer: where neither setting divides the features, PEFT takes what comes near to it."""
-    blocks, elements = next(iter(tensors.values())).shape
+    blocks, elements = (next(iter(tensors.values())).shape[at] for at in (0, -1))
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     told = blocks == config["r"] or config["block_share"] if config["r"] else size == config["oft_block_size"]
     return {} if told else {"blocks": 0, "block_size": size}
@@ -272,8 +278,8 @@ def _names_modules(value: Any) -> bool:
     """Whether a value names modules: by ends of their paths, or by a regular expression."""
     if isinstance(value, str):
         try:
-            return bool(re.compile(value))
-        except re.error:
+            return bool(compiled(value))
+        except ValueError:
             return False
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -349,7 +355,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         fixed={"use_dora": (False,), "init_lora_weights": _LORA_STARTS},
         inert=_LORA_INERT,
         check=_lora_problem,
-        of_layer=_lora_start,
+        of_layer=_lora_layer,
     ),
     Grammar(
         "oft",
@@ -552,7 +558,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         fixed={"use_dora": (True,), "init_lora_weights": _LORA_STARTS},
         inert=_LORA_INERT,
         check=_lora_problem,
-        of_layer=_lora_start,
+        of_layer=_lora_layer,
     ),
     Grammar(
         "adalora",
