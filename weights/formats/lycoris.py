@@ -20,6 +20,7 @@ from weights.files import open_tensors, save
 from weights.formats.lycoris_methods import GRAMMARS, Grammar
 
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
+METHODS = frozenset(grammar.method for grammar in GRAMMARS)
 
 COMPONENTS: Mapping[str, str] = {
     "lycoris": "",
