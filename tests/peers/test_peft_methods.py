@@ -420,7 +420,7 @@ def test_peft_swaps_the_factors_of_a_conv1d(tmp_path: Path) -> None:
         adapters.load(base, tmp_path / "theirs")
     patch = adapters.inject(base, adapters.LoKr(rank=8))
     with pytest.raises(weights.FileFormatError, match="multiplies the factors in the wrong order"):
-        patch.save_pretrained(tmp_path / "ours")
+        patch.save_pretrained(tmp_path / "ours", format="peft")
 
 
 @pytest.mark.parametrize("size", range(1, 73))
