@@ -14,19 +14,22 @@ from benchmarks.harness import Row, report
 PEFT = {
     "adalora": "adalora",
     "boft": "boft",
+    "c3a": "c3a",
     "delora": "delora",
     "fourierft": "fourierft",
     "glora": "glora",
+    "gralora": "gralora",
     "hira": "hira",
     "hra": "hra",
     "ia3": "ia3",
     "loha": "loha",
     "lokr": "lokr",
     "lora": "lora",
+    "miss": "miss",
     "norm": "ln_tuning",
     "oft": "oft",
-    "prefix": "prefix_tuning",
-    "prompt": "prompt_tuning",
+    "prefix_tuning": "prefix_tuning",
+    "prompt_tuning": "prompt_tuning",
     "randlora": "randlora",
     "road": "road",
     "shira": "shira",
@@ -35,15 +38,15 @@ PEFT = {
     "vera": "vera",
 }
 LYCORIS = {
-    "boft": "boft",
-    "diag_oft": "diag_oft",
+    "diag-oft": "diag_oft",
     "full": "full",
-    "glora": "glora",
     "ia3": "ia3",
     "loha": "loha",
     "lokr": "lokr",
     "lora": "locon",
+    "lycoris-glora": "glora",
     "norm": "norms",
+    "output-boft": "boft",
 }
 
 
