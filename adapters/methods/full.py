@@ -25,7 +25,7 @@ class Full(Additive):
 
     key = "full"
     paper = "arXiv:2309.14859"
-    formula = "W + s D, where D starts at zero"
+    formula = "W + D, where D starts at zero"
 
     bias: bool = False
 
