@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from weights.adapter_file import AdapterFile, Hyperparameter
@@ -68,5 +69,5 @@ def _row(adapter: AdapterFile, method: str) -> str:
 
 def _span(values: Iterable[Hyperparameter]) -> str:
     """`8`, or `4 to 16` where the layers differ."""
-    numbers = sorted({value for value in values if isinstance(value, int | float)})
+    numbers = sorted({v for v in values if isinstance(v, int | float) and abs(v) <= sys.float_info.max})
     return " to ".join(f"{number:g}" for number in dict.fromkeys([*numbers[:1], *numbers[-1:]]))

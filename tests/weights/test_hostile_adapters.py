@@ -241,7 +241,7 @@ def attempt(model: nn.Module, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("form", "key"), CASES)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_typed_error_or_a_patch_that_runs(form: str, key: str, data: st.DataObject) -> None:
     name, tensors, config, metadata = data.draw(broken(form, key))
@@ -274,6 +274,44 @@ def test_damaged_bytes(form: str, key: str, data: st.DataObject) -> None:
             content[at:end] = data.draw(st.sampled_from([b"", b'"', b"9", b"\xff\xff", b"]]}"]))
         victim.write_bytes(content)
         attempt(model_of(key), path / name)
+
+
+@pytest.mark.parametrize(("form", "key"), CASES)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_what_no_file_can_hold_is_not_written(form: str, key: str, data: st.DataObject) -> None:
+    """Neither is anything written that cannot be read again."""
+    name, tensors, config, metadata = sound(form, key)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        weights.save(tensors, path / name, metadata)
+        if form == "peft":
+            (path / "adapter_config.json").write_text(json.dumps(config))
+        file = weights.read_adapter(path / name)
+        where = data.draw(st.sampled_from(sorted(file.layers)))
+        layer = file.layers[where]
+        given, numbers = dict(layer.tensors), dict(layer.hyperparameters)
+        at = data.draw(st.sampled_from(sorted(given)))
+        what = data.draw(st.sampled_from(["tensor", "drop", "rename", "number", "number", "forget", "path", "shared"]))
+        if what == "tensor":
+            given[at] = data.draw(st.sampled_from(CHANGES))(given[at])
+        elif what in ("drop", "rename"):
+            tensor = given.pop(at)
+            given |= {f"{at}x": tensor} if what == "rename" else {}
+        elif what in ("number", "forget") and numbers:
+            number = data.draw(st.sampled_from(sorted(numbers)))
+            numbers.pop(number)
+            numbers |= {number: data.draw(VALUES)} if what == "number" else {}
+        layers = {**file.layers, where: replace(layer, tensors=given, hyperparameters=numbers)}
+        if what == "path":
+            layers[data.draw(st.sampled_from(["", "x", "..", "a/b", f"{where}.weight"]))] = layers.pop(where)
+        if what == "shared":
+            file = replace(file, shared={**file.shared, "bank": torch.ones(2)})
+        target = path / "written" if form != "lycoris" else path / "written.safetensors"
+        with bounded(), contextlib.suppress(WeightsError):
+            weights.write_adapter(replace(file, layers=layers), target, format=form)
+        with contextlib.suppress(WeightsError):
+            weights.read_adapter(target)
 
 
 # What would need far more memory than the file: refused by what the tensors are

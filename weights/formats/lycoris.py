@@ -115,12 +115,14 @@ def _split(key: str) -> str | None:
 
 
 def _stem(where: str, adapter: AdapterFile) -> str:
-    """What all keys of a layer start with."""
+    """What all keys of a layer start with; raises a ValueError for a part of no pipeline."""
     if not adapter.flattened:
         return f"lycoris_{where.replace('.', '_')}"
     component, _, path = where.rpartition(".")
     several = any(other.startswith("text_encoder_2.") for other in adapter.layers)
-    prefix = next(prefix for prefix, name in COMPONENTS.items() if name == component)
+    prefix = next((prefix for prefix, name in COMPONENTS.items() if name == component), None)
+    if prefix is None:
+        raise ValueError(f"the part {component!r}, which is none of {', '.join(filter(None, COMPONENTS.values()))}")
     return f"{'lora_te1' if prefix == 'lora_te' and several else prefix}_{path}"
 
 
@@ -135,11 +137,7 @@ def _read_layer(found: Mapping[str, Tensor]) -> LayerWeights:
             break
     else:
         raise ValueError(f"{', '.join(sorted(found))}, which is no method that is known here")
-    if grammar.has_alpha and any(tensor.ndim < 2 or not tensor.numel() for tensor in tensors.values()):
-        raise ValueError("a tensor that is no matrix")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and name != "on_input":
-            raise ValueError(f"a {grammar.end(name)} of {str(tensor.dtype).removeprefix('torch.')}")
+    grammar.check(tensors)
     hyperparameters, tensors = grammar.read(tensors, _read_alpha(found.get(_ALPHA)))
     return LayerWeights(grammar.method, hyperparameters, tensors)
 
@@ -162,6 +160,7 @@ def _write_layer(where: str, layer: LayerWeights, adapter: AdapterFile) -> dict[
             raise ValueError(f"a bias without the weight of {owner!r}, which LyCORIS does not read")
         where, tensors = owner, {_grammar(beside).bias[name]: tensor for name, tensor in layer.tensors.items()}
     else:
+        grammar.check(layer.tensors)
         tensors, alpha = grammar.write(layer)
         tensors = {grammar.end(name): tensor for name, tensor in tensors.items()}
         tensors |= {} if alpha is None else {_ALPHA: _written_alpha(alpha)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,15 @@ class Grammar:
         """Whether a layer of these tensors is one of this grammar."""
         return frozenset(tensors) in self.sets and self.holds(tensors)
 
+    def check(self, tensors: Tensors) -> None:
+        """Raise a ValueError for what is no tensor of any method."""
+        for name, tensor in tensors.items():
+            least = 1 if name == "lora_magnitude_vector" else 2
+            if self.has_alpha and (tensor.ndim < least or not tensor.numel()):
+                raise ValueError(f"a tensor that is no matrix, {self.end(name)} of shape {tuple(tensor.shape)}")
+            if not tensor.is_floating_point() and name != "on_input":
+                raise ValueError(f"a {self.end(name)} of {str(tensor.dtype).removeprefix('torch.')}")
+
 
 def _alpha(alpha: float | None, rank: int) -> float:
     """That of a file: none and 0 both stand for the rank, in LyCORIS as in kohya's scripts."""
@@ -84,8 +94,8 @@ def _with_alpha(layer: LayerWeights, factor: str) -> Written:
 
 def _number(layer: LayerWeights, name: str) -> float:
     value = layer.hyperparameters.get(name)
-    if not isinstance(value, int | float):
-        raise ValueError(f"no {name}")
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"no {name} that is a finite number")
     return value
 
 

@@ -33,10 +33,13 @@ CARD = "README.md"
 FILES = (CONFIG, TENSORS)
 METHODS = frozenset({*besides.METHODS, *(grammar.method for grammar in GRAMMARS)})
 
+_ROWS = next(grammar for grammar in GRAMMARS if grammar.method == "trainable_tokens")
+
 # The settings that are read of every method, with PEFT's defaults.
 _COMMON: Mapping[str, Any] = {
     "peft_type": None,
     "base_model_name_or_path": None,
+    "task_type": None,
     **besides.DEFAULTS,
 }
 # Paths with fewer dots may well be the ends of others in the model.
@@ -54,7 +57,6 @@ _INERT = {
     "peft_version",
     "revision",
     "target_modules",
-    "task_type",
 }
 
 
@@ -78,15 +80,7 @@ def read(path: Path) -> AdapterFile:
             f"{folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
         )
     tensors = open_tensors(folder / TENSORS)
-    named: dict[str, dict[str, Tensor]] = {}
-    shared: dict[str, Tensor] = {}
-    others = []
-    for key in tensors:
-        if (found := _adapter_key(key, grammar)) is not None:
-            where, name = found
-            (shared if where is None else named.setdefault(where, {}))[name] = tensors[key]
-        else:
-            others.append(key)
+    named, shared, others = _sorted_out(tensors, grammar)
     beside, stray = besides.layers(tensors, others, fields, grammar.prefix)
     _refuse(folder / TENSORS, [f"the key {key!r} is not expected" for key in stray])
     _refuse(folder / TENSORS, [] if named or beside else ["it has no adapter in it"])
@@ -96,7 +90,7 @@ def read(path: Path) -> AdapterFile:
         for where, own in named.items()
     }
     _refuse(folder, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
-    base, task = fields["base_model_name_or_path"] or None, fields.get("task_type")
+    base, task = fields["base_model_name_or_path"] or None, fields["task_type"]
     return AdapterFile({**layers, **beside}, base, tensors.metadata, shared, task)
 
 
@@ -119,11 +113,14 @@ def write(adapter: AdapterFile, path: Path) -> None:
         layers = dict(adapter.layers)  # PEFT has a type for this one alone too.
     beside = {where: layer for where, layer in adapter.layers.items() if where not in layers}
     grammar = _grammar_of(layers, beside, path)
+    rows = {where: layer for where, layer in beside.items() if layer.method == "trainable_tokens"}
+    for some, its in ((layers, grammar), (rows, _ROWS)):
+        _refuse(path, _name_problems({where: layer.tensors for where, layer in some.items()}, its))
+        _refuse(path, _layer_problems(some, its))
+    _refuse(path, [f"layer {where!r} has no tensors" for where, layer in beside.items() if not layer.tensors])
     more, settings, unfit = besides.write(beside, layers, grammar)
     settings = {**_config_of(adapter, layers, grammar, path), **settings}
-    _refuse(path, _name_problems({where: layer.tensors for where, layer in layers.items()}, grammar))
-    problems = (*_layer_problems(layers, grammar), *_shared_problems(adapter.shared, settings, grammar), *unfit)
-    _refuse(path, problems)
+    _refuse(path, (*_shared_problems(adapter.shared, settings, grammar), *unfit))
     tensors = {
         grammar.key(where, name): grammar.written(name, tensor)
         for where, layer in layers.items()
@@ -144,12 +141,30 @@ def write(adapter: AdapterFile, path: Path) -> None:
 # The names of tensors
 
 
+def _sorted_out(
+    tensors: Mapping[str, Tensor], grammar: Grammar
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """The tensors of adapters by layer, those that all layers have in common, and the other keys."""
+    named: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    others: list[str] = []
+    for key in tensors:
+        where, name = _adapter_key(key, grammar) or (None, "")
+        if where is None and name:
+            shared[name] = tensors[key]
+        elif where is None or name in named.get(where, ()):  # Nothing, or an alias of what is there.
+            others.append(key)
+        else:
+            named.setdefault(where, {})[name] = tensors[key]
+    return named, shared, others
+
+
 def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
     """The layer and the tensor that a key names; no layer for a shared tensor, which some files have in each layer."""
     for name, whole in grammar.shared.items():
         if key == whole or (key.startswith(PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
-    for end, name in grammar.ends().items():
+    for end, name in grammar.ends.items():
         if grammar.rooted and key == end:
             return "", name
         if not grammar.rooted and key.startswith(PREFIX) and key.endswith(f".{end}"):
@@ -195,8 +210,9 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
         if fields[name]:
             yield f"{name}={fields[name]!r} is not supported"
     yield from _misfits(fields, grammar)
-    if not isinstance(fields["base_model_name_or_path"], str | None):
-        yield "base_model_name_or_path is not a text"
+    for name in ("base_model_name_or_path", "task_type"):
+        if not isinstance(fields[name], str | None):
+            yield f"{name} is not a text"
     yield from besides.problems(fields)
     if grammar.shared_if and not isinstance(fields[grammar.shared_if], bool):
         yield f"{grammar.shared_if} is not true or false"
@@ -212,12 +228,13 @@ def _config_problems(fields: Mapping[str, Any], grammar: Grammar) -> Iterator[st
 
 
 _KINDS = {int: "a number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of whole numbers"}
+_KINDS |= {type(None): "a whole number"}
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a default: a number, true or false, a text, whole numbers, or None for any."""
+    """Whether a value is of the kind of a default: a number, true or false, a text, whole numbers; an int if None."""
     if default is None:
-        return True
+        return value is None or type(value) is int
     if isinstance(default, tuple):
         return isinstance(value, (tuple, list)) and all(type(item) is int for item in value)
     return _is_number(value) if _is_number(default) else type(value) is type(default)
@@ -282,7 +299,9 @@ def _name_problems(layers: Mapping[str, Mapping[str, Tensor]], grammar: Grammar)
     """Which layers do not have the tensors that they need."""
     required = grammar.tensors.keys() - grammar.optional
     for path, tensors in layers.items():
-        if not required <= tensors.keys() <= grammar.tensors.keys() or not tensors:
+        if grammar.rooted and path:
+            yield f"layer {path!r} has {grammar.method}, which is for the whole model"
+        elif not required <= tensors.keys() <= grammar.tensors.keys() or not tensors:
             have = ", ".join(sorted(tensors)) or "nothing"
             yield f"layer {path!r} has {have} instead of {' and '.join(sorted(required))}"
         elif not grammar.whole and not all(tensor.ndim for tensor in tensors.values()):
@@ -297,7 +316,9 @@ def _layer_problems(layers: Mapping[str, LayerWeights], grammar: Grammar) -> Ite
 
 
 def _shared_problems(shared: Iterable[str], settings: Mapping[str, Any], grammar: Grammar) -> Iterator[str]:
-    """What is missing of the tensors that all layers have in common."""
+    """What is wrong with the names of the tensors that all layers have in common."""
+    for name in sorted(set(shared) - grammar.shared.keys()):
+        yield f"there is no place for {name!r}, which all layers share"
     if grammar.shared_if is None or settings[grammar.shared_if]:
         for name in sorted(grammar.shared.keys() - set(shared)):
             yield f"the tensor {grammar.shared[name]!r} is missing"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +77,7 @@ class Grammar:
             path = path.removesuffix(f".{name}")
         return f"{self.prefix}{path}.{self.tensors[name]}"
 
+    @cached_property
     def ends(self) -> Mapping[str, str]:
         """The tensor that each end of a name stands for, the longest end first."""
         ends = {**{end: name for name, end in self.tensors.items()}, **self.aliases}
@@ -107,7 +109,9 @@ def _lora_layer(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> M
 
 
 def _adalora_problem(layer: LayerWeights) -> str | None:
-    """What is wrong with the shapes of A, B and E."""
+    """What is wrong with the rank and the shapes of A, B and E."""
+    if _rank(layer) > _MOST_ROWS:
+        return f"a rank of {_rank(layer)}, and PEFT lists which of these rows are left"
     a, b, e = (tuple(layer.tensors[name].shape) for name in ("lora_A", "lora_B", "lora_E"))
     if len(a) == len(b) == 2 and e == (a[0], 1) and b[1] == a[0]:
         return None
@@ -195,6 +199,15 @@ def _of_prefix(adapter: AdapterFile) -> Settings:
     return {"task_type": adapter.task, "token_dim": width // (2 * layers) if isinstance(layers, int) else width}
 
 
+def _prefix_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with the shape of the virtual tokens, or with the number of layers."""
+    layers = layer.hyperparameters.get("num_layers")
+    if isinstance(layers, int) and layers < 1:
+        return f"a prefix for {layers} layers"
+    return _virtual_problem(layer)
+
+
+_MOST_ROWS = 2**16  # Far more than any adapter has.
 _LORA_ENDS = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -647,7 +660,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         fixed={"num_transformer_submodules": (1,)},
         # Files hold what the network of a projection makes, and nothing of the network.
         inert=frozenset({"encoder_hidden_size", "prefix_projection", "token_dim"}),
-        check=_virtual_problem,
+        check=_prefix_problem,
         of_file=_of_prefix,
     ),
 )
