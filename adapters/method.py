@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -330,9 +329,9 @@ def is_integer(value: object, least: float = -math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def is_number(value: object) -> bool:
-    """Whether a hyperparameter is a finite number, and no integer that is too large for a float."""
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no integer of more bits than torch can multiply by."""
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 2**63
 
 
 def need_rank(method: Any) -> None:

@@ -145,6 +145,6 @@ class OutputRotation(Method):
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         q = widened(t.oft_blocks - t.oft_blocks.mT)
         if self.constraint:
-            q = bounded(q, self.constraint * weight.shape[-2])
+            q = bounded(q, float(self.constraint) * weight.shape[-2])
         turned = self.turn(weight.mT, cayley(q)).mT
         return turned * t.rescale.view(-1, 1) if self.rescale else turned

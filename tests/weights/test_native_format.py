@@ -104,3 +104,10 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_formats_of_a_method() -> None:
     assert weights.formats_of("lora")[:2] == ("fluxion", "peft")
     assert weights.formats_of("a method of your own") == ("fluxion",)
+
+
+def test_a_file_without_layers_is_refused(tmp_path: Path) -> None:
+    about = json.dumps({"version": 1, "base_model": None, "layers": {}})
+    path = weights.save({}, tmp_path / "adapter.safetensors", {"fluxion_adapter": about})
+    with pytest.raises(FileFormatError, match="has no layers in it"):
+        weights.read_adapter(path)

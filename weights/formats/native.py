@@ -56,6 +56,8 @@ def read(path: Path) -> AdapterFile:
         raise FileFormatError(f"{file} does not say what adapter it is ({error}); fetch or save it again.") from error
     if version != _VERSION or not isinstance(base, str | None):
         raise FileFormatError(f"{file} is of version {version!r}, this library reads {_VERSION}: get a newer one.")
+    if not described:
+        raise FileFormatError(f"{file} has no layers in it; fetch or save it again.")
     named: dict[str, dict[str, Tensor]] = {where: {} for where in described}
     shared: dict[str, Tensor] = {}
     for key in tensors:
