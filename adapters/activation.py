@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from adapters.choice import Rows, choosing, finite
 from adapters.errors import AdapterError
+from adapters.models import Model
 
 if TYPE_CHECKING:
     from adapters.patch import Patch
@@ -18,11 +17,11 @@ RowChoice = str | Mapping[str, float] | Sequence[str] | None
 
 
 @contextlib.contextmanager
-def use(model: nn.Module, *names: str | Mapping[str, float], rows: Sequence[RowChoice] | None = None) -> Iterator[None]:
+def use(model: Model, *names: str | Mapping[str, float], rows: Sequence[RowChoice] | None = None) -> Iterator[None]:
     """In this block, and in this thread or async task only, let just these patches of a model act.
 
     Args:
-        model: The patched model.
+        model: The patched model, or pipeline.
         names: Names of patches, which act at their own scale, or one mapping of names to scales. Without names, and
             without `rows`, no patch acts: the model is the base model.
         rows: One choice for each row of the batch instead: a name, several names, a mapping, or None for the base.

@@ -15,6 +15,7 @@ from adapters.forms import LowRank
 from adapters.layers import Matrix, read_weight
 from adapters.method import Site, is_integer, is_number
 from adapters.methods import LoRA
+from adapters.models import Model, as_module
 from adapters.patch import Patch, Place, build, check_name, find
 from adapters.targets import Layer, layers
 
@@ -26,7 +27,7 @@ Pruning = Callable[[list[Tensor], float, torch.Generator | None], Tensor]
 
 
 def combine(
-    model: nn.Module,
+    model: Model,
     weights: Mapping[str, float],
     *,
     name: str = "combined",
@@ -78,6 +79,7 @@ def combine(
             or a patch whose updates cannot be added up or are not finite.
     """
     _check(weights, how, rank, density)
+    model = as_module(model)
     check_name(model, name)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     places: list[Place] = []

@@ -20,12 +20,13 @@ from adapters.layers import buffers
 from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
+from adapters.models import Model, as_module
 from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to
-from adapters.targets import Layer, layers, select
+from adapters.targets import Layer, layers, select, structure
 
 
 def load(
-    model: nn.Module,
+    model: Model,
     source: str | PathLike[str],
     *,
     name: str | None = None,
@@ -38,7 +39,8 @@ def load(
     """Put an adapter from a file into a model. The format of the file is recognised.
 
     Args:
-        model: The base model.
+        model: The base model, or several together: a pipeline of diffusers, or a table of modules by the names of
+            components.
         source: A folder, a file, or the id of a repository on the Hub.
         name: The name of the patch, by default the last part of the source.
         scale: How strongly it acts.
@@ -54,13 +56,14 @@ def load(
         weights.WeightsError: The source cannot be read.
     """
     name = name or Path(source).name.removesuffix(".safetensors") or "default"
+    model = as_module(model)
     check_name(model, name)
     file = weights.read_adapter(source, revision=revision)
     if component is not None:
         whole, file = file, file.part(component)
         if not file.layers:
             parts = ", ".join(whole.components) or "none"
-            raise LayerMismatchError(f"{source} has no part {component!r}: its parts are {parts}.")
+            raise LayerMismatchError(f"{source} has nothing for {component!r}: its components are {parts}.")
     everything = layers(model)
     found, missing, problems = find_layers(everything, file)
     rooted = _rooted(model, file)
@@ -69,15 +72,23 @@ def load(
     problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     entries, unfit = _entries(found, file, trainable)
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
-    mismatch = f"{source} is for another model"
-    if file.flattened and len(file.components) > 1:
-        mismatch += f", or for several: choose one with component=, out of {', '.join(file.components)}"
-    refuse(mismatch, problems + unfit)
+    if problems := problems + unfit:
+        refuse(_mismatch(source, model, file), problems)
     places = _restored(entries, everything, file)
     for place in places:
         for _, parameter in place.branch.named_weights():
             parameter.requires_grad_(trainable)
     return Patch(name, model, places, scale, freezes=trainable).inject()
+
+
+def _mismatch(source: str | PathLike[str], model: nn.Module, file: weights.AdapterFile) -> str:
+    """What to say first of a file that does not fit a model."""
+    if file.base_structure == structure(model):
+        return f"{source} does not fit, though it was made for a model with the same layers"
+    what = f"{source} is for another model"
+    if len(file.components) > 1:
+        what += f", or for several: choose one with component=, out of {', '.join(file.components)}"
+    return what
 
 
 def _rooted(model: nn.Module, file: weights.AdapterFile) -> list[tuple[Layer, str]]:

@@ -7,6 +7,14 @@ from collections.abc import Sequence
 import weights
 from adapters.targets import Layer
 
+# What a component may be called in a pipeline, where a file goes by another.
+_ALSO = {
+    "unet": ("transformer", "prior"),
+    "clip_l": ("text_encoder",),
+    "clip_g": ("text_encoder_2",),
+    "t5xxl": ("text_encoder_3", "text_encoder_2", "text_encoder"),
+}
+
 
 def find_layers(
     layers: Sequence[Layer], file: weights.AdapterFile
@@ -43,7 +51,10 @@ def find_layers(
 
 
 def _spellings(name: str, file: weights.AdapterFile) -> Sequence[str]:
-    return (_flat(name), name.rpartition(".")[2]) if file.flattened else (name,)
+    """What a layer may be called in the model: with its component, in one that has several, or without."""
+    component, inside = file.component_of(name)
+    names = [name, *(f"{other}.{inside}" for other in _ALSO.get(component, ())), inside]
+    return [_flat(name) for name in names] if file.flattened else names
 
 
 def _flat(path: str) -> str:

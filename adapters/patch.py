@@ -26,7 +26,8 @@ from adapters.choice import finite
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
-from adapters.targets import Layer, Pattern, Patterns, as_rules, select
+from adapters.models import Model, Models, as_module, component_of
+from adapters.targets import Layer, Pattern, Patterns, as_rules, select, structure
 
 _numbers = itertools.count()
 _known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
@@ -125,6 +126,7 @@ class Patch:
         self.enabled = True
         self.errors: dict[str, float] = {}
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._models = model if isinstance(model, Models) else None  # Nothing else keeps it.
         self.places = list(places)
         self._freezes = freezes
         self._frozen: list[nn.Parameter] = []
@@ -254,11 +256,11 @@ class Patch:
             self.merge()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_model": None}
+        return {**vars(self), "_model": None, "_models": None}
 
     def _settle(self, model: nn.Module) -> None:
         """Make a model its own, for the patch of a copied model: where its adapters are, and which came along."""
-        self._model = weakref.ref(model)
+        self._model, self._models = weakref.ref(model), model if isinstance(model, Models) else None
         self.places = [place for place in self.places if place.node is not None]
 
     def __str__(self) -> str:
@@ -427,12 +429,22 @@ class Patch:
 
     # To files
 
-    def adapter_file(self) -> weights.AdapterFile:
+    def adapter_file(self, component: str | None = None) -> weights.AdapterFile:
         """What a file needs to say of this patch.
 
+        Args:
+            component: What the model is called in its pipeline. By default it is found for models of diffusers, and
+                for pipelines.
+
         Raises:
-            AdapterError: A method is there with several hyperparameters, and its layers share tensors.
+            AdapterError: A method is there with several hyperparameters, and its layers share tensors; or there are
+                several models, which have their names already.
         """
+        model = self.model
+        several = tuple(name for name, _ in model.named_children()) if isinstance(model, Models) else ()
+        if component and several:
+            raise AdapterError(f"component={component!r} is for one model, and the patch {self.name!r} is in several.")
+        front = component_of(model) if component is None else component
         content: dict[str, weights.LayerWeights] = {}
         shared: dict[str, Tensor] = {}
         for place in self.places:
@@ -442,7 +454,7 @@ class Patch:
             if method.files_have_buffers and place.branch.parameter == "weight" and place.target is not None:
                 tensors = {**tensors, **buffers(place.target)}
             own = {name: tensor.detach() for name, tensor in tensors.items()}
-            path = "" if method.rooted else place.path
+            path = "" if method.rooted else ".".join(filter(None, (front, place.path)))
             if path in content:
                 raise PatchStateError(f"A file holds one {type(method).__name__}, not another at {place.path}.")
             content[path] = weights.LayerWeights(method.key, method.hyperparameters(), own)
@@ -454,22 +466,31 @@ class Patch:
                     )
         shared = {name: tensor.detach() for name, tensor in shared.items()}
         return weights.AdapterFile(
-            content, base_model=_base_model_name(self.model), shared=shared, task=_task(self.model)
+            content,
+            base_model=_base_model_name(model),
+            base_structure=structure(model),
+            shared=shared,
+            task=_task(model),
+            components=several or (front,) * bool(front),
         )
 
-    def save_pretrained(self, path: str | PathLike[str], format: str | None = None) -> Path:
+    def save_pretrained(
+        self, path: str | PathLike[str], format: str | None = None, *, component: str | None = None
+    ) -> Path:
         """Write it to files. Returns the path.
 
         Args:
             path: A folder, which gets tensors, configuration and model card; or for `"lycoris"`, and if you like for
-                `"fluxion"`, a file whose name ends in `.safetensors`.
-            format: `"peft"`, `"lycoris"`, or `"fluxion"`, this library's own; by default PEFT's, if that can hold the
-                patch, and else this library's.
+                `"diffusers"` and `"fluxion"`, a file whose name ends in `.safetensors`.
+            format: `"peft"`, `"diffusers"`, `"lycoris"`, `"mlx"`, or `"fluxion"`, this library's own; by default
+                PEFT's, if that can hold the patch, and else this library's.
+            component: What the model is called in its pipeline, such as `"text_encoder"`, for the formats in whose
+                files that stands. It is known for the UNets and transformers of diffusers.
 
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
-        file = self.adapter_file()
+        file = self.adapter_file(component)
         if format is None:
             try:
                 return weights.write_adapter(file, path, format="peft")
@@ -492,7 +513,7 @@ class Patch:
 
 
 def inject(
-    model: nn.Module,
+    model: Model,
     method: Method | Mapping[Pattern, Method],
     targets: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -513,7 +534,8 @@ def inject(
     in a way that is the same to the method: an embedding and a head do for one that trains whole rows, not for LoRA.
 
     Args:
-        model: Any module: a Chain, a torch model, a transformers or diffusers model.
+        model: Any module: a Chain, a torch model, a transformers or diffusers model; or several together, as a
+            pipeline of diffusers or a table of modules, whose names are then in front of paths.
         method: The method, or a mapping of patterns to methods, of which a layer has the first that matches it.
         targets: Which layers: a dotted suffix of whole names (`"q_proj"`, `"attn.q_proj"`), a glob (`*` within one
             name, `**` across dots), a compiled regex (of the whole path), a type, `f(path, module) -> bool`, or a
@@ -531,6 +553,7 @@ def inject(
         PatchNameError: The name is in use.
         AdapterError: The model is no module, the method no method, or another argument is of the wrong kind.
     """
+    model = as_module(model)
     check_name(model, name)
     finite(scale, f"The scale of {name!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -565,8 +588,9 @@ def _new_places(
     return places
 
 
-def patches(model: nn.Module) -> dict[str, Patch]:
+def patches(model: Model) -> dict[str, Patch]:
     """The patches that are injected in a model, by name, in the order of their injection."""
+    model = as_module(model)
     found = _known.get(model)
     if found is None:
         unique: dict[int, Patch] = {}
@@ -581,7 +605,7 @@ def patches(model: nn.Module) -> dict[str, Patch]:
     return dict(found)
 
 
-def find(model: nn.Module, name: str) -> Patch:
+def find(model: Model, name: str) -> Patch:
     """The patch of that name in a model.
 
     Raises:
@@ -621,8 +645,6 @@ def tied_to(branch: Branch) -> Branch:
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raise unless a new patch of a model may have that name."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"A {type(model).__name__} is no model: adapters go into a torch.nn.Module.")
     if not (isinstance(name, str) and name):
         raise PatchNameError(f"A patch needs a name that is a string and not empty, not {name!r}.")
     if name in patches(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from adapters.adapted import Adapted
 from adapters.adapter import Slot
 from adapters.errors import TargetError
 from adapters.layers import UNSUPPORTED
+from adapters.models import roots
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -95,7 +97,7 @@ def layers(model: nn.Module) -> list[Layer]:
     What patches have added is left out.
     """
     found: dict[tuple[int, str], Layer] = {}
-    stack = _below(model, "")
+    stack = [below for prefix, root in reversed([*roots(model)]) for below in _below(root, prefix)]
     while stack:
         path, parent, key, child = stack.pop()
         module = child.base if isinstance(child, Adapted) else child
@@ -111,6 +113,18 @@ def layers(model: nn.Module) -> list[Layer]:
                 layer.owners.append((path.rpartition(".")[0], parent))
         stack += _below(module, f"{path}.")
     return list(found.values())
+
+
+def structure(model: nn.Module) -> str:
+    """A fingerprint of the names and shapes of a model's weights, the same with patches and without."""
+    shapes = (
+        (path, tuple(value.shape))
+        for layer in layers(model)
+        if (value := layer.module._parameters.get(layer.parameter)) is not None
+        for path in layer.paths
+    )
+    text = "".join(f"{path} {shape}\n" for path, shape in sorted(shapes))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _below(parent: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn.Module]]:

@@ -34,14 +34,17 @@ class AdapterFile:
     """An adapter as a file holds it.
 
     Attributes:
-        layers: Dotted path of each adapted layer in the base model, and its weights. A file for several models, such
-            as those of a pipeline, has the name of the model in front. The path of an adapter that is for the whole
-            model is empty.
+        layers: Dotted path of each adapted layer in the base model, and its weights. The path of an adapter that is
+            for the whole model is empty.
         base_model: The Hub id or path of the base model, where it is known.
+        base_structure: A fingerprint of the names and shapes of the base model's weights, where it is known.
         metadata: The text metadata of the safetensors header.
         shared: Tensors that all layers have in common, by name.
         task: What the model is for, in PEFT's words, such as `"CAUSAL_LM"`, where it is known.
-        flattened: Whether the paths have `_` in place of every `.`, except after the name of a model.
+        flattened: Whether the paths have `_` in place of every `.`, except after the name of a component.
+        components: Names of models, such as those of a pipeline, that paths have in front, where the file says which
+            model a layer is of: `"unet"` in `"unet.conv_in"`.
+        others: Tensors that are for no layer, such as the embeddings of new tokens, by the names in the file.
     """
 
     layers: Mapping[str, LayerWeights]
@@ -50,14 +53,17 @@ class AdapterFile:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     task: str | None = None
     flattened: bool = False
+    components: tuple[str, ...] = ()
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    base_structure: str | None = None
 
-    @property
-    def components(self) -> list[str]:
-        """The first names of the paths: where the file is for several models, their names."""
-        return sorted({path.partition(".")[0] for path in self.layers if "." in path})
+    def component_of(self, path: str) -> tuple[str, str]:
+        """The component that a path begins with, empty if with none, and the rest of the path."""
+        first, _, rest = path.partition(".")
+        return (first, rest) if rest and first in self.components else ("", path)
 
     def part(self, component: str) -> AdapterFile:
-        """What is for one of several models."""
-        inside = f"{component}."
-        layers = {path.removeprefix(inside): layer for path, layer in self.layers.items() if path.startswith(inside)}
-        return replace(self, layers=layers)
+        """What is for one component, with the paths inside it."""
+        places = {path: self.component_of(path) for path in self.layers}
+        layers = {rest: self.layers[path] for path, (first, rest) in places.items() if first == component}
+        return replace(self, layers=layers, components=())

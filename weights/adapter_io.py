@@ -7,7 +7,8 @@ from pathlib import Path
 
 from weights.adapter_file import AdapterFile
 from weights.errors import FileFormatError
-from weights.formats import FORMATS
+from weights.formats import FORMATS, WRITTEN
+from weights.formats.found import Found
 from weights.sources import locate
 
 
@@ -27,13 +28,16 @@ def read_adapter(source: str | PathLike[str], *, revision: str | None = None, to
     """
     patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
     path = locate(source, revision=revision, token=token, patterns=patterns)
-    recognised = [name for name, known in FORMATS.items() if known.recognise(path)]
+    found = Found(path)
+    recognised = [name for name, known in FORMATS.items() if known.recognise(found)]
     if len(recognised) > 1:
         raise FileFormatError(
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        return FORMATS[recognised[0]].read(path)
+        return FORMATS[recognised[0]].read(found)
+    if found.file is not None:
+        found.open()  # It may not be sound.
     raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")
 
 
@@ -43,9 +47,9 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
     Args:
         adapter_file: What to write.
         path: The folder; it is made if need be, and a `README.md` already in it is kept. `"lycoris"` takes the name of
-            a `.safetensors` file instead, and `"fluxion"` either.
-        format: `"peft"`, that of the PEFT library, `"lycoris"`, that of LyCORIS and of kohya's scripts, or
-            `"fluxion"`, this library's own, which holds every method.
+            a `.safetensors` file instead, `"diffusers"` and `"fluxion"` either.
+        format: `"peft"`, that of the PEFT library, `"diffusers"`, `"lycoris"`, that of LyCORIS and of kohya's scripts,
+            or `"fluxion"`, this library's own, which holds every method.
 
     Returns:
         The path as given.
@@ -54,13 +58,13 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
         FileFormatError: The format is unknown, or cannot hold the adapter.
         FileWriteError: The system refused to write.
     """
-    if format not in FORMATS:
-        raise FileFormatError(f"{format!r} is no known format; choose from {', '.join(FORMATS)}.")
+    if format not in WRITTEN:
+        raise FileFormatError(f"{format!r} is no format that is written; choose from {', '.join(WRITTEN)}.")
     path = Path(path)
-    FORMATS[format].write(adapter_file, path)
+    WRITTEN[format].write(adapter_file, path)
     return path
 
 
 def formats_of(method: str) -> tuple[str, ...]:
     """The formats that can hold adapters of a method, given by its key."""
-    return tuple(name for name, known in FORMATS.items() if method in known.METHODS or not known.METHODS)
+    return tuple(name for name, known in WRITTEN.items() if method in known.METHODS or not known.METHODS)

@@ -257,7 +257,7 @@ def test_tensors_that_do_not_fit_are_refused(folder: Path, key: str, shape: tupl
 
 
 def test_files_that_are_not_there_or_not_sound(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(weights.FileFormatError, match=r"no adapter in a known format \(fluxion, peft, lycoris\)"):
+    with pytest.raises(weights.FileFormatError, match=r"no adapter in a known format \(fluxion, peft, "):
         weights.read_adapter(tmp_path)
     weights.save({}, folder / "adapter_model.safetensors")
     with pytest.raises(weights.FileFormatError, match="no adapter in it"):
@@ -294,7 +294,7 @@ def test_files_that_are_not_there_or_not_sound(folder: Path, tmp_path: Path) -> 
 def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path: Path, layers: Any, match: str) -> None:
     with pytest.raises(weights.FileFormatError, match=match):
         weights.write_adapter(weights.AdapterFile(layers), tmp_path / "adapter")
-    with pytest.raises(weights.FileFormatError, match="'pefd' is no known format"):
+    with pytest.raises(weights.FileFormatError, match="'pefd' is no format that is written"):
         weights.write_adapter(weights.AdapterFile(layers), tmp_path / "adapter", format="pefd")
     assert list(tmp_path.iterdir()) == []
 

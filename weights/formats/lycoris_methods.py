@@ -62,7 +62,7 @@ class Grammar:
     def check(self, tensors: Tensors) -> None:
         """Raise a ValueError for what is no tensor of any method."""
         for name, tensor in tensors.items():
-            least = 1 if name == "lora_magnitude_vector" else 2
+            least = 1 if name in ("lora_magnitude_vector", "lora_B.bias") else 2
             if self.has_alpha and (tensor.ndim < least or not tensor.numel()):
                 raise ValueError(f"a tensor that is no matrix, {self.end(name)} of shape {tuple(tensor.shape)}")
             if not tensor.is_floating_point() and name != "on_input":
@@ -120,6 +120,11 @@ def _write_lora(layer: LayerWeights) -> Written:
     return tensors, alpha * math.sqrt(_number(layer, "rank")) if alpha and layer.hyperparameters.get(
         "rslora"
     ) else alpha
+
+
+def _read_biased(tensors: Tensors, alpha: float | None) -> Read:
+    hyperparameters, factors = _read_lora(tensors, alpha)
+    return {**hyperparameters, "bias": True}, {**factors, "lora_B.bias": tensors["lora_B.bias"]}
 
 
 def _read_dora(tensors: Tensors, alpha: float | None) -> Read:
@@ -239,6 +244,11 @@ def _read_ia3(tensors: Tensors, alpha: float | None) -> Read:
     return {"feedforward": True} if on_input else {"feedforward": False, "bias": False}, {"ia3_l": factors}
 
 
+def _write_none(layer: LayerWeights) -> Written:
+    """For what only other programs write, into files of which the rest is as LyCORIS' are."""
+    raise ValueError(f"{', '.join(sorted(layer.tensors))}, which LyCORIS does not read")
+
+
 def _write_ia3(layer: LayerWeights) -> Written:
     on_input = bool(layer.hyperparameters.get("feedforward"))
     if not on_input and layer.hyperparameters.get("bias", True):
@@ -253,6 +263,7 @@ _LORA = {
     "lora_B": "lora_up.weight",
     "lora_mid": "lora_mid.weight",
     "lora_magnitude_vector": "dora_scale",
+    "lora_B.bias": "lora_up.bias",
 }
 _SCALE = {"dora_scale"}
 _HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
@@ -276,10 +287,17 @@ GRAMMARS: tuple[Grammar, ...] = (
     ),
     Grammar(
         "dora",
-        sets=(frozenset({"lora_A", "lora_B", "lora_magnitude_vector"}), frozenset(_LORA)),
+        sets=(frozenset({"lora_A", "lora_B", "lora_magnitude_vector"}), frozenset(_LORA) - {"lora_B.bias"}),
         names=_LORA,
         read=_read_dora,
         write=_write_dora,
+    ),
+    Grammar(
+        "lora",
+        sets=(frozenset({"lora_A", "lora_B", "lora_B.bias"}),),
+        names=_LORA,
+        read=_read_biased,
+        write=_write_none,
     ),
     Grammar("loha", sets=_HADA_SETS, read=_read_loha, write=_write_loha),
     Grammar("doha", sets=[names | _SCALE for names in _HADA_SETS], read=_of_rows(_read_loha), write=_write_loha),
@@ -331,6 +349,14 @@ GRAMMARS: tuple[Grammar, ...] = (
         names={"ia3_l": "weight"},
         read=_read_ia3,
         write=_write_ia3,
+        has_alpha=False,
+    ),
+    Grammar(  # Of ComfyUI: the weight itself.
+        "copy",
+        sets=(frozenset({"weight"}),),
+        names={"weight": "set_weight"},
+        read=_read_full,
+        write=_write_none,
         has_alpha=False,
     ),
 )

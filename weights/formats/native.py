@@ -1,8 +1,8 @@
 """This library's own format: one safetensors file that says all about itself, for any method.
 
 Tensors are named `<path>/<tensor>`, those that all layers have in common `/<tensor>`. The header's metadata has one
-entry, `fluxion_adapter`, a JSON table: the `version`, the `base_model`, and for each layer its `method` and its
-`hyperparameters`.
+entry, `fluxion_adapter`, a JSON table: the `version`, the `base_model` and a fingerprint of its structure, for each
+layer its `method` and its `hyperparameters`, and the `components` if there are any.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.atomic import write_files
 from weights.card import model_card
-from weights.errors import FileFormatError, WeightsError
+from weights.errors import FileFormatError
 from weights.files import encode, open_tensors
+from weights.formats.found import Found
 
 TENSORS = "adapter.safetensors"
 CARD = "README.md"
@@ -29,32 +30,29 @@ _ENTRY = "fluxion_adapter"
 _VERSION = 1
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is such a file, or a folder with one."""
-    file = path / TENSORS if path.is_dir() else path
-    if file.suffix != ".safetensors" or not file.is_file():
-        return False
-    try:
-        return _ENTRY in open_tensors(file).metadata
-    except WeightsError:
-        return file.name == TENSORS  # It is not sound: `read` says why.
+def recognise(found: Found) -> bool:
+    """Whether it is such a file, or a folder with one."""
+    about_itself = found.tensors is not None and _ENTRY in found.tensors.metadata
+    return about_itself or (found.path / TENSORS).is_file()
 
 
-def read(path: Path) -> AdapterFile:
+def read(found: Found) -> AdapterFile:
     """Read a file, or the one in a folder.
 
     Raises:
         FileFormatError: The file is not sound, or of a later version.
     """
-    file = path / TENSORS if path.is_dir() else path
+    file = found.path / TENSORS if (found.path / TENSORS).is_file() else found.file or found.path
     tensors = open_tensors(file)
     try:
         about = json.loads(tensors.metadata[_ENTRY])
         version, base, layers = about["version"], about["base_model"], about["layers"]
+        structure = about.get("base_structure")
+        components = _names(about.get("components", []))
         described = {where: (str(one["method"]), _numbers(one["hyperparameters"])) for where, one in layers.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"{file} does not say what adapter it is ({error}); fetch or save it again.") from error
-    if version != _VERSION or not isinstance(base, str | None):
+    if version != _VERSION or not all(isinstance(text, str | None) for text in (base, structure)):
         raise FileFormatError(f"{file} is of version {version!r}, this library reads {_VERSION}: get a newer one.")
     if not described:
         raise FileFormatError(f"{file} has no layers in it; fetch or save it again.")
@@ -67,7 +65,7 @@ def read(path: Path) -> AdapterFile:
         else:
             raise FileFormatError(f"{file} has a tensor {key!r} of no layer that it describes; fetch or save it again.")
     content = {where: LayerWeights(*about, named[where]) for where, about in described.items()}
-    return AdapterFile(content, base, tensors.metadata, shared)
+    return AdapterFile(content, base, tensors.metadata, shared, components=components, base_structure=structure)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -96,12 +94,20 @@ def _numbers(table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
 
 
+def _names(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its components are no list of names")
+    return tuple(names)
+
+
 def _about(adapter: AdapterFile) -> str:
     layers: Mapping[str, Any] = {
         where: {"method": layer.method, "hyperparameters": dict(layer.hyperparameters)}
         for where, layer in adapter.layers.items()
     }
-    table = {"version": _VERSION, "base_model": adapter.base_model, "layers": layers}
+    table: dict[str, Any] = {"version": _VERSION, "base_model": adapter.base_model, "layers": layers}
+    table |= {"components": list(adapter.components)} if adapter.components else {}
+    table |= {"base_structure": adapter.base_structure} if adapter.base_structure else {}
     try:
         return json.dumps(table, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
+from weights.formats.found import CONFIG, Found
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
 
-CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 CARD = "README.md"
 FILES = (CONFIG, TENSORS)
@@ -60,12 +61,14 @@ _INERT = {
 }
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a folder with an `adapter_config.json`, or one of the two files in such a folder."""
-    return (path / CONFIG).is_file() or (path.name in FILES and path.with_name(CONFIG).is_file())
+def recognise(found: Found) -> bool:
+    """Whether it is a folder with an `adapter_config.json` of PEFT, or one of the two files in such a folder."""
+    meant = found.path.is_dir() or found.path.name in FILES
+    there = any((found.folder / name).is_file() for name in FILES)
+    return meant and there and ("peft_type" in found.config or not found.config)
 
 
-def read(path: Path) -> AdapterFile:
+def read(found: Found) -> AdapterFile:
     """Read a folder written by PEFT, or by `write`.
 
     Raises:
@@ -73,25 +76,35 @@ def read(path: Path) -> AdapterFile:
         FileFormatError: The files are not sound, contradict each other, or use what is not supported; the message
             lists what is wrong.
     """
-    folder = path if path.is_dir() else path.parent
-    fields, grammar = _read_config(folder / CONFIG)
-    if not (folder / TENSORS).exists():
+    settings = _read_config(found.folder / CONFIG)
+    file = found.folder / TENSORS
+    if not file.exists():
         raise SourceNotFoundError(
-            f"{folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
+            f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
         )
-    tensors = open_tensors(folder / TENSORS)
+    tensors = open_tensors(file)
+    return replace(parse(tensors, settings, file), metadata=tensors.metadata)
+
+
+def parse(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: Path) -> AdapterFile:
+    """What tensors as in PEFT's files and settings say together.
+
+    Raises:
+        FileFormatError: They contradict each other, or use what is not supported; the message names the source.
+    """
+    fields, grammar = _checked(settings, source)
     named, shared, others = _sorted_out(tensors, grammar)
     beside, stray = besides.layers(tensors, others, fields, grammar.prefix)
-    _refuse(folder / TENSORS, [f"the key {key!r} is not expected" for key in stray])
-    _refuse(folder / TENSORS, [] if named or beside else ["it has no adapter in it"])
-    _refuse(folder, (*_slow_patterns(fields, grammar, named), *_name_problems(named, grammar)))
+    _refuse(source, [f"the key {key!r} is not expected" for key in stray])
+    _refuse(source, [] if named or beside else ["it has no adapter in it"])
+    _refuse(source, (*_slow_patterns(fields, grammar, named), *_name_problems(named, grammar)))
     layers = {
         where: LayerWeights(grammar.method, _hyperparameters(fields, grammar, where, own), dict(sorted(own.items())))
         for where, own in named.items()
     }
-    _refuse(folder, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
+    _refuse(source, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
     base, task = fields["base_model_name_or_path"] or None, fields["task_type"]
-    return AdapterFile({**layers, **beside}, base, tensors.metadata, shared, task)
+    return AdapterFile({**layers, **beside}, base, {}, shared, task)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -100,12 +113,32 @@ def write(adapter: AdapterFile, path: Path) -> None:
     PEFT keeps no other text in the tensor file, so the adapter's `metadata` is not written.
 
     Raises:
-        FileFormatError: PEFT does not know the method, the layers differ in what the format holds once, or the path is
-            that of a file.
+        FileFormatError: PEFT does not know the method, the layers differ in what the format holds once, they are of
+            several components, or the path is that of a file.
         FileWriteError: The system refused to write.
     """
     if path.suffix == ".safetensors":
         _refuse(path, ["its name is that of a file, and PEFT's adapters are folders"])
+    parts = {adapter.component_of(where)[0] for where in adapter.layers}
+    if len(parts) > 1:
+        _refuse(path, [f"it is for several models ({', '.join(sorted(parts))}): write the part for each by itself"])
+    tensors, settings = render(adapter.part(*parts) if parts else adapter, path)
+    config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    contents: dict[Path, Iterable[bytes | memoryview]] = {
+        path / TENSORS: encode(tensors, {"format": "pt"}),
+        path / CONFIG: [config.encode()],
+    }
+    if not (path / CARD).exists():  # somebody may have written it by hand
+        contents[path / CARD] = [model_card(adapter, peft=True).encode()]
+    write_files(contents)
+
+
+def render(adapter: AdapterFile, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the settings that PEFT needs for an adapter of one model.
+
+    Raises:
+        FileFormatError: PEFT cannot hold it; the message names the path, where it was to be written.
+    """
     if adapter.flattened:
         _refuse(path, ["the paths of its layers are flattened: load it into the model, and save it from there"])
     layers = {where: layer for where, layer in adapter.layers.items() if layer.method not in besides.METHODS}
@@ -127,15 +160,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         for name, tensor in layer.tensors.items()
     }
     tensors |= {grammar.shared[name]: tensor for name, tensor in adapter.shared.items()}
-    tensors |= more
-    config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    contents: dict[Path, Iterable[bytes | memoryview]] = {
-        path / TENSORS: encode(tensors, {"format": "pt"}),
-        path / CONFIG: [config.encode()],
-    }
-    if not (path / CARD).exists():  # somebody may have written it by hand
-        contents[path / CARD] = [model_card(adapter, peft=True).encode()]
-    write_files(contents)
+    return tensors | more, settings
 
 
 # The names of tensors
@@ -176,15 +201,20 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
 # The settings
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], Grammar]:
-    """The settings in `path` with PEFT's defaults, checked, and the grammar of the method."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings in `path`."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not readable as JSON: {error}; fetch or save it again.") from error
     if not isinstance(fields, dict):
         raise FileFormatError(f"{path} is not a table of settings; fetch or save it again.")
-    fields = {**_COMMON, **{name: value for name, value in fields.items() if value is not None}}
+    return fields
+
+
+def _checked(settings: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], Grammar]:
+    """The settings with PEFT's defaults, checked, and the grammar of the method."""
+    fields = {**_COMMON, **{name: value for name, value in settings.items() if value is not None}}
     candidates = [grammar for grammar in GRAMMARS if grammar.type == fields["peft_type"]]
     if not candidates:
         known = ", ".join(dict.fromkeys(grammar.type for grammar in GRAMMARS))

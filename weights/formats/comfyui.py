@@ -1,0 +1,57 @@
+"""What ComfyUI reads beyond the files of others: tensors with dotted names of layers, in one safetensors file.
+
+Written by ComfyUI, ai-toolkit, OneTrainer and the trainers of single models. Tensors are named `<prefix><path>.<end>`,
+with the names of the original model and one of several prefixes or none. Without an `alpha` the scale is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weights.adapter_file import AdapterFile
+from weights.formats import bfl, diffusers, keyed, lycoris, native, peft, xlabs
+from weights.formats.found import Found
+
+FILES = ()
+NAME = "ComfyUI"
+
+PREFIXES: Mapping[str, str] = {
+    "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
+    "unet.base_model.model.": "unet",
+    "base_model.model.": "",
+    "text_encoders.clip_l.transformer.": "clip_l",
+    "text_encoders.clip_g.transformer.": "clip_g",
+    "text_encoders.t5xxl.transformer.": "t5xxl",
+    "clip_l.": "clip_l",
+    "clip_g.": "clip_g",
+    "t5xxl.": "t5xxl",
+}
+"""The component that a prefix means, in ComfyUI's words for the text encoders."""
+
+
+def recognise(found: Found) -> bool:
+    """Whether the file has adapters with dotted names of layers, and no other format has these names."""
+    others = (bfl, diffusers, lycoris, native, xlabs)
+    if any(other.recognise(found) for other in others) or (found.file and found.file.name == peft.TENSORS):
+        return False
+    return any(keyed.stems(found).values())
+
+
+def where(stem: str) -> str:
+    """The path, with the component in front, of what a key calls a layer."""
+    for prefix, component in PREFIXES.items():
+        if stem.startswith(prefix):
+            return ".".join(filter(None, (component, stem.removeprefix(prefix))))
+    return stem
+
+
+def read(found: Found) -> AdapterFile:
+    """Read a file.
+
+    Raises:
+        FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
+    """
+    layers = keyed.read(found, where, NAME)
+    components = sorted({path.partition(".")[0] for path in layers}.intersection(PREFIXES.values()))
+    return AdapterFile(layers, metadata=found.open().metadata, components=tuple(components))

@@ -1,0 +1,61 @@
+"""What there is at a path, for the formats to recognise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from weights.errors import WeightsError
+from weights.files import TensorFiles, open_tensors
+
+CONFIG = "adapter_config.json"
+_LARGEST_CONFIG = 50_000_000  # bytes, far beyond that of any adapter
+
+
+class Found:
+    """A file or a folder. What is in it is read when it is first asked for, and what is not sound is not there.
+
+    Attributes:
+        path: The path as given.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder itself, or that of the file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def file(self) -> Path | None:
+        """The safetensors file that is meant: the path itself, or the only one in the folder."""
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        return files[0] if len(files) == 1 and files[0].suffix == ".safetensors" else None
+
+    @cached_property
+    def tensors(self) -> TensorFiles | None:
+        """Those of the file."""
+        try:
+            return None if self.file is None else open_tensors(self.file)
+        except WeightsError:
+            return None
+
+    def open(self) -> TensorFiles:
+        """The tensors of the file, or the error that says why there are none."""
+        return open_tensors(self.file or self.path) if self.tensors is None else self.tensors
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The table in the `adapter_config.json` of the folder."""
+        path = self.folder / CONFIG
+        try:
+            if path.stat().st_size > _LARGEST_CONFIG:
+                return {}
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,136 @@
+"""What the formats share that keep all of an adapter in one safetensors file, as tensors named `<layer>.<end>`.
+
+They differ in how they name layers. The ends are those of LyCORIS and kohya's scripts, for which other programs have
+other spellings; a layer's `alpha` is a tensor beside the others, and stands for the rank where it is missing. Which
+method a layer has shows in which tensors it has: that is in `lycoris_methods`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from weights.adapter_file import LayerWeights
+from weights.errors import FileFormatError
+from weights.formats.found import Found
+from weights.formats.lycoris_methods import GRAMMARS
+
+ALPHA = "alpha"
+_BIASES = {end: grammar.end(name) for grammar in GRAMMARS for name, end in grammar.bias.items()}
+_OWN = {ALPHA, *_BIASES, *(end for grammar in GRAMMARS for end in grammar.ends)}
+_SPELLINGS: Mapping[str, Iterable[str]] = {
+    **{
+        f"lora_{end}.weight": (
+            f"lora_{letter}",
+            f"lora_{letter}.weight",
+            f"lora_{letter}.default.weight",
+            f"lora.{end}.weight",
+            f"lora_linear_layer.{end}.weight",
+        )
+        for end, letter in (("down", "A"), ("up", "B"))
+    },
+    "lora_up.bias": ("lora_B.bias", "lora_B.default.bias"),
+    "dora_scale": (
+        "magnitude",
+        *(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight")),
+    ),
+}
+_ENDS = {end: end for end in _OWN} | {spelling: end for end, names in _SPELLINGS.items() for spelling in names}
+_MOST_NAMES = max(end.count(".") for end in _ENDS) + 1
+# The oldest spelling: the processor of an attention has layers called `to_q_lora`, or with XLabs `qkv_lora1`.
+_PROCESSOR_ENDS = {"down.weight": "lora_down.weight", "up.weight": "lora_up.weight"}
+_PROCESSOR = re.compile(r"(.+)_lora([12]?)")
+# Parameters of base models have these names too.
+_COMMON = {ALPHA, "weight"}
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """The layer that a key names, and the end in LyCORIS' spelling, the longest there is; None for another kind."""
+    names = key.split(".")
+    for count in range(min(_MOST_NAMES, len(names) - 1), 0, -1):
+        stem, end = ".".join(names[:-count]), ".".join(names[-count:])
+        if end in _ENDS:
+            return stem, _ENDS[end]
+        if end in _PROCESSOR_ENDS and (layer := _PROCESSOR.fullmatch(stem)):
+            return "".join(layer.groups()), _PROCESSOR_ENDS[end]
+    return None
+
+
+def stems(found: Found) -> dict[str, bool]:
+    """What the keys of a file call its layers, and whether one has a tensor that only adapters have."""
+    called: dict[str, bool] = {}
+    for stem, end in filter(None, map(split, found.tensors or ())):
+        called[stem] = called.get(stem, False) or end not in _COMMON
+    return called
+
+
+def read(
+    found: Found, where: Callable[[str], str | None], name: str, *, flattened: bool = False, own: Collection[str] = ()
+) -> dict[str, LayerWeights]:
+    """The layers in a file.
+
+    Args:
+        found: The file.
+        where: The path, with the component in front, of what a key calls a layer; None if that is no layer.
+        name: The name of the format, for messages.
+        flattened: Whether the names of layers are flattened.
+        own: Keys that the format reads by itself.
+
+    Raises:
+        FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
+    """
+    file = found.open()
+    named: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
+    for key in file:
+        if key in own:
+            continue
+        stem, end = split(key) or ("", "")
+        path = where(stem) if stem else None
+        if path is None or (end == "weight" and not flattened and f"{stem}.on_input" not in file):
+            problems.append(f"the key {key!r} is not expected")
+            continue
+        if end in _BIASES:  # A bias is a layer of its own here.
+            path, end = f"{path}{'_' if flattened else '.'}bias", _BIASES[end]
+        if named.setdefault(path, {}).setdefault(end, key) != key:
+            problems.append(f"{key!r} and {named[path][end]!r} are the same tensor of a layer")
+    layers: dict[str, LayerWeights] = {}
+    for path, ends in named.items():
+        try:
+            layers[path] = _layer({end: file[key] for end, key in ends.items()})
+        except ValueError as problem:
+            problems.append(f"layer {path!r} has {problem}")
+    refuse(found.path, name, problems)
+    return layers
+
+
+def refuse(path: Path, name: str, problems: list[str]) -> None:
+    """Raise one FileFormatError for all problems, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise FileFormatError(f"{path} does not work as a {name} file: {'; '.join(problems[:5])}{more}.")
+
+
+def _layer(found: Mapping[str, Tensor]) -> LayerWeights:
+    """What the tensors of a layer mean, by the ends of their names; raises a ValueError that says what is wrong."""
+    for grammar in GRAMMARS:
+        tensors = {grammar.ends.get(end, end): found[end] for end in sorted(found.keys() - {ALPHA})}
+        if grammar.fits(tensors) and (grammar.has_alpha or ALPHA not in found):
+            break
+    else:
+        raise ValueError(f"{', '.join(sorted(found))}, which is no method that is known here")
+    grammar.check(tensors)
+    hyperparameters, tensors = grammar.read(tensors, _alpha(found.get(ALPHA)))
+    return LayerWeights(grammar.method, hyperparameters, tensors)
+
+
+def _alpha(alpha: Tensor | None) -> float | None:
+    if alpha is None:
+        return None
+    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
+        raise ValueError("an alpha that is not a number")
+    return float(alpha.item())
