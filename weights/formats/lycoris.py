@@ -36,6 +36,9 @@ COMPONENTS: Mapping[str, str] = {
 }
 """The component of a pipeline that a prefix means."""
 
+# What transformers calls the layers of CLIP since it has no `text_model` around them any more, which is in files.
+_CLIP = ("encoder.layers.", "encoder_layers_", "final_layer_norm", "embeddings")
+
 
 def recognise(found: Found) -> bool:
     """Whether the file has a tensor that is named as LyCORIS names them."""
@@ -120,6 +123,8 @@ def _stem(where: str, adapter: AdapterFile) -> str:
         raise ValueError(f"the component {component!r}, which is none of {known}")
     if prefix == "lora_te" and "text_encoder_2" in adapter.components:
         prefix = "lora_te1"
+    if component.startswith("text_encoder") and path.startswith(_CLIP):
+        path = f"text_model.{path}"
     return f"{prefix}_{path.replace('.', '_')}"
 
 
