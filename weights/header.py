@@ -138,6 +138,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if metadata is None:  # As MLX writes it where there is none.
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"its {METADATA_KEY} is not a table of texts")
     return metadata

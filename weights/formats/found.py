@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from weights.errors import WeightsError
 from weights.files import TensorFiles, open_tensors
 
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 50_000_000  # bytes, far beyond that of any adapter
+_LARGEST_NUMBER = 2**100  # so that products of a few are still finite
 
 
 class Found:
@@ -59,3 +60,8 @@ class Found:
         except (OSError, ValueError, RecursionError):
             return {}
         return fields if isinstance(fields, dict) else {}
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value in settings is a number to calculate with."""
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # type: ignore[arg-type]

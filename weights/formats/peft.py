@@ -24,6 +24,7 @@ from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
+from weights.formats import torchtune
 from weights.formats.found import CONFIG, Found
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
@@ -65,7 +66,7 @@ def recognise(found: Found) -> bool:
     """Whether it is a folder with an `adapter_config.json` of PEFT, or one of the two files in such a folder."""
     meant = found.path.is_dir() or found.path.name in FILES
     there = any((found.folder / name).is_file() for name in FILES)
-    return meant and there and ("peft_type" in found.config or not found.config)
+    return meant and there and ("peft_type" in found.config or not found.config) and not torchtune.recognise(found)
 
 
 def read(found: Found) -> AdapterFile:
