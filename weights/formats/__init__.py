@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weights.adapter_file import AdapterFile
-from weights.formats import bfl, comfyui, diffusers, lycoris, mlx, native, peft, torchtune, xlabs
+from weights.formats import bfl, cloneofsimo, comfyui, diffusers, lycoris, mlx, native, peft, torchtune, xlabs
 from weights.formats.found import Found
 
 
@@ -49,4 +49,5 @@ FORMATS: Mapping[str, Reader] = {
     "xlabs": xlabs,
     "bfl": bfl,
     "torchtune": torchtune,
+    "cloneofsimo": cloneofsimo,
 }

@@ -70,7 +70,9 @@ def read(found: Found) -> AdapterFile:
         if problem := _problem(path, own, method, rank):
             problems.append(f"layer {path!r} has {problem}")
         numbers = {"rank": rank, "alpha": scale * rank, "dropout": dropout, "rslora": False}
-        layers[path] = LayerWeights(method, numbers, _turned(own, "lora_embedding_" if _is_embedding(path) else "lora_"))
+        layers[path] = LayerWeights(
+            method, numbers, _turned(own, "lora_embedding_" if _is_embedding(path) else "lora_")
+        )
     refuse(file, NAME, problems or ([] if layers else ["it has no adapter in it"]))
     base = found.config.get("model")
     return AdapterFile(layers, base if isinstance(base, str) and base else None, tensors.metadata)
@@ -94,7 +96,10 @@ def write(adapter: AdapterFile, path: Path) -> None:
     layers = adapter.part(*parts).layers if len(parts) == 1 else adapter.layers
     problems += [f"layer {where!r} has {what}" for where, one in layers.items() if (what := _unfit(where, one))]
     refuse(path, NAME, problems)
-    for name, of in (("method", lambda one: one.method), ("dropout", lambda one: one.hyperparameters.get("dropout", 0))):
+    for name, of in (
+        ("method", lambda one: one.method),
+        ("dropout", lambda one: one.hyperparameters.get("dropout", 0)),
+    ):
         values = {of(one) for one in layers.values()}
         refuse(path, NAME, [f"its layers differ in {name}, and it keeps one"] if len(values) > 1 else [])
     refuse(path, NAME, [] if layers else ["it has no layers with an adapter"])
@@ -128,7 +133,9 @@ def _settings(found: Found) -> tuple[int, float, float]:
     table = table if isinstance(table, dict) else {}
     rank, scale, dropout = table.get("rank"), table.get("scale"), table.get("dropout", 0.0)
     problems = [] if type(rank) is int and rank > 0 else [f"its rank is {rank!r}"]
-    problems += [f"its {name} is {value!r}" for name, value in (("scale", scale), ("dropout", dropout)) if not is_number(value)]
+    problems += [
+        f"its {name} is {value!r}" for name, value in (("scale", scale), ("dropout", dropout)) if not is_number(value)
+    ]
     alpha = table.get("alpha")
     if alpha is not None and not is_number(alpha):
         problems.append(f"its alpha is {alpha!r}")
