@@ -22,6 +22,7 @@ from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.models import Model, as_module
 from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to
+from adapters.rotary import in_halves
 from adapters.targets import Layer, layers, select, structure
 
 
@@ -64,6 +65,7 @@ def load(
         if not file.layers:
             parts = ", ".join(whole.components) or "none"
             raise LayerMismatchError(f"{source} has nothing for {component!r}: its components are {parts}.")
+    file = in_halves(model, file)
     everything = layers(model)
     found, missing, problems = find_layers(everything, file)
     rooted = _rooted(model, file)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weights.adapter_file import AdapterFile
-from weights.formats import bfl, cloneofsimo, comfyui, diffusers, lycoris, mlx, native, peft, torchtune, xlabs
+from weights.formats import bfl, cloneofsimo, comfyui, diffusers, gguf, lycoris, mlx, native, peft, torchtune, xlabs
 from weights.formats.found import Found
 
 
@@ -50,4 +50,5 @@ FORMATS: Mapping[str, Reader] = {
     "bfl": bfl,
     "torchtune": torchtune,
     "cloneofsimo": cloneofsimo,
+    "gguf": gguf,
 }

@@ -8,6 +8,8 @@ Source: https://github.com/pytorch/torchtune/blob/main/torchtune/modules/peft/lo
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
@@ -33,7 +35,9 @@ def read(found: Found) -> AdapterFile:
             message lists what is wrong.
     """
     tensors = found.open()
-    rank, alpha, base = (found.config.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
+    rank: Any = found.config.get("r")
+    alpha: Any = found.config.get("lora_alpha")
+    base = found.config.get("base_model_name_or_path")
     problems = [] if type(rank) is int and rank > 0 else [f"r is {rank!r} in the {CONFIG} beside it"]
     problems += [] if is_number(alpha) else [f"lora_alpha is {alpha!r} in the {CONFIG} beside it"]
     named: dict[str, dict[str, Tensor]] = {}
