@@ -128,6 +128,11 @@ def test_the_outputs_are_those_in_peft(tmp_path: Path, name: str) -> None:
         assert torch.equal(run(other), run(model))
     again = peft.PeftModel.from_pretrained(model_of(name), tmp_path / "peft").eval()
     torch.testing.assert_close(run(again), expected, atol=1e-5, rtol=1e-4)
+    # In the model without its head, where paths begin otherwise.
+    bare = model_of(name).model
+    assert len(adapters.load(bare, path).targets) == len(tensors) / 2
+    with torch.no_grad():
+        torch.testing.assert_close(bare(TOKENS)[0], model.model(TOKENS)[0])
 
 
 def test_embeddings(tmp_path: Path) -> None:

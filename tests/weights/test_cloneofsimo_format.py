@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapters
@@ -15,6 +18,7 @@ import weights
 from adapters import LayerMismatchError
 from tests.adapters.models import snapshot
 from tests.adapters.pipeline import pipeline
+from tests.weights.test_hostile_adapters import CHANGES, VALUES, attempt
 
 UNET, TEXT = ["CrossAttention", "Attention", "GEGLU"], ["CLIPAttention"]
 
@@ -154,3 +158,41 @@ def test_a_list_of_classes_that_is_none(tmp_path: Path, text: str) -> None:
     weights.save(dict(weights.open(path)), path, {"unet": text})
     with pytest.raises(weights.FileFormatError, match="does not say what layers of 'unet' were counted"):
         weights.read_adapter(path)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(6, 4), nn.Linear(4, 5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.attn = nn.Embedding(8, 6), Attention()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.attn.to_k(self.attn.to_q(self.emb(tokens)))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_typed_error_or_a_patch_that_runs(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = file(Path(folder), unet=(["Attention"], factors(counted(Net(), ["Attention"], (nn.Linear,)).values())))
+        content = weights.open(path)
+        tensors, metadata = dict(content), dict(content.metadata)
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.sampled_from(sorted(tensors)))
+            what = data.draw(st.sampled_from(["tensor", "tensor", "drop", "rename", "metadata"]))
+            if what == "tensor":
+                tensors[at] = data.draw(st.sampled_from(CHANGES))(tensors[at])
+            elif what == "drop" and len(tensors) > 1:
+                del tensors[at]
+            elif what == "rename":
+                names = ["unet:7:up", "unet:999999999999:up", "x:0:down", ":0:up", "unet:-1:up", "unet:01:up", "unet::"]
+                tensors[data.draw(st.sampled_from(names))] = tensors.pop(at)
+            elif what == "metadata":
+                metadata["unet"] = data.draw(VALUES.map(lambda value: json.dumps(value)) | st.text(max_size=5))
+        weights.save(tensors, path, metadata)
+        attempt(Net().eval(), path)
