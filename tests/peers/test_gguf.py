@@ -42,10 +42,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=32)),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**SIZES, head_dim=32)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, head_dim=32)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, head_dim=32)),
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES)),
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**SIZES, pad_token_id=0)),
+    "arcee": lambda: transformers.ArceeForCausalLM(transformers.ArceeConfig(**SIZES)),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES, pad_token_id=0)),
     "starcoder2": lambda: transformers.Starcoder2ForCausalLM(transformers.Starcoder2Config(**SIZES)),
 }
-PERMUTED = {"llama", "granite", "olmo"}
+PERMUTED = {"arcee", "granite", "llama", "olmo", "smollm3"}
 TOKENS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -114,6 +119,7 @@ def convert(
 def test_the_outputs_are_those_in_peft(tmp_path: Path, name: str) -> None:
     tensors, alpha, expected = of_peft(name)
     path = convert(tmp_path / "lora.gguf", name, tensors, alpha)
+    assert weights.read_adapter(path).layers.keys() == {key.rpartition(".lora_")[0] for key in tensors}
     model = model_of(name)
     base = run(model)
     assert (expected - base).abs().max() > 1e-2
@@ -217,15 +223,23 @@ def test_what_is_no_adapter_for_here(tmp_path: Path) -> None:
     refused("which do not fit each other")
     convert(path, "qwen2", {key: t.expand(3, *t.shape) for key, t in tensors.items()}, alpha)
     refused("which do not fit each other")
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_array("adapter.alora.invocation_tokens", [1, 2])
-    writer.add_tensor("blk.0.attn_norm.weight", np.ones(4, dtype=np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    refused("aLoRA")
+    for name, tokens, said in (
+        ("blk.0.attn_q.weight.lora_a", [1, 2], "aLoRA"),
+        ("blk.0.attn_norm.weight", [], "'blk.0.attn_norm.weight' is not expected"),
+        ("blk.x.attn_q.weight.lora_a", [], "is not expected"),
+        ("rope_factors_long.weight.lora_a", [], "is not expected"),
+        ("blk.{bid}.attn_q.weight.lora_a", [], "is not expected"),
+    ):
+        writer = gguf.GGUFWriter(path, "phi3")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        if tokens:
+            writer.add_array("adapter.alora.invocation_tokens", tokens)
+        writer.add_tensor(name, np.ones((4, 4), dtype=np.float32))
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        refused(said)
 
 
 def test_without_the_package(tmp_path: Path) -> None:

@@ -31,10 +31,17 @@ _TURNED = ("blk.{bid}.attn_q", "blk.{bid}.attn_k")
 _EMBEDDING = "token_embd"
 _ALPHA = "adapter.lora.alpha"
 _INVOKED = "adapter.alora.invocation_tokens"
-_KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
+_KEY = re.compile(r"([^{]+)\.weight\.lora_([ab])")
 _BLOCK = re.compile(r"\.(0|[1-9]\d{0,5})\.")
 # How transformers' own models begin.
 _PREFERRED = ("model.layers.{bid}.", "model.embed_tokens", "lm_head")
+# What a few of them call layers for which most have other names.
+_OWN = {
+    "phi3": (".qkv_proj", ".gate_up_proj"),
+    "qwen2moe": (".mlp.gate",),
+    "qwen3moe": (".mlp.gate",),
+    "starcoder2": (".mlp.c_fc", ".mlp.c_proj"),
+}
 
 
 def recognise(found: Found) -> bool:
@@ -123,12 +130,19 @@ def _paths(architecture: str) -> dict[str, list[str]]:
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise FileFormatError(f"The installed gguf package does not know {architecture!r}: get a newer one.")
+    own = _OWN.get(architecture, ())
+
+    def order(path: str) -> tuple[bool, bool]:
+        return not path.endswith(own), not path.startswith(_PREFERRED)
+
     table = TensorNameMap(arch, 0)
-    return {
-        TENSOR_NAMES[kind]: sorted(dict.fromkeys(paths), key=lambda path: not path.startswith(_PREFERRED))
-        for kind, paths in {**table.mappings_cfg, **table.block_mappings_cfg}.items()
-        if kind in MODEL_TENSORS[arch]
-    }
+    found: dict[str, list[str]] = {}
+    for kind, paths in {**table.mappings_cfg, **table.block_mappings_cfg}.items():
+        if kind in MODEL_TENSORS[arch] and paths:
+            known = sorted(paths, key=order)
+            without_head = [path.removeprefix("model.") for path in known]
+            found[TENSOR_NAMES[kind]] = list(dict.fromkeys([*known, *without_head]))
+    return found
 
 
 # Layers
