@@ -17,9 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-import fluxion as fl
 import weights
-from adapters.adapted import Adapted, Made
+from adapters.adapted import Adapted, Made, nodes
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
 from adapters.choice import finite
@@ -90,10 +89,11 @@ class Place:
         name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
         if self.branch.parameter != "weight":
             name += f"_{self.branch.parameter}"
-        while hasattr(node, name):
+        while name in node._modules or hasattr(Adapted, name):
             name += "_"
         node.add_module(name, self.branch)
-        self.branch.train(layer.training)
+        if self.branch.training != layer.training:
+            self.branch.train(layer.training)
         if node is not found:
             node._occupy(slots)
 
@@ -307,11 +307,11 @@ class Patch:
         return self
 
     def _freeze(self, model: nn.Module) -> None:
-        nodes = [node for node, _ in fl.walk(model, Adapted, recurse=True)]
-        ours = {id(parameter) for node in nodes for branch in node.branches for parameter in branch.parameters()}
+        here = nodes(model)
+        ours = {id(parameter) for node in here for branch in node.branches for parameter in branch.parameters()}
         # The weights that merged ones stand in for are base parameters too.
         base = {
-            id(p): p for p in (*model.parameters(), *(p for node in nodes for p in node.kept())) if id(p) not in ours
+            id(p): p for p in (*model.parameters(), *(p for node in here for p in node.kept())) if id(p) not in ours
         }
         self._frozen = [parameter for parameter in base.values() if parameter.requires_grad]
         for parameter in self._frozen:
@@ -594,7 +594,7 @@ def patches(model: Model) -> dict[str, Patch]:
     found = _known.get(model)
     if found is None:
         unique: dict[int, Patch] = {}
-        for node, _ in fl.walk(model, Adapted, recurse=True):
+        for node in nodes(model):
             if not node.slots:  # A copy: it learns where it is.
                 node._outside = WeakSlots(find_slots(model, node))
             unique.update({id(branch.patch): branch.patch for branch in node.branches})

@@ -168,21 +168,22 @@ def _open_shards(index: Path) -> TensorFiles:
 
 
 def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
-    content = bytearray(slot.stop - slot.start)
+    tensor = torch.empty(slot.shape, dtype=slot.dtype)
+    content = _bytes(tensor)
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             file.seek(slot.start)
-            count = file.readinto(content)
+            count = 0
+            while count < len(content) and (some := file.readinto(content[count:])):
+                count += some  # A raw read may stop at 2 GiB.
             changed = Stamp.of(file) != stamp
     except OSError as error:
         raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
     if changed or count != len(content):
         raise FileFormatError(f"{path} has changed since it was opened; open it again.")
-    if not content:
-        return torch.empty(slot.shape, dtype=slot.dtype)
-    if slot.dtype is torch.bool and torch.frombuffer(content, dtype=torch.uint8).max() > 1:
+    if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
-    return torch.frombuffer(content, dtype=slot.dtype).reshape(slot.shape)
+    return tensor
 
 
 def _check_storable(name: Any, tensor: Any) -> None:
@@ -206,6 +207,9 @@ def _chunks(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview
     for tensor in tensors:
         if tensor.numel():
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            # By address, because NumPy is not required here and has no bfloat16. `plain` lives until the next chunk.
-            size = plain.numel() * plain.itemsize
-            yield memoryview((ctypes.c_ubyte * size).from_address(plain.data_ptr()))
+            yield _bytes(plain)  # `plain` lives until the next chunk.
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which must outlive it. NumPy is not required here, and has no bfloat16."""
+    return memoryview((ctypes.c_ubyte * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr())).cast("B")

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -114,7 +114,7 @@ def read_header(path: Path) -> Header:
 
 def check_name(name: str) -> None:
     """Raise a ValueError unless `name` is safe as a tensor's name."""
-    if not name or name == METADATA_KEY or not name.isprintable() or ".." in PurePosixPath(name).parts:
+    if not name or name == METADATA_KEY or not name.isprintable() or ".." in name.split("/"):
         raise ValueError(f"{name!r} is not allowed as a tensor's name")
 
 

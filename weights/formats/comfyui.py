@@ -35,7 +35,7 @@ def recognise(found: Found) -> bool:
     others = (bfl, diffusers, lycoris, native, torchtune, xlabs)
     if any(other.recognise(found) for other in others) or (found.file and found.file.name == peft.TENSORS):
         return False
-    return any(keyed.stems(found).values())
+    return any(found.stems.values())
 
 
 def where(stem: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from weights.errors import WeightsError
 from weights.files import TensorFiles, open_tensors
+from weights.formats.keys import stems
 
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 50_000_000  # bytes, far beyond that of any adapter
@@ -48,6 +49,11 @@ class Found:
     def open(self) -> TensorFiles:
         """The tensors of the file, or the error that says why there are none."""
         return open_tensors(self.file or self.path) if self.tensors is None else self.tensors
+
+    @cached_property
+    def stems(self) -> Mapping[str, bool]:
+        """What the keys of the file call its layers, and whether one has a tensor that only adapters have."""
+        return stems(self.tensors or ())
 
     @cached_property
     def config(self) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def read(found: Found) -> AdapterFile:
         raise SourceNotFoundError(
             f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
         )
-    tensors = open_tensors(file)
+    tensors = found.open() if file == found.file else open_tensors(file)
     return replace(parse(tensors, settings, file), metadata=tensors.metadata)
 
 
