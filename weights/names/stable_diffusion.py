@@ -58,7 +58,7 @@ UNET: Table = {
     **_unet(),
 }
 
-_CLASSES: Table = {
+CLASSES: Table = {
     "label_emb.0.0": "class_embedding.linear_1",
     "label_emb.0.2": "class_embedding.linear_2",
 }
@@ -98,7 +98,7 @@ SD_3: Table = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear[2/2]", "norm_out.linear[1/2]"),
 }
 
-_LAST_OF_SD_3: Table = {
+LAST_OF_SD_3: Table = {
     "joint_blocks.{i}.context_block.adaLN_modulation.1": (
         "transformer_blocks.{i}.norm1_context.linear[2/2]",
         "transformer_blocks.{i}.norm1_context.linear[1/2]",
@@ -106,4 +106,4 @@ _LAST_OF_SD_3: Table = {
 }
 """The last block has no output for the text, and modulates it as the final layer does the image."""
 
-TABLES = (UNET, _CLASSES, SD_3, _LAST_OF_SD_3)
+TABLES = (UNET, CLASSES, SD_3, LAST_OF_SD_3)

@@ -18,7 +18,7 @@ _CLIP: Table = same(
 )
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_OPEN_CLIP: Table = {
+OPEN_CLIP: Table = {
     "token_embedding": "embeddings.token_embedding",
     "positional_embedding": "embeddings.position_embedding",
     **under(
@@ -42,6 +42,6 @@ _OPEN_CLIP: Table = {
 TABLES = (
     under("text_model", "", _CLIP),
     under("", "text_model", _CLIP),
-    under("", "text_model", _OPEN_CLIP),
-    _OPEN_CLIP,
+    under("", "text_model", OPEN_CLIP),
+    OPEN_CLIP,
 )
