@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +20,21 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
+from diffusers.loaders import lora_conversion_utils as lora_converters
 from diffusers.loaders import single_file_utils as converters
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import weights
+from adapters.naming import with_names_of
+from adapters.targets import layers
 from weights.names import Part, flux, more, stable_diffusion, text, translate, wan
 from weights.names.table import Table
 
@@ -251,7 +259,6 @@ def test_base_checkpoints_go_where_diffusers_puts_them(family: Family) -> None:
                 )
                 ours |= placed(tensor, parts, sizes)
     named = {path for path in rows if any(fnmatch(path.removesuffix(".bias"), pattern) for pattern in family.unnamed)}
-
     checkpoint |= {path if path.endswith(".bias") else f"{path}.weight": torch.empty(1) for path in named}
 
     theirs = {key.removesuffix(".weight"): tensor for key, tensor in family.convert(checkpoint, model).items()}
@@ -261,13 +268,13 @@ def test_base_checkpoints_go_where_diffusers_puts_them(family: Family) -> None:
     assert sorted(rows.keys() - ours.keys() - named) == [], "what no entry reaches"
 
 
-def names_in(tables: Iterable[Table]) -> Iterator[str]:
+def names_in(tables: Iterable[Table], blocks: int = 4) -> Iterator[str]:
     """The names in tables with small numbers, without those of single formats."""
     templates = {template: None for table in tables for template in table}
     for template in templates:
         as_in_files = "processor" in template or template.endswith(("in_proj_weight", "in_proj_bias"))
         if not as_in_files and f"{template}.scale" not in templates:
-            for number in range(4 if "{i}" in template else 1):
+            for number in range(blocks if "{i}" in template else 1):
                 yield template.replace("{i}", str(number))
 
 
@@ -298,3 +305,137 @@ def test_text_encoders_of_transformers_have_a_level_more_or_less() -> None:
         assert (Part(f"text_model.{name}"),) in translate(name, flattened=False)
         assert (Part(name),) in translate(f"text_model.{name}", flattened=False)
     assert outer == {f"text_model.{name}" for name in inner} | {"text_projection"}
+
+
+# Files of LoRA
+
+
+@dataclass
+class Kind:
+    """Files of one kind, and what diffusers makes of them.
+
+    Attributes:
+        family: The model that they are for, of which only the names and the sizes of layers count.
+        names: The names of the layers that it may have.
+        key: The name of a tensor, with those of a layer and of A or B.
+        convert: What diffusers does with the tensors, which it may change.
+        alpha: That of the layers, if they have one.
+    """
+
+    family: str
+    names: Iterable[str]
+    key: Callable[[str, str], str]
+    convert: Callable[[Checkpoint], Mapping[str, Tensor]]
+    alpha: float | None = None
+
+
+def dotted(template: str, *ends: str) -> Callable[[str, str], str]:
+    return lambda name, end: template.format(name, dict(zip(("A", "B"), ends, strict=True))[end])
+
+
+def flattened(name: str, end: str) -> str:
+    ends = {"A": "lora_down.weight", "B": "lora_up.weight"}
+    return f"lora_unet_{name.replace('.', '_')}.{ends.get(end, end)}"
+
+
+def convert_bfl(state: Checkpoint) -> Mapping[str, Tensor]:
+    """In the last layer, diffusers swaps the halves of A as well as those of B, and A has no outputs in it."""
+    tensors = lora_converters._convert_bfl_flux_control_lora_to_diffusers(state)
+    key = "transformer.norm_out.linear.lora_A.weight"
+    return {**tensors, key: tensors[key].roll(len(tensors[key]) // 2, 0)}
+
+
+def convert_sdxl(state: Checkpoint) -> Mapping[str, Tensor]:
+    config = SimpleNamespace(layers_per_block=2)
+    tensors, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=config)
+    assert {*alphas.values()} == {3.0}
+    converted = convert_unet_state_dict_to_peft(tensors)
+    return {key: tensor * 3 / tensor.shape[1] if "lora_B" in key else tensor for key, tensor in converted.items()}
+
+
+FLUX = [name for name in names_in([flux.FLUX], blocks=2) if not name.endswith(".scale")]
+KINDS: dict[str, Kind] = {
+    "kohya's for Flux": Kind("Flux", FLUX, flattened, lora_converters._convert_kohya_flux_lora_to_diffusers, alpha=3),
+    "BFL's for Flux": Kind(
+        "whole Flux",
+        [*names_in([flux.FLUX], blocks=38)],
+        dotted("{}.{}", "lora_A.weight", "lora_B.weight"),
+        convert_bfl,
+    ),
+    "XLabs' for Flux": Kind(
+        "Flux",
+        [name.replace("{i}", number) for name in flux.FLUX if "processor" in name for number in "01"],
+        dotted("{}.{}", "down.weight", "up.weight"),
+        lora_converters._convert_xlabs_flux_lora_to_diffusers,
+    ),
+    "kohya's for SDXL": Kind(
+        "SDXL",
+        [name for name in names_in([stable_diffusion.UNET]) if not name.endswith(".1.conv")],
+        flattened,
+        convert_sdxl,
+        alpha=3,
+    ),
+    "ComfyUI's for Wan": Kind(
+        "Wan",
+        [*names_in([wan.WAN])],
+        dotted("diffusion_model.{}.{}", "lora_A.weight", "lora_B.weight"),
+        lora_converters._convert_non_diffusers_wan_lora_to_diffusers,
+    ),
+    "musubi's for Wan": Kind(
+        "Wan",
+        [name for name in names_in([wan.WAN]) if name.startswith("blocks.")],
+        flattened,
+        lora_converters._convert_musubi_wan_lora_to_diffusers,
+        alpha=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_have_the_layers_that_they_have_in_diffusers(tmp_path: Path, kind: str, apart: bool) -> None:
+    """Also those whose parts of a fused layer were trained apart, so that B has blocks and is 0 between them."""
+    case = KINDS[kind]
+    with torch.device("meta"):
+        model = (
+            FAMILIES[case.family].model() if case.family in FAMILIES else FluxTransformer2DModel(guidance_embeds=True)
+        )
+    weighty = {name.removesuffix(".weight"): tensor for name, tensor in model.named_parameters() if "weight" in name}
+    rows = {path: len(weight) for path, weight in weighty.items() if weight.ndim > 1}
+    tensors: Checkpoint = {}
+    for name in case.names:
+        parts = meaning(name, rows)
+        if parts:
+            ups = [torch.randn(rows[part.path] // part.blocks, 2) for part in parts]
+            up = torch.block_diag(*ups) if apart else torch.cat(ups)
+            tensors |= {case.key(name, "A"): torch.randn(up.shape[1], 3), case.key(name, "B"): up}
+            if case.alpha is not None:  # That of the final layer is lost in diffusers.
+                alpha = up.shape[1] if name.startswith("final_layer") else case.alpha
+                tensors[case.key(name, "alpha")] = torch.tensor(float(alpha))
+        elif name.endswith(".scale") and meaning(name, dict.fromkeys(weighty, 4)):
+            tensors[name] = torch.randn(4)
+    path = weights.save(tensors, tmp_path / "file.safetensors")
+
+    file, problems = with_names_of(layers(model), weights.read_adapter(path))
+    theirs = case.convert(tensors)
+
+    assert problems == []
+    ours = {file.component_of(name)[1]: layer for name, layer in file.layers.items()}
+    seen = set()
+    for key, a in theirs.items():
+        name = key.removeprefix("transformer.").removeprefix("unet.").split(".lora_")[0]
+        if "lora_A" in key:
+            layer = ours[name.replace(".", "_") if file.flattened else name]
+            b = theirs[key.replace("lora_A", "lora_B")]
+            torch.testing.assert_close(update(layer), b @ a, rtol=1e-5, atol=1e-5)
+            assert layer.hyperparameters["rank"] <= len(a)
+        elif "lora_B" not in key:
+            layer = ours[name.removesuffix(".weight")]
+            assert torch.equal(layer.tensors["weight"], a)
+        seen.add(id(layer))
+    assert seen == {*map(id, ours.values())}
+
+
+def update(layer: weights.LayerWeights) -> Tensor:
+    rank, alpha = layer.hyperparameters["rank"], layer.hyperparameters["alpha"]
+    return layer.tensors["lora_B"] @ layer.tensors["lora_A"] * (alpha / rank)
