@@ -21,6 +21,7 @@ from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.models import Model, as_module
+from adapters.naming import with_names_of
 from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to
 from adapters.rotary import in_halves
 from adapters.targets import Layer, layers, select, structure
@@ -67,11 +68,12 @@ def load(
             raise LayerMismatchError(f"{source} has nothing for {component!r}: its components are {parts}.")
     file = in_halves(model, file)
     everything = layers(model)
+    file, unnamed = with_names_of(everything, file)
     found, missing, problems = find_layers(everything, file)
     rooted = _rooted(model, file)
     found += rooted
     missing = [path for path in missing if path or not rooted]
-    problems += [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
+    problems += unnamed + [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
     entries, unfit = _entries(found, file, trainable)
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     if problems := problems + unfit:

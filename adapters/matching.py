@@ -39,13 +39,13 @@ def find_layers(
     places: dict[str, dict[int, Layer]] = {}
     for number, layer in enumerate(layers):
         for path in layer.paths:
-            places.setdefault(_flat(path) if file.flattened else path, {})[number] = layer
+            places.setdefault(flat(path) if file.flattened else path, {})[number] = layer
     found: dict[int, list[str]] = {}
     missing: list[str] = []
     problems: list[str] = []
     numbered = _numbered(layers, file)
     for name in file.layers:
-        candidates = numbered.get(name, ()) if file.counted else _spellings(name, file)
+        candidates = numbered.get(name, ()) if file.counted else spellings(name, file)
         at = next((places[spelling] for spelling in candidates if spelling in places), {})
         if len(at) > 1:
             problems.append(f"{name} may be {' or '.join(layer.path for layer in at.values())}")
@@ -59,14 +59,14 @@ def find_layers(
     return [(layers[number], names[0]) for number, names in sorted(found.items())], missing, problems
 
 
-def _spellings(name: str, file: weights.AdapterFile) -> Sequence[str]:
+def spellings(name: str, file: weights.AdapterFile) -> Sequence[str]:
     """What a layer may be called in the model: with its component, in one that has several, or without."""
     component, inside = file.component_of(name)
     names = [name, *(f"{other}.{inside}" for other in _ALSO.get(component, ())), inside, *file.aliases.get(name, ())]
-    return [_flat(name) for name in names] if file.flattened else names
+    return [flat(name) for name in names] if file.flattened else names
 
 
-def _flat(path: str) -> str:
+def flat(path: str) -> str:
     return path.replace(".", "_")
 
 
