@@ -154,6 +154,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or else each answer waits 40 ms
     server: _Server
 
     def log_message(self, *_: object) -> None:
