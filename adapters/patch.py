@@ -7,7 +7,7 @@ import difflib
 import itertools
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -498,18 +498,51 @@ class Patch:
                 format = "fluxion"
         return weights.write_adapter(file, path, format=format)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+        tags: Collection[str] = (),
+        dry_run: bool = False,
+    ) -> str:
         """Publish it in a repository of the Hugging Face Hub, in one commit. Returns the address of the commit.
 
         Args:
             repo_id: `"user/name"`; made if it does not exist.
-            options: Of `weights.publish`: `private`, `revision`, `create_pr`, `token`, `commit_message`.
+            private: Whether the repository is private; by default as it is, or as the account makes new ones.
+            revision: The branch to commit to, made if there is none; by default the main branch.
+            create_pr: Open a pull request instead.
+            token: The Hub token; by default the one `hf auth login` has stored.
+            commit_message: By default names the repository.
+            license: The key of a license for the model card, such as `"mit"`.
+            tags: More tags for the model card.
+            dry_run: Send nothing, and return a text that says what would be sent.
 
         Raises:
             weights.HubError: The Hub refused or cannot be reached; nothing was published.
+            weights.WeightsError: The patch cannot be saved.
         """
         with tempfile.TemporaryDirectory() as folder:
-            return weights.publish(self.save_pretrained(folder), repo_id, **options)
+            path = self.save_pretrained(folder)
+            format = "peft" if (path / "adapter_config.json").exists() else "fluxion"
+            card = weights.model_card(self.adapter_file(), format, repo_id=repo_id, license=license, tags=tags)
+            (path / "README.md").write_text(card, encoding="utf-8")
+            return weights.publish(
+                path,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+                commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}",
+                dry_run=dry_run,
+            )
 
 
 def inject(

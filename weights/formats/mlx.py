@@ -115,7 +115,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         path / CONFIG: [(json.dumps(settings, indent=4, sort_keys=True) + "\n").encode()],
     }
     if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, peft=False).encode()]
+        contents[path / CARD] = [model_card(adapter, "mlx").encode()]
     write_files(contents)
 
 

@@ -85,7 +85,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         return
     contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
     if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, peft=False).encode()]
+        contents[path / CARD] = [model_card(adapter, "fluxion").encode()]
     write_files(contents)
 
 

@@ -130,7 +130,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         path / CONFIG: [config.encode()],
     }
     if not (path / CARD).exists():  # somebody may have written it by hand
-        contents[path / CARD] = [model_card(adapter, peft=True).encode()]
+        contents[path / CARD] = [model_card(adapter, "peft").encode()]
     write_files(contents)
 
 
