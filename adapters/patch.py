@@ -490,13 +490,7 @@ class Patch:
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
-        file = self.adapter_file(component)
-        if format is None:
-            try:
-                return weights.write_adapter(file, path, format="peft")
-            except weights.FileFormatError:
-                format = "fluxion"
-        return weights.write_adapter(file, path, format=format)
+        return weights.write_adapter(self.adapter_file(component), path, format=format)
 
     def push_to_hub(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -35,13 +36,13 @@ def read_adapter(source: str | PathLike[str], *, revision: str | None = None, to
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        return FORMATS[recognised[0]].read(found)
+        return replace(FORMATS[recognised[0]].read(found), format=recognised[0])
     if found.file is not None:
         found.open()  # It may not be sound.
     raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")
 
 
-def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: str = "peft") -> Path:
+def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: str | None = "peft") -> Path:
     """Write an adapter: whole or not at all, and the same input gives the same bytes.
 
     Args:
@@ -49,7 +50,8 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
         path: The folder; it is made if need be, and a `README.md` already in it is kept. `"lycoris"` takes the name of
             a `.safetensors` file instead, `"diffusers"` and `"fluxion"` either.
         format: `"peft"`, that of the PEFT library, `"diffusers"`, `"lycoris"`, that of LyCORIS and of kohya's scripts,
-            `"mlx"`, that of mlx-lm, or `"fluxion"`, this library's own, which holds every method.
+            `"mlx"`, that of mlx-lm, or `"fluxion"`, this library's own, which holds every method. None is PEFT's where
+            that can hold the adapter, in a folder, and else this library's.
 
     Returns:
         The path as given.
@@ -58,6 +60,11 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
         FileFormatError: The format is unknown, or cannot hold the adapter.
         FileWriteError: The system refused to write.
     """
+    if format is None:
+        try:
+            return write_adapter(adapter_file, path, "peft")
+        except FileFormatError:
+            format = "fluxion"
     if format not in WRITTEN:
         raise FileFormatError(f"{format!r} is no format that is written; choose from {', '.join(WRITTEN)}.")
     if adapter_file.counted or adapter_file.interleaved:

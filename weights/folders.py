@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ class Folder(Protocol):
 
     def names(self) -> Iterable[str]:
         """The names of the files in it."""
+
+    def folders(self) -> Mapping[str, Folder]:
+        """The folders in it, by name."""
 
     def content(self, name: str) -> bytes:
         """All bytes of a small file."""
@@ -64,6 +67,9 @@ class LocalFolder:
 
     def names(self) -> Iterable[str]:
         return [path.name for path in self.path.iterdir()]
+
+    def folders(self) -> Mapping[str, Folder]:
+        return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
 
     def content(self, name: str) -> bytes:
         try:
@@ -106,6 +112,10 @@ class HubFolder:
 
     def names(self) -> Iterable[str]:
         return [name for name in self.snapshot.inside(self.path) if "/" not in name]
+
+    def folders(self) -> Mapping[str, Folder]:
+        found = {name.partition("/")[0] for name in self.snapshot.inside(self.path) if "/" in name}
+        return {name: HubFolder(self.snapshot, f"{self.path}/{name}".removeprefix("/")) for name in found}
 
     def content(self, name: str) -> bytes:
         path = self._inside(name)
