@@ -1,0 +1,147 @@
+"""`fluxion tree`: the modules of a checkpoint, without reading its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import click
+
+from adapters.cli.console import as_json, columns, make_console, megabytes, plain, print_json, shape_of
+
+if TYPE_CHECKING:
+    from weights.header import Slot
+
+_MOST_PARTS = 30  # of a name; more are one
+
+
+@click.command()
+@click.argument("source")
+@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Show modules inside modules so far only.")
+@as_json
+def tree(source: str, depth: int | None, as_json: bool) -> None:
+    """Draw the modules of a checkpoint, without downloading it.
+
+    SOURCE is a safetensors file, a folder with one, with shards or with a pipeline, or a place on the Hub with one of
+    these. Only the headers of the files are read. Modules that are alike and numbered are one line.
+
+    \b
+    Example:
+      fluxion tree someone/model --depth 2
+    """
+    from adapters.cli.checkpoint import Checkpoint
+
+    slots = Checkpoint.open(source).slots
+    count = sum(math.prod(slot.shape) for slot in slots.values())
+    size = sum(slot.stop - slot.start for slot in slots.values())
+    kinds: Counter[str] = Counter()
+    for slot in slots.values():
+        kinds[_kind(slot)] += math.prod(slot.shape)
+    if as_json:
+        tensors = {name: {"dtype": _kind(slot), "shape": list(slot.shape)} for name, slot in slots.items()}
+        print_json({"source": source, "parameters": count, "bytes": size, "dtypes": dict(kinds), "tensors": tensors})
+        return
+    console = make_console()
+    console.print(plain(source), style="bold", soft_wrap=True)
+    told = next(iter(kinds), "") if len(kinds) == 1 else ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
+    console.print(f"{len(slots):,} tensors, {count:,} parameters ({told}), {megabytes(size)}\n")
+    table = columns("module", "tensors", "parameters", right=("parameters",), cut="module")
+    for name, own, parameters in _rows(Module.of(slots), "", depth, several=len(kinds) > 1):
+        table.add_row(name, own, f"{parameters:,}")
+    console.print(table)
+
+
+def _kind(slot: Slot) -> str:
+    return str(slot.dtype).removeprefix("torch.")
+
+
+@dataclass
+class Module:
+    """A module of a checkpoint: what the names of tensors begin with.
+
+    Attributes:
+        tensors: Its own tensors.
+        inside: The modules in it.
+        times: How many there are that are alike.
+    """
+
+    tensors: dict[str, Slot] = field(default_factory=dict)
+    inside: dict[str, Module] = field(default_factory=dict)
+    times: int = 1
+
+    @classmethod
+    def of(cls, slots: Mapping[str, Slot]) -> Module:
+        """The modules of some tensors, where those that are numbered and alike are one."""
+        root = cls()
+        for name, slot in slots.items():
+            *parts, last = name.split(".", _MOST_PARTS)
+            module = root
+            for part in parts:
+                module = module.inside.setdefault(part, cls())
+            module.tensors[last] = slot
+        root.collapse()
+        return root
+
+    @property
+    def parameters(self) -> int:
+        """How many there are in it, and in all that are like it."""
+        own = sum(math.prod(slot.shape) for slot in self.tensors.values())
+        return self.times * (own + sum(module.parameters for module in self.inside.values()))
+
+    def collapse(self) -> object:
+        """Put in order what is inside, and make one of neighbours that are alike. Equal for modules that are alike."""
+        alike = {name: module.collapse() for name, module in self.inside.items()}
+        names = sorted(self.inside, key=_natural)
+        found: dict[str, Module] = {}
+        for _, group in groupby(enumerate(names), lambda item: _run(item[1], item[0], alike)):
+            run = [name for _, name in group]
+            module = found[run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}"] = self.inside[run[0]]
+            module.times = len(run)
+        self.inside = found
+        tensors = ((name, _kind(slot), slot.shape) for name, slot in sorted(self.tensors.items()))
+        return tuple(tensors), tuple((name, alike[name]) for name in names)
+
+
+def _natural(name: str) -> tuple[tuple[bool, int | str], ...]:
+    """By which names are sorted: numbers in them by their values."""
+    parts = re.split(r"(\d+)", name, flags=re.ASCII)
+    return tuple((False, int(part)) if part.isdecimal() and len(part) < 20 else (True, part) for part in parts if part)
+
+
+def _run(name: str, place: int, alike: Mapping[str, object]) -> object:
+    """Equal for neighbours that are alike and whose numbers follow each other; otherwise for none."""
+    if not (name.isascii() and name.isdecimal() and len(name) < 20):
+        return name
+    return int(name) - place, alike[name]
+
+
+def _rows(
+    module: Module, indent: str, depth: int | None, *, several: bool, top: bool = True
+) -> Iterator[tuple[str, str, int]]:
+    """A line for each module: its name with the branches before it, its tensors, and its parameters."""
+    if top and module.tensors:
+        yield "(itself)", _told(module.tensors, several), sum(math.prod(slot.shape) for slot in module.tensors.values())
+    for place, (name, below) in enumerate(module.inside.items(), 1):
+        count = below.parameters
+        while len(below.inside) == 1 and not below.tensors and below.times == 1:  # A chain of one each is one line.
+            ((inner, below),) = below.inside.items()
+            name = f"{name}.{inner}"
+        last = place == len(module.inside)
+        branch = "" if top else f"{indent}{'└── ' if last else '├── '}"
+        yield f"{branch}{name}", _told(below.tensors, several), count
+        if depth is None or depth > 1:
+            deeper = "" if top else indent + ("    " if last else "│   ")
+            yield from _rows(below, deeper, depth and depth - 1, several=several, top=False)
+
+
+def _told(tensors: Mapping[str, Slot], several: bool) -> str:
+    """`weight 384×384, bias 384`, with the types where there are several."""
+    return ", ".join(
+        f"{name} {shape_of(slot.shape)}{f' {_kind(slot)}' if several else ''}"
+        for name, slot in sorted(tensors.items(), key=lambda item: (item[0] != "weight", _natural(item[0])))
+    )
