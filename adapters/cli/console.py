@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import click
@@ -39,18 +39,22 @@ def facts(console: Console, rows: Mapping[str, str]) -> None:
     console.print(grid)
 
 
-def columns(*names: str, right: Iterable[str] = (), cut: str = "") -> Table:
+def columns(*names: str, right: Collection[str] = (), cut: Collection[str] = ()) -> Table:
     """A table without rows.
 
     Args:
         names: The heads of its columns.
         right: Those of which the rows stand at the right.
-        cut: The one that is cut at its edge where the terminal is narrow.
+        cut: Those that are cut at the edge where the terminal is narrow; others go on in the next line.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in names:
-        justify = "right" if name in right else "left"
-        table.add_column(name, justify=justify, no_wrap=name == cut or name in right, overflow="ellipsis")  # type: ignore[arg-type]
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name in cut or name in right,
+            overflow="ellipsis" if name in cut else "fold",
+        )
     return table
 
 

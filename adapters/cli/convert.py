@@ -62,6 +62,7 @@ def convert(
         from adapters.renaming import with_names_in
 
         adapter = with_names_in(weights.open_parts(base), adapter)
+        adapter = replace(adapter, base_model=adapter.base_model or base)
     elif adapter.flattened and form != "lycoris":
         raise click.ClickException(
             f"{source} does not say where the names of its layers have dots: give its base model with --base, or write"

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import as_json, columns, make_console, plain, print_json, shape_of
+from adapters.cli.console import as_json, make_console, plain, print_json, shape_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor
 
     import weights
 
 _MOST_ROWS = 40  # of a table; --json has all
 _AT_ONCE = 1 << 22  # numbers
+_NUMBER = re.compile(r"(?<![^._])[0-9]{1,9}(?![^._])")  # in the name of a layer
 
 
 class Incomparable(click.ClickException):
@@ -129,11 +132,19 @@ def _of_layers(name: str, a: weights.LayerWeights, b: weights.LayerWeights) -> I
     if a.method != b.method:
         yield Difference(name, "method", a.method, b.method)
         return
-    for key in dict.fromkeys((*a.hyperparameters, *b.hyperparameters)):
-        values = [layer.hyperparameters.get(key) for layer in (a, b)]
-        if values[0] != values[1]:
-            yield Difference(name, key, str(values[0]), str(values[1]))
+    one, other = _numbers(a), _numbers(b)
+    for key in dict.fromkeys((*one, *other)):
+        if one.get(key) != other.get(key):
+            yield Difference(name, key, str(one.get(key)), str(other.get(key)))
     yield from _of_mappings(f"{name} ", a.tensors, b.tensors)
+
+
+def _numbers(layer: weights.LayerWeights) -> dict[str, Any]:
+    """The hyperparameters of a layer, also those that a format has no place for."""
+    from adapters.methods import METHODS
+
+    known = fields(METHODS[layer.method]) if layer.method in METHODS else ()
+    return {one.name: one.default for one in known if one.default is not MISSING} | dict(layer.hyperparameters)
 
 
 def _of_mappings(prefix: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[Difference]:
@@ -211,11 +222,50 @@ def _show(a: str, b: str, kind: str, differences: list[Difference]) -> None:
     if not differences:
         console.print(f"The same: the {kind} {plain(a)} and {plain(b)}.", soft_wrap=True)
         return
-    console.print(f"A  {plain(a)}\nB  {plain(b)}\n", style="bold", soft_wrap=True)
-    table = columns("where", "what", "A", "B", "largest", "relative", right=("largest", "relative"), cut="where")
-    for one in differences[:_MOST_ROWS]:
-        numbers = ["" if number is None else f"{number:.3g}" for number in (one.largest, one.relative)]
-        table.add_row(*map(plain, (one.name, one.what, one.a, one.b)), *numbers)
-    console.print(table)
-    more = f"{len(differences) - _MOST_ROWS:,} more; " if len(differences) > _MOST_ROWS else ""
-    console.print(f"\n{more}{len(differences):,} differences of the {kind}")
+    console.print(f"A  {plain(a)}\nB  {plain(b)}", style="bold", soft_wrap=True)
+    kinds: dict[str, list[tuple[Difference, int]]] = {}
+    rows = _grouped(differences)
+    for one, times in rows[:_MOST_ROWS]:
+        kinds.setdefault(f"{one.what}: {one.a} → {one.b}" if one.a and one.b else one.what, []).append((one, times))
+    for title, some in kinds.items():
+        console.print()
+        console.print(_table(title, some))
+    more = f", of which {_MOST_ROWS} kinds are shown: --json has all" if len(rows) > _MOST_ROWS else ""
+    console.print(f"\n{len(differences):,} differences of the {kind}{more}", soft_wrap=True)
+
+
+def _table(title: str, rows: list[tuple[Difference, int]]) -> Table:
+    """The differences of one kind, each with how many there are of it."""
+    from rich.table import Table
+
+    measured = any(one.largest is not None for one, _ in rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(plain(title), overflow="fold")
+    for head in ("largest", "relative") if measured else ("",):
+        table.add_column(head, justify="right" if measured else "left", no_wrap=True)
+    for one, times in rows:
+        name = f"  {plain(one.name) or '(the whole model)'}{f' (×{times})' if times > 1 else ''}"
+        only = "" if one.a and one.b else plain(one.a or one.b)
+        table.add_row(name, *(f"{number or 0:.3g}" for number in (one.largest, one.relative)) if measured else (only,))
+    return table
+
+
+def _grouped(differences: list[Difference]) -> list[tuple[Difference, int]]:
+    """One for all whose names differ in numbers only, with the largest of their measures, and how many they are."""
+    groups: dict[object, list[Difference]] = {}
+    for one in differences:
+        groups.setdefault((_NUMBER.sub("#", one.name), one.what, one.a, one.b), []).append(one)
+    return [(_together(group), len(group)) for group in groups.values()]
+
+
+def _together(group: list[Difference]) -> Difference:
+    numbers = [
+        sorted(set(column), key=int) for column in zip(*(_NUMBER.findall(one.name) for one in group), strict=True)
+    ]
+    spans = iter("-".join(dict.fromkeys((column[0], column[-1]))) for column in numbers)
+    return replace(
+        group[0],
+        name=_NUMBER.sub(lambda _: next(spans), group[0].name),
+        largest=max((one.largest for one in group if one.largest is not None), default=None),
+        relative=max((one.relative for one in group if one.relative is not None), default=None),
+    )

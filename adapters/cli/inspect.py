@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -129,7 +130,7 @@ def _of_names(adapter: weights.AdapterFile) -> str:
     """What is special about how the file names layers."""
     if adapter.counted:
         return "numbers, which only the model says the layers of"
-    return "flattened: which _ was a . only the base model says" if adapter.flattened else ""
+    return "flattened: only the base model says where there were dots" if adapter.flattened else ""
 
 
 def _show_methods(console: Console, adapter: weights.AdapterFile) -> None:
@@ -157,12 +158,14 @@ def _show_layers(console: Console, adapter: weights.AdapterFile) -> None:
     from weights.layer_tree import drawn
 
     console.print()
-    described = {path: f"{plain(layer.method)}{_shapes(layer)}" for path, layer in adapter.layers.items()}
+    described = {path: f"{plain(layer.method)}{_rank(layer)}" for path, layer in adapter.layers.items()}
+    if adapter.flattened:  # So that those which differ in numbers only are one.
+        described = {re.sub(r"_(\d+)(?=_|$)", r".\1.", path).strip("."): text for path, text in described.items()}
     for line in drawn(described).splitlines():
         console.print(line, no_wrap=True, overflow="ellipsis")
 
 
-def _shapes(layer: weights.LayerWeights) -> str:
+def _rank(layer: weights.LayerWeights) -> str:
     """The rank of a layer, where it has one."""
     rank = layer.hyperparameters.get("rank")
     return f" rank {rank}" if type(rank) is int else ""

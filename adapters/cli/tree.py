@@ -50,9 +50,10 @@ def tree(source: str, depth: int | None, as_json: bool) -> None:
     console.print(plain(source), style="bold", soft_wrap=True)
     told = next(iter(kinds), "") if len(kinds) == 1 else ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
     console.print(f"{len(slots):,} tensors, {count:,} parameters ({told}), {megabytes(size)}\n")
-    table = columns("module", "tensors", "parameters", right=("parameters",), cut="module")
-    for name, own, parameters in _rows(Module.of(slots), "", depth, several=len(kinds) > 1):
-        table.add_row(name, own, f"{parameters:,}")
+    table = columns("module", "tensors", "parameters", right=("parameters",), cut=("module", "tensors"))
+    usual = max(kinds, key=lambda kind: kinds[kind], default="")
+    for row in _rows(Module.of(slots), depth, usual):
+        table.add_row(*row)
     console.print(table)
 
 
@@ -120,28 +121,36 @@ def _run(name: str, place: int, alike: Mapping[str, object]) -> object:
     return int(name) - place, alike[name]
 
 
-def _rows(
-    module: Module, indent: str, depth: int | None, *, several: bool, top: bool = True
-) -> Iterator[tuple[str, str, int]]:
-    """A line for each module: its name with the branches before it, its tensors, and its parameters."""
-    if top and module.tensors:
-        yield "(itself)", _told(module.tensors, several), sum(math.prod(slot.shape) for slot in module.tensors.values())
+def _rows(module: Module, depth: int | None, usual: str, indent: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """The lines of a table for what is in a module.
+
+    Args:
+        module: What is to be drawn.
+        depth: How many levels of it; None is all.
+        usual: The type that is not told.
+        indent: What is before the branches; None where there are none, at the top.
+    """
+    if indent is None and module.tensors:
+        count = sum(math.prod(slot.shape) for slot in module.tensors.values())
+        yield from _lines("(itself)", "", Module(module.tensors), count, usual)
     for place, (name, below) in enumerate(module.inside.items(), 1):
         count = below.parameters
         while len(below.inside) == 1 and not below.tensors and below.times == 1:  # A chain of one each is one line.
             ((inner, below),) = below.inside.items()
             name = f"{name}.{inner}"
         last = place == len(module.inside)
-        branch = "" if top else f"{indent}{'└── ' if last else '├── '}"
-        yield f"{branch}{name}", _told(below.tensors, several), count
-        if depth is None or depth > 1:
-            deeper = "" if top else indent + ("    " if last else "│   ")
-            yield from _rows(below, deeper, depth and depth - 1, several=several, top=False)
+        branch = "" if indent is None else f"{indent}{'└── ' if last else '├── '}"
+        deeper = "" if indent is None else f"{indent}{'    ' if last else '│   '}"
+        inside = depth is None or depth > 1
+        yield from _lines(f"{branch}{name}", deeper + "│" * (inside and bool(below.inside)), below, count, usual)
+        if inside:
+            yield from _rows(below, depth and depth - 1, usual, deeper)
 
 
-def _told(tensors: Mapping[str, Slot], several: bool) -> str:
-    """`weight 384×384, bias 384`, with the types where there are several."""
-    return ", ".join(
-        f"{name} {shape_of(slot.shape)}{f' {_kind(slot)}' if several else ''}"
-        for name, slot in sorted(tensors.items(), key=lambda item: (item[0] != "weight", _natural(item[0])))
-    )
+def _lines(name: str, below: str, module: Module, count: int, usual: str) -> Iterator[tuple[str, str, str]]:
+    """The lines of a module: its name, two of its own tensors in each, and how many parameters there are."""
+    named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", _natural(item[0])))
+    told = [f"{name} {shape_of(slot.shape)}{'' if _kind(slot) == usual else f' {_kind(slot)}'}" for name, slot in named]
+    yield name, ", ".join(told[:2]), f"{count:,}"
+    for start in range(2, len(told), 2):
+        yield below, ", ".join(told[start : start + 2]), ""
