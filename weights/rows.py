@@ -35,7 +35,6 @@ _OWN_ROWS: Mapping[str, _Rows] = {
     "lycoris-glora": _rows("b1", "a1 a2 b2"),
     "full": _rows("diff"),
     "copy": _rows("weight bias"),
-    "norm": _rows("weight bias"),
 }
 """The tensors of each method whose rows can be told apart: the first axis of the former has the rows."""
 
@@ -63,10 +62,12 @@ def take_rows(layer: LayerWeights, rows: Sequence[range], of: int) -> LayerWeigh
     """
     tensors, hyperparameters = layer.tensors, dict(layer.hyperparameters)
     own = _OWN_ROWS.get(layer.method, _Rows(frozenset()))
-    if not own.by_row & tensors.keys() <= tensors.keys() <= own.by_row | own.common or hyperparameters.get("init"):
+    by_row = own.by_row & tensors.keys()
+    # A start that is made from the weight is another one for each part.
+    if not by_row or tensors.keys() - own.by_row - own.common or "init" in hyperparameters:
         raise ValueError(f"{layer.method} with {', '.join(sorted(tensors))}, whose rows cannot be told apart")
     size = _rows_of_block(layer)
-    for name in own.by_row & tensors.keys():
+    for name in by_row:
         if tensors[name].ndim < 1 or len(tensors[name]) * size != of:
             raise ValueError(f"a {name} {tuple(tensors[name].shape)}, not of {of} rows")
     if any(end % size for part in rows for end in (part.start, part.stop)):
@@ -75,7 +76,7 @@ def take_rows(layer: LayerWeights, rows: Sequence[range], of: int) -> LayerWeigh
         hyperparameters["factor"] = (sum(map(len, rows)) // size, tensors["lokr_w1"].shape[1])
     taken = {
         name: torch.cat([tensor[part.start // size : part.stop // size] for part in rows])
-        if name in own.by_row
+        if name in by_row
         else tensor.clone()
         for name, tensor in tensors.items()
     }
