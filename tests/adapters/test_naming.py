@@ -146,3 +146,12 @@ def test_what_does_not_fit_is_told_by_its_name_in_the_file(
     with pytest.raises(LayerMismatchError, match=re.escape(reason)):
         adapters.load(model, file(tmp_path, tensors))
     assert snapshot(model) == before
+
+
+def test_a_name_that_the_model_has_is_that_layer(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"encoder": nn.Module(), "text_model": nn.ModuleDict({"encoder": nn.Module()})})
+    for encoder in (model["encoder"], model["text_model"]["encoder"]):
+        encoder.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"fc1": nn.Linear(8, 8)})})])
+    for name in ("encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"):
+        tensors, change = kohya(f"lora_te_{name.replace('.', '_')}", 8)
+        assert_adds(model, file(tmp_path, tensors), {name: change})
