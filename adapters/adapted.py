@@ -28,6 +28,12 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     It is transparent: attributes of the layer answer here, and the layer's entries in a state dict keep their names.
     """
 
+    # The branches that are merged and how strongly; by the name of a weight, what it is without any, or the outcome
+    # where the layer cannot hold it as a parameter.
+    _merged: Active
+    _own: dict[str, Tensor | None]
+    _computed: dict[str, Tensor | None]
+
     _tag = "ADAPTED"
     _may_repeat = True  # A shared layer is adapted once, by one node in all of its places.
 
@@ -36,14 +42,10 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def __init__(self, layer: nn.Module) -> None:
         with self.setup_adapter(layer):
             super().__init__(layer)
-        self.__dict__.update({table: ByName(layer, table) for table in ("_parameters", "_buffers")})
         self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
-        self.training = layer.training
-        # The branches that are merged and how strongly; by the name of a weight, what it is without any, or the outcome
-        # where the layer cannot hold it as a parameter.
-        self._merged: Active = []
-        self._own: dict[str, Tensor | None] = {}
-        self._computed: dict[str, Tensor | None] = {}
+        # Past nn.Module.__setattr__, which takes longer than all the rest.
+        tables = {table: ByName(layer, table) for table in ("_parameters", "_buffers")}
+        self.__dict__.update(tables, training=layer.training, _merged=[], _own={}, _computed={})
 
     @property
     def base(self) -> nn.Module:
@@ -301,6 +303,24 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def nodes(model: nn.Module) -> list[Adapted]:
+    """The nodes in a model in order, each once. What patches have added is not looked through."""
+    found: list[Adapted] = []
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        children = list(module._modules.values())
+        if isinstance(module, Adapted):
+            found.append(module)
+            children = children[:1]
+        stack += [child for child in reversed(children) if child is not None]
+    return found
 
 
 class ByName(dict[str, Any]):

@@ -61,7 +61,7 @@ class Adapter(Generic[T]):
     @contextlib.contextmanager
     def setup_adapter(self, target: T) -> Iterator[None]:
         """Call the constructor of the chain in this block: it may hold the target, which stays where it is."""
-        self._target, self._outside = [target], WeakSlots()
+        self.__dict__.update(_target=[target], _outside=WeakSlots())
         with target.no_parent_refresh() if isinstance(target, fl.ContextModule) else contextlib.nullcontext():
             yield
 
@@ -99,9 +99,10 @@ class Adapter(Generic[T]):
         node = cast(fl.Chain, self)
         if self.slots:
             raise PatchStateError(f"{type(self).__name__} is injected already: eject it first.")
-        self._outside = WeakSlots(slots)
+        self.__dict__["_outside"] = WeakSlots(slots)
         fill_slots(slots, node)
-        link_parent(self.target, find_slots(node, self.target))
+        if isinstance(self.target, fl.ContextModule):
+            link_parent(self.target, find_slots(node, self.target))
         return self
 
     def eject(self) -> None:

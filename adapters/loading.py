@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,6 +23,7 @@ from adapters.methods import METHODS
 from adapters.models import Model, as_module
 from adapters.naming import with_names_of
 from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to
+from adapters.rotary import in_halves
 from adapters.targets import Layer, layers, select, structure
 
 
@@ -65,6 +66,7 @@ def load(
         if not file.layers:
             parts = ", ".join(whole.components) or "none"
             raise LayerMismatchError(f"{source} has nothing for {component!r}: its components are {parts}.")
+    file = in_halves(model, file)
     everything = layers(model)
     file, unnamed = with_names_of(everything, file)
     found, missing, problems = find_layers(everything, file)
@@ -113,12 +115,19 @@ class _Entry:
     method: Method
     site: Site
 
-    @property
+    @cached_property
     def use(self) -> object:
         """Equal for entries that can share a branch."""
         return self.method, self.layer.use(self.method)
 
-    @property
+    @cached_property
+    def structure(self) -> object:
+        """Equal for entries whose branches differ only in their values, unless there is more to them than those."""
+        module, site = self.layer.module, self.site
+        known = type(module).__module__.startswith("torch.nn.")  # What it says of itself is all there is to it.
+        return self.kind, site.dtype, site.device, module.extra_repr() if known else id(module)
+
+    @cached_property
     def kind(self) -> object:
         """Equal for entries of which one fits its layer if the other does, unless a method goes by something else."""
         tensors = frozenset((name, _kind(tensor)) for name, tensor in self.tensors.items())
@@ -232,20 +241,50 @@ def _restored(entries: Sequence[_Entry], everything: Sequence[Layer], file: weig
         _fill({name: common[name] for name in given}, given)
     places: list[Place] = []
     uses: dict[object, tuple[Branch, Mapping[str, Tensor]]] = {}
+    moulds: dict[object, _Mould] = {}
     for entry in entries:
         first, same = uses.get(entry.use, (None, entry.tensors))
         if first is not None and _equal(entry.tensors, same):  # They were tied when the file was made.
             places.append(Place.of(entry.layer, tied_to(first)))
             continue
-        branch = _built(entry, entry.site, shared[entry.method])
+        mould = moulds.get(entry.structure)
+        if mould is not None:
+            branch = mould.cast(entry.tensors)
+        else:
+            branch = _built(entry, entry.site, shared[entry.method])
+            own = entry.method.file_tensors(branch)
+            _fill(own, entry.tensors)
+            if (mould := _Mould.of(branch, own)) is not None:
+                moulds[entry.structure] = mould
         uses[entry.use] = branch, entry.tensors
-        _fill(entry.method.file_tensors(branch), entry.tensors)
         places.append(Place.of(entry.layer, branch))
         if entry.method.tied_in_files:
             others = [other for other in everything if not file.layers.keys() & {*other.paths}]
             tied = [other for other in others if (entry.method, other.use(entry.method)) == entry.use]
             places += [Place.of(other, tied_to(branch)) for other in tied]
     return places
+
+
+@dataclass(frozen=True)
+class _Mould:
+    """A branch to make others of that differ only in their values, and what its parameters are called in a file."""
+
+    branch: Branch
+    parameters: Mapping[str, tuple[str, nn.Parameter]]
+
+    @classmethod
+    def of(cls, branch: Branch, own: Mapping[str, Tensor]) -> _Mould | None:
+        """That of a branch, unless there is more to it than the parameters that a file has."""
+        names = {id(parameter): (name, parameter) for name, parameter in branch.named_parameters()}
+        if not branch.has_twins or {id(tensor) for tensor in own.values()} != names.keys():
+            return None
+        return cls(branch, {key: names[id(tensor)] for key, tensor in own.items()})
+
+    def cast(self, tensors: Mapping[str, Tensor]) -> Branch:
+        """A branch with the values that a file has, which were found to fit."""
+        return self.branch.twin(
+            {name: tensors[key].view(like.shape).to(like) for key, (name, like) in self.parameters.items()}
+        )
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -32,6 +32,7 @@ class Site:
         device: The device of new tensors.
         dtype: Their dtype.
         read: Gives the weight that the new branch will be applied to.
+        blank: Whether what is trained gets its values from a file, so that no others need to be made.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Site:
     device: torch.device
     dtype: torch.dtype
     read: Callable[[], Tensor | None] = field(repr=False)
+    blank: bool = False
 
     @classmethod
     def of(
@@ -58,7 +60,8 @@ class Site:
             method: Says what the weight is as a matrix.
             device: Where the tensors go.
             dtype: Their dtype.
-            own: Whether the branch is for the layer's own weight, whatever other patches do at the moment.
+            own: Whether the branch is from a file: for the layer's own weight, whatever other patches do at the
+                moment, and with values of its own.
         """
         module, parameter = layer.module, layer.parameter
         node = layer.node
@@ -76,6 +79,7 @@ class Site:
             torch.device(device or ("cpu" if weight is None else weight.device)),
             dtype or (torch.get_default_dtype() if weight is None else weight.dtype),
             read,
+            own,
         )
 
     @property
@@ -118,7 +122,7 @@ class Site:
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         """A new tensor of normally distributed values around 0."""
-        return self.empty(*shape).normal_(std=std)
+        return self.empty(*shape) if self.blank else self.empty(*shape).normal_(std=std)
 
     def shuffled(self, seed: int | None) -> Tensor:
         """The places in a matrix, counted row by row, in a random order: for one seed the same on any device."""
@@ -131,7 +135,7 @@ class Site:
     def uniform(self, *shape: int, bound: float | None = None) -> Tensor:
         """A new tensor of values up to a bound to either side; by default that of torch's linear layers, `1 / √n`."""
         bound = 1 / math.sqrt(math.prod(shape[1:])) if bound is None else bound
-        return self.empty(*shape).uniform_(-bound, bound)
+        return self.empty(*shape) if self.blank else self.empty(*shape).uniform_(-bound, bound)
 
 
 @dataclass(frozen=True)

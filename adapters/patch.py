@@ -7,7 +7,7 @@ import difflib
 import itertools
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,9 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-import fluxion as fl
 import weights
-from adapters.adapted import Adapted, Made
+from adapters.adapted import Adapted, Made, nodes
 from adapters.adapter import Slot, WeakSlots, find_slots
 from adapters.branch import Branch
 from adapters.choice import finite
@@ -90,10 +89,11 @@ class Place:
         name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
         if self.branch.parameter != "weight":
             name += f"_{self.branch.parameter}"
-        while hasattr(node, name):
+        while name in node._modules or hasattr(Adapted, name):
             name += "_"
         node.add_module(name, self.branch)
-        self.branch.train(layer.training)
+        if self.branch.training != layer.training:
+            self.branch.train(layer.training)
         if node is not found:
             node._occupy(slots)
 
@@ -307,11 +307,11 @@ class Patch:
         return self
 
     def _freeze(self, model: nn.Module) -> None:
-        nodes = [node for node, _ in fl.walk(model, Adapted, recurse=True)]
-        ours = {id(parameter) for node in nodes for branch in node.branches for parameter in branch.parameters()}
+        here = nodes(model)
+        ours = {id(parameter) for node in here for branch in node.branches for parameter in branch.parameters()}
         # The weights that merged ones stand in for are base parameters too.
         base = {
-            id(p): p for p in (*model.parameters(), *(p for node in nodes for p in node.kept())) if id(p) not in ours
+            id(p): p for p in (*model.parameters(), *(p for node in here for p in node.kept())) if id(p) not in ours
         }
         self._frozen = [parameter for parameter in base.values() if parameter.requires_grad]
         for parameter in self._frozen:
@@ -498,18 +498,51 @@ class Patch:
                 format = "fluxion"
         return weights.write_adapter(file, path, format=format)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+        tags: Collection[str] = (),
+        dry_run: bool = False,
+    ) -> str:
         """Publish it in a repository of the Hugging Face Hub, in one commit. Returns the address of the commit.
 
         Args:
             repo_id: `"user/name"`; made if it does not exist.
-            options: Of `weights.publish`: `private`, `revision`, `create_pr`, `token`, `commit_message`.
+            private: Whether the repository is private; by default as it is, or as the account makes new ones.
+            revision: The branch to commit to, made if there is none; by default the main branch.
+            create_pr: Open a pull request instead.
+            token: The Hub token; by default the one `hf auth login` has stored.
+            commit_message: By default names the repository.
+            license: The key of a license for the model card, such as `"mit"`.
+            tags: More tags for the model card.
+            dry_run: Send nothing, and return a text that says what would be sent.
 
         Raises:
             weights.HubError: The Hub refused or cannot be reached; nothing was published.
+            weights.WeightsError: The patch cannot be saved.
         """
         with tempfile.TemporaryDirectory() as folder:
-            return weights.publish(self.save_pretrained(folder), repo_id, **options)
+            path = self.save_pretrained(folder)
+            format = "peft" if (path / "adapter_config.json").exists() else "fluxion"
+            card = weights.model_card(self.adapter_file(), format, repo_id=repo_id, license=license, tags=tags)
+            (path / "README.md").write_text(card, encoding="utf-8")
+            return weights.publish(
+                path,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+                commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}",
+                dry_run=dry_run,
+            )
 
 
 def inject(
@@ -594,7 +627,7 @@ def patches(model: Model) -> dict[str, Patch]:
     found = _known.get(model)
     if found is None:
         unique: dict[int, Patch] = {}
-        for node, _ in fl.walk(model, Adapted, recurse=True):
+        for node in nodes(model):
             if not node.slots:  # A copy: it learns where it is.
                 node._outside = WeakSlots(find_slots(model, node))
             unique.update({id(branch.patch): branch.patch for branch in node.branches})

@@ -117,8 +117,7 @@ class ContextModule(Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._parent = None
-        self._can_refresh_parent = True
+        self.__dict__.update(_parent=None, _can_refresh_parent=True)  # Past nn.Module.__setattr__, which is slow.
 
     @property
     def parent(self) -> Chain | None:

@@ -2,6 +2,7 @@
 
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.adapter_io import formats_of, read_adapter, write_adapter
+from weights.card import model_card
 from weights.errors import (
     FileFormatError,
     FileWriteError,
@@ -14,7 +15,8 @@ from weights.errors import (
 )
 from weights.files import TensorFiles, save
 from weights.files import open_tensors as open  # noqa: A004
-from weights.hub import download, publish
+from weights.hub import download
+from weights.publishing import publish
 
 __all__ = [
     "AdapterFile",
@@ -30,6 +32,7 @@ __all__ = [
     "WeightsError",
     "download",
     "formats_of",
+    "model_card",
     "open",
     "publish",
     "read_adapter",

@@ -45,6 +45,11 @@ class AdapterFile:
         components: Names of models, such as those of a pipeline, that paths have in front, where the file says which
             model a layer is of: `"unet"` in `"unet.conv_in"`.
         others: Tensors that are for no layer, such as the embeddings of new tokens, by the names in the file.
+        counted: For files that number layers instead of naming them: of each component, the names of the classes whose
+            layers are counted, in the order of the model. The path of the first is `"unet.0"`.
+        aliases: Other paths that a layer may have in the model, by the path that it has here.
+        interleaved: Paths of layers whose outputs are turned by pairs for their positions (RoPE), with both numbers of
+            a pair side by side in the file, where the model has them half a head apart.
     """
 
     layers: Mapping[str, LayerWeights]
@@ -56,6 +61,9 @@ class AdapterFile:
     components: tuple[str, ...] = ()
     others: Mapping[str, Tensor] = field(default_factory=dict)
     base_structure: str | None = None
+    counted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: frozenset[str] = frozenset()
 
     def component_of(self, path: str) -> tuple[str, str]:
         """The component that a path begins with, empty if with none, and the rest of the path."""
@@ -66,4 +74,5 @@ class AdapterFile:
         """What is for one component, with the paths inside it."""
         places = {path: self.component_of(path) for path in self.layers}
         layers = {rest: self.layers[path] for path, (first, rest) in places.items() if first == component}
-        return replace(self, layers=layers, components=())
+        counted = {"": self.counted[component]} if component in self.counted else {}
+        return replace(self, layers=layers, components=(), counted=counted)

@@ -49,7 +49,7 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
         path: The folder; it is made if need be, and a `README.md` already in it is kept. `"lycoris"` takes the name of
             a `.safetensors` file instead, `"diffusers"` and `"fluxion"` either.
         format: `"peft"`, that of the PEFT library, `"diffusers"`, `"lycoris"`, that of LyCORIS and of kohya's scripts,
-            or `"fluxion"`, this library's own, which holds every method.
+            `"mlx"`, that of mlx-lm, or `"fluxion"`, this library's own, which holds every method.
 
     Returns:
         The path as given.
@@ -60,6 +60,10 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
     """
     if format not in WRITTEN:
         raise FileFormatError(f"{format!r} is no format that is written; choose from {', '.join(WRITTEN)}.")
+    if adapter_file.counted or adapter_file.interleaved:
+        raise FileFormatError(
+            "Only with its model is it known what the adapter says: load it there, and save the patch."
+        )
     path = Path(path)
     WRITTEN[format].write(adapter_file, path)
     return path

@@ -1,14 +1,29 @@
-"""The model card of an adapter: what it is and how to load it."""
+"""The model card of an adapter: what it is, where it sits and how to load it."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from weights.adapter_file import AdapterFile, Hyperparameter
-from weights.sources import is_repo_id
+from weights.adapter_file import AdapterFile, Hyperparameter, LayerWeights
+from weights.errors import FileFormatError
+from weights.hub_path import is_repo_id
+from weights.layer_tree import drawn
 
 _LIBRARY = "fluxion-adapters"
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "QUESTION_ANS": "question-answering",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+}
+_TEXTS = frozenset({"base_model_relation", "library_name", "license_link", "license_name", "pipeline_tag"})
+_TEXT_OR_LIST = frozenset({"base_model", "datasets", "language", "license", "new_version"})
 
 _BODY = """\
 # {title}
@@ -22,49 +37,136 @@ With [{library}](https://pypi.org/project/{library}/):
 ```python
 import adapters
 
-patch = adapters.load(model, "<repo>")  # the id of this repository, or the path of this folder
+patch = adapters.load(model, "{source}"){hint}
 ```
 """
 
-_WITH_PEFT = """
+_ELSEWHERE = {
+    "peft": """
 With [PEFT](https://github.com/huggingface/peft):
 
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, "<repo>")
+model = PeftModel.from_pretrained(model, "{source}")
+```
+""",
+    "diffusers": """
+With [diffusers](https://github.com/huggingface/diffusers):
+
+```python
+pipeline.load_lora_weights("{source}")
+```
+""",
+}
+
+_LAYERS = """
+The layers it adapts:
+
+```text
+{tree}
 ```
 """
 
 
-def model_card(adapter: AdapterFile, *, peft: bool) -> str:
-    """The text of `README.md`: the Hub's fields as YAML, a table of methods, and how to load it, in PEFT too if it can.
+def model_card(
+    adapter: AdapterFile,
+    format: str,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    tags: Collection[str] = (),
+) -> str:
+    """The text of `README.md`: the Hub's fields as YAML, a table of methods, how to load it, and a tree of the layers.
 
     A base model that is a local path means nothing to others and is left out.
+
+    Args:
+        adapter: What the card is about.
+        format: The format of the file; those of PEFT and diffusers can be loaded there too.
+        repo_id: Where it is published, for the code that loads it.
+        license: The key of a license, such as `"mit"`; `"other"` needs a name and a link too.
+        license_name: The name of another license.
+        license_link: The address of another license, or the name of a file with it in the repository.
+        tags: More tags.
+
+    Raises:
+        FileFormatError: The license has no name or link, or a tag is no text.
     """
     from huggingface_hub import ModelCardData
 
+    if license == "other" and not (license_name and license_link):
+        raise FileFormatError('The license "other" needs license_name= and license_link= too.')
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+        raise FileFormatError(f"tags={tags!r} are not a list of texts; give one.")
     base = adapter.base_model if adapter.base_model and is_repo_id(adapter.base_model) else None
     methods = sorted({layer.method for layer in adapter.layers.values()})
+    named = [_LIBRARY, *([format] if format in _ELSEWHERE else []), *map(_plain, methods)]
     fields = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
         library_name=_LIBRARY,
-        tags=[_LIBRARY, *(["peft"] if peft else []), *methods, *([f"base_model:adapter:{base}"] if base else [])],
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        pipeline_tag=_PIPELINES.get(adapter.task or "") or ("text-to-image" if format == "diffusers" else None),
+        tags=list(dict.fromkeys([*named, *([f"base_model:adapter:{base}"] if base else []), *tags])),
     )
+    source = repo_id or "<repo>"
     body = _BODY.format(
         title=f"Adapter for {base}" if base else "Adapter",
         rows="\n".join(_row(adapter, method) for method in methods),
         library=_LIBRARY,
+        source=source,
+        hint="" if repo_id else "  # the id of this repository, or the path of this folder",
     )
-    return f"---\n{fields.to_yaml()}\n---\n\n{body}{_WITH_PEFT if peft else ''}"
+    elsewhere = _ELSEWHERE.get(format, "").format(source=source)
+    tree = _LAYERS.format(tree=drawn({path: _described(layer) for path, layer in adapter.layers.items()}))
+    return f"---\n{fields.to_yaml()}\n---\n\n{body}{elsewhere}{tree}"
+
+
+def check_card(path: Path) -> None:
+    """Check the fields of a model card, if it has any.
+
+    Raises:
+        FileFormatError: They are not sound YAML, or the Hub knows one of them as another type.
+    """
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import metadata_load
+
+    try:
+        fields: Mapping[Any, Any] | None = metadata_load(path)
+        if fields is None and path.read_text(encoding="utf-8").lstrip().startswith("---"):
+            raise ValueError("there is nothing in it, or the second line of --- is missing")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise FileFormatError(f"{path} does not begin with sound YAML between lines of ---: {reason}.") from error
+    for name, value in (fields or {}).items():
+        is_text, is_list = isinstance(value, str), isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not {name in _TEXTS: is_text, name == "tags": is_list, name in _TEXT_OR_LIST: is_text or is_list}.get(
+            True, isinstance(name, str)
+        ):
+            kind = "a list of texts" if name == "tags" else "a text"
+            raise FileFormatError(f"{path}: the field {name} is a {type(value).__name__}; make it {kind}.")
 
 
 def _row(adapter: AdapterFile, method: str) -> str:
     layers = [layer for layer in adapter.layers.values() if layer.method == method]
     rank, alpha = (_span(layer.hyperparameters.get(name) for layer in layers) for name in ("rank", "alpha"))
     parameters = sum(tensor.numel() for layer in layers for tensor in layer.tensors.values())
-    return f"| {method} | {len(layers)} | {rank} | {alpha} | {parameters:,} |"
+    return f"| {_plain(method)} | {len(layers)} | {rank} | {alpha} | {parameters:,} |"
+
+
+def _described(layer: LayerWeights) -> str:
+    rank = _span([layer.hyperparameters.get("rank")])
+    return f"{_plain(layer.method)} rank {rank}" if rank else _plain(layer.method)
+
+
+def _plain(method: str) -> str:
+    """A method's key, where a file may have said anything, as one that is nothing but a word."""
+    return re.sub(r"[^\w.+-]", "?", method)[:40]
 
 
 def _span(values: Iterable[Hyperparameter]) -> str:

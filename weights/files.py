@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,37 +14,44 @@ from torch import Tensor
 
 from weights.atomic import write_files
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.header import DTYPES, METADATA_KEY, Header, Slot, Stamp, check_name, read_header
-from weights.sources import locate
+from weights.folders import Folder, TensorFile, hub_folder, local_folder
+from weights.header import DTYPES, METADATA_KEY, Slot, Stamp, check_name
+from weights.hub_path import HubPath
+from weights.sources import INDEX, TENSORS, find
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_INDEX = ".safetensors.index.json"
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensors by name over one safetensors file or several, each read from the disk when it is asked for.
+    """Tensors by name over one safetensors file or several, each read when it is asked for.
 
     A tensor is a fresh copy in memory: changing it changes no file, and a file cut short later raises an error
     instead of killing the process, as a memory map would.
 
     Attributes:
         metadata: The text metadata of the file, or of the index of a sharded folder.
+        slots: The type (`dtype`) and `shape` of each tensor, by name, known without reading it.
     """
 
-    def __init__(self, headers: Mapping[Path, Header], metadata: Mapping[str, str]) -> None:
+    def __init__(self, files: Iterable[TensorFile], metadata: Mapping[str, str], *, finite: bool = False) -> None:
         self.metadata = dict(metadata)
-        self._places = {
-            name: (path, header.stamp, slot) for path, header in headers.items() for name, slot in header.slots.items()
-        }
+        self._places = {name: file for file in files for name in file.header.slots}
+        self.slots: Mapping[str, Slot] = {name: file.header.slots[name] for name, file in self._places.items()}
+        self._finite = finite
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
 
         Raises:
             KeyError: There is no tensor of this name.
-            FileFormatError: The file was changed or cut short since it was opened.
+            FileFormatError: The file was changed or cut short since it was opened, or only finite numbers are wanted
+                and there are others.
+            HubError: The file is on the Hub, and the Hub failed.
         """
-        return _read_tensor(*self._places[name], name=name)
+        tensor = _read_tensor(*self._places[name].local(), self.slots[name], name=name)
+        if self._finite and not _is_finite(tensor):
+            raise FileFormatError(f"{self._places[name]}: tensor {name!r} has NaN or infinity in it; save it again.")
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._places  # the inherited one would read the tensor
@@ -56,36 +63,44 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._places)
 
     def __repr__(self) -> str:
-        files = sorted({str(path) for path, _, _ in self._places.values()})
+        files = sorted({str(file) for file in self._places.values()})
         return f"<{len(self)} tensors in {', '.join(files) or 'no file'}>"
 
 
-def open_tensors(source: str | PathLike[str], *, revision: str | None = None, token: str | None = None) -> TensorFiles:
+def open_tensors(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    finite: bool = False,
+    max_bytes: int | None = None,
+) -> TensorFiles:
     """Open tensors for reading; exported as `weights.open`.
 
+    Of files on the Hub only the headers are fetched here, and each whole file when the first of its tensors is read.
+
     Args:
-        source: A safetensors file, a folder with one or with shards and their `*.safetensors.index.json`, or a Hub
-            id (`"user/repo"`, `"user/repo@revision"`).
-        revision: Branch, tag or commit, for a Hub id.
+        source: A safetensors file, a folder with one or with shards and their `*.safetensors.index.json`, or a place
+            on the Hub with one of these (`"user/repo"`, `"user/repo@revision"`, `"user/repo:folder/file"`).
+        revision: Branch, tag or commit, for a place on the Hub.
         token: The Hub token; by default the one `hf auth login` has stored.
+        finite: Whether reading a tensor with NaN or infinity in it is an error.
+        max_bytes: How many bytes all the tensors may have together; by default any number.
 
     Raises:
         SourceNotFoundError: There is no such file or folder, or no safetensors file in it.
-        FileFormatError: A file is not sound safetensors, or the shards do not fit their index.
+        FileFormatError: A file is not sound safetensors, or the shards do not fit their index, or they are too large.
         HubError: The Hub failed.
     """
-    patterns = ["*.safetensors", f"*{_INDEX}"]
-    path = locate(source, revision=revision, token=token, patterns=patterns)
-    if not path.is_dir():
-        return _open_file(path)
-    indexes = sorted(path.glob(f"*{_INDEX}"))
-    found = indexes or sorted(path.glob("*.safetensors"))
-    if not found:
-        raise SourceNotFoundError(f"{path} holds no safetensors file; check the folder.")
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise FileFormatError(f"{path} holds several sets of tensors ({names}); give the path of one of the files.")
-    return _open_shards(indexes[0]) if indexes else _open_file(found[0])
+    place = find(source, revision)
+    folder, name = hub_folder(place, token) if isinstance(place, HubPath) else local_folder(place)
+    files, metadata = _opened(folder, name or _chosen(folder))
+    size = sum(slot.stop - slot.start for file in files for slot in file.header.slots.values())
+    if max_bytes is not None and size > max_bytes:
+        raise FileFormatError(
+            f"{source} has {size:,} bytes of tensors, and {max_bytes:,} are allowed; raise max_bytes."
+        )
+    return TensorFiles(files, metadata, finite=finite)
 
 
 def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
@@ -135,18 +150,30 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
     return _chunks(text, [tensors[name] for name in names])
 
 
-def _open_file(path: Path) -> TensorFiles:
-    header = read_header(path)
-    return TensorFiles({path: header}, header.metadata)
+def _chosen(folder: Folder) -> str:
+    """The index in a folder, or else its only file of tensors."""
+    names = sorted(folder.names())
+    indexes = [name for name in names if name.endswith(INDEX)]
+    found = indexes or [name for name in names if name.endswith(TENSORS)]
+    if not found:
+        raise SourceNotFoundError(f"{folder} holds no safetensors file; check the folder.")
+    if len(found) > 1:
+        listed = ", ".join(found[:20])
+        raise FileFormatError(f"{folder} holds several sets of tensors ({listed}); give the path of one of the files.")
+    return found[0]
 
 
-def _open_shards(index: Path) -> TensorFiles:
-    """Open the shards an index names.
+def _opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, str]]:
+    """The files of tensors that `name` stands for, itself or the shards of an index, and the metadata.
 
-    The index is `{"metadata": {...}, "weight_map": {tensor name: file name}}`, as transformers writes it.
+    An index is `{"metadata": {...}, "weight_map": {tensor name: file name}}`, as transformers writes it.
     """
+    if not name.endswith(INDEX):
+        file = folder.file(name)
+        return [file], file.header.metadata
+    index = f"{folder}/{name}"
     try:
-        fields = json.loads(index.read_text(encoding="utf-8"))
+        fields = json.loads(folder.content(name))
         places = {str(name): str(shard) for name, shard in fields["weight_map"].items()}
         metadata = {str(key): str(value) for key, value in fields.get("metadata", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -154,35 +181,42 @@ def _open_shards(index: Path) -> TensorFiles:
     shards = sorted(set(places.values()))
     for shard in shards:
         # Only a bare name: anything else could lead out of the folder.
-        if PurePath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if PurePath(shard).name != shard or "\\" in shard or not shard.endswith(TENSORS):
             raise FileFormatError(f"{index} names {shard!r} as a shard, which is not the name of a file beside it.")
-    headers = {index.with_name(shard): read_header(index.with_name(shard)) for shard in shards}
-    held = [(name, path.name) for path, header in headers.items() for name in header.slots]
+    files = {shard: folder.file(shard) for shard in shards}
+    held = [(name, shard) for shard, file in files.items() for name in file.header.slots]
     wrong = sorted({name for name, _ in set(held) ^ set(places.items())})
     if wrong:
         names = ", ".join(wrong[:5])
         raise FileFormatError(
             f"{index} and its shards disagree about {len(wrong)} tensors ({names}); fetch them again."
         )
-    return TensorFiles(headers, metadata)
+    return list(files.values()), metadata
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # torch cannot tell for all types of eight bits
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
 def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
-    content = bytearray(slot.stop - slot.start)
+    tensor = torch.empty(slot.shape, dtype=slot.dtype)
+    content = _bytes(tensor)
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             file.seek(slot.start)
-            count = file.readinto(content)
+            count = 0
+            while count < len(content) and (some := file.readinto(content[count:])):
+                count += some  # A raw read may stop at 2 GiB.
             changed = Stamp.of(file) != stamp
     except OSError as error:
         raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
     if changed or count != len(content):
         raise FileFormatError(f"{path} has changed since it was opened; open it again.")
-    if not content:
-        return torch.empty(slot.shape, dtype=slot.dtype)
-    if slot.dtype is torch.bool and torch.frombuffer(content, dtype=torch.uint8).max() > 1:
+    if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
-    return torch.frombuffer(content, dtype=slot.dtype).reshape(slot.shape)
+    return tensor
 
 
 def _check_storable(name: Any, tensor: Any) -> None:
@@ -206,6 +240,9 @@ def _chunks(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview
     for tensor in tensors:
         if tensor.numel():
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            # By address, because NumPy is not required here and has no bfloat16. `plain` lives until the next chunk.
-            size = plain.numel() * plain.itemsize
-            yield memoryview((ctypes.c_ubyte * size).from_address(plain.data_ptr()))
+            yield _bytes(plain)  # `plain` lives until the next chunk.
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which must outlive it. NumPy is not required here, and has no bfloat16."""
+    return memoryview((ctypes.c_ubyte * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr())).cast("B")

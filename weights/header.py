@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -81,14 +81,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header."""
+    """A checked header, and the number of bytes of the whole file."""
 
     slots: Mapping[str, Slot]
     metadata: Mapping[str, str]
-    stamp: Stamp
+    size: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> tuple[Header, Stamp]:
     """Read and check the header of the safetensors file at `path`.
 
     Raises:
@@ -98,36 +98,51 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             stamp = Stamp.of(file)
-            text = _header_text(path, file, stamp.size)
+
+            def read(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            return parse_header(str(path), stamp.size, read), stamp
     except OSError as error:
         raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; check the path.") from error
+
+
+def parse_header(name: str, size: int, read: Callable[[int, int], bytes]) -> Header:
+    """Check the header of a safetensors file of `size` bytes, of which `read` gives those from one to another place.
+
+    It is asked for the first 64 bytes, and then for the header alone.
+
+    Raises:
+        FileFormatError: It is not a sound safetensors file; the message says what it looks like, or what is wrong.
+    """
+    text = _header_text(name, size, read)
     try:
         fields = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
         metadata = _checked_metadata(fields.pop(METADATA_KEY, {}))
         first_byte = 8 + len(text)
         slots = {name: _checked_slot(name, value, first_byte) for name, value in fields.items()}
-        _check_tiling(slots, first_byte, stamp.size)
+        _check_tiling(slots, first_byte, size)
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors too
-        raise FileFormatError(f"{path} is not a sound safetensors file: {error}; fetch or save it again.") from error
-    return Header(slots, metadata, stamp)
+        raise FileFormatError(f"{name} is not a sound safetensors file: {error}; fetch or save it again.") from error
+    return Header(slots, metadata, size)
 
 
 def check_name(name: str) -> None:
     """Raise a ValueError unless `name` is safe as a tensor's name."""
-    if not name or name == METADATA_KEY or not name.isprintable() or ".." in PurePosixPath(name).parts:
+    if not name or name == METADATA_KEY or not name.isprintable() or ".." in name.split("/"):
         raise ValueError(f"{name!r} is not allowed as a tensor's name")
 
 
-def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
+def _header_text(name: str, size: int, read: Callable[[int, int], bytes]) -> bytes:
     """The JSON of the header, or a FileFormatError that says what the file is instead."""
-    start = file.read(64)
+    start = read(0, min(size, 64))
     length = int.from_bytes(start[:8], "little")
     if size < 10 or length > min(size - 8, MAX_HEADER_BYTES) or start[8:9] != b"{":
         looks = (text for signature, text in _SIGNATURES.items() if start.lstrip().startswith(signature))
         found = next(looks, "something else, cut short, or has too large a header; check where it came from")
-        raise FileFormatError(f"{path} is not a safetensors file: it is {found if size else 'empty; fetch it again'}.")
-    file.seek(8)
-    return file.read(length)
+        raise FileFormatError(f"{name} is not a safetensors file: it is {found if size else 'empty; fetch it again'}.")
+    return read(8, 8 + length)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,6 +153,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if metadata is None:  # As MLX writes it where there is none.
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"its {METADATA_KEY} is not a table of texts")
     return metadata

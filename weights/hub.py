@@ -1,31 +1,31 @@
-"""The Hugging Face Hub: checked downloads, and publishing in one commit."""
+"""The Hugging Face Hub: what a repository holds, and checked downloads of it."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from weights.errors import (
-    FileFormatError,
-    HubAccessError,
-    HubConflictError,
-    HubConnectionError,
-    HubError,
-    SourceNotFoundError,
-    WeightsError,
-)
-from weights.header import read_header
+from weights.atomic import write_files
+from weights.errors import FileWriteError, HubError
+from weights.hub_errors import hub_errors
+from weights.hub_path import HubPath, is_commit, is_inside
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 # huggingface_hub is imported inside the functions: it takes 0.3 s, and most work is on local files.
 
 _SAFE_FILES = ("*.safetensors", "*.json", "*.md", "*.txt", "*.model")
-_CONFIGS = ("adapter_config.json", "config.json")
 _TIMEOUT = 10.0  # seconds
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def download(
@@ -37,183 +37,202 @@ def download(
 ) -> Path:
     """Download a repository's files into the Hub's cache and check each against its published hash.
 
-    Where the Hub cannot be reached or refuses, files that are in the cache already are returned as they are.
+    What is in the cache already is not fetched again, and for a whole commit hash the Hub is not even asked. Where the
+    Hub cannot be reached or refuses, files that are in the cache are returned, checked, as they are.
 
     Args:
-        repo_id: `"user/repo"` or `"user/repo@revision"`.
+        repo_id: `"user/repo"`, `"user/repo@revision"`, `"user/repo:folder"`, an `hf://` URL, or the address of a page.
         revision: Branch, tag or commit; by default the main branch.
         token: The Hub token; by default the one `hf auth login` has stored.
         allow_patterns: Globs of the files wanted; by default tensors in safetensors, and texts. Never a pickle
-            unless it is asked for here.
+            unless it is asked for here, or by its name.
 
     Returns:
-        The folder of the snapshot.
+        The folder of the snapshot, or the file or folder in it that was asked for.
 
     Raises:
         HubError: The Hub failed, or sent a file that does not fit its hash; that file does not stay in the cache.
+        FileWriteError: The cache cannot be written.
     """
-    name, revision = _split_revision(repo_id, revision)
+    place = HubPath.parse(repo_id, revision)
+    if place is None:
+        raise HubError(f"{repo_id!r} is not a repository id; write it as user/repo.")
     patterns = list(allow_patterns or _SAFE_FILES)
-    with _hub_errors(name):
-        from huggingface_hub import snapshot_download
-
-        try:
-            head = _Head.fetch(name, revision, token)
-            hashes = _hashes(name, head.commit, token)
-        except Exception as error:
-            cached = _cached(name, revision, patterns)
-            if cached is None:
-                raise error
-            return cached
-        wanted = [file for file in hashes if any(fnmatch(file, pattern) for pattern in patterns)]
-        if not wanted:
-            raise HubError(f"{name} has no file like {', '.join(patterns)}; check that it is the right repository.")
-        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
-        if folder.name != head.commit:
-            raise HubConflictError(f"{name} was changed during the download; download it again.")
-    for file in wanted:
-        if not _fits(folder / file, hashes[file]):
-            _forget(folder / file)
-            raise HubError(f"{file} of {name} came damaged, its hash is not the published one; download it again.")
-    return folder
-
-
-def publish(
-    folder: str | PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | None = None,
-    commit_message: str | None = None,
-) -> str:
-    """Publish a folder's files (hidden ones left out) in one commit, and check what the Hub then has.
-
-    The folder must hold a `README.md`, an `adapter_config.json` or `config.json`, and at least one safetensors
-    file; all must be sound. The repository is made if there is none. Nothing is published over a change that
-    somebody else makes meanwhile.
-
-    Args:
-        folder: What to publish.
-        repo_id: `"user/repo"`.
-        private: Whether the repository is private; by default as it is, or as the account makes new ones.
-        revision: The branch to commit to; by default the main branch.
-        create_pr: Open a pull request instead.
-        token: The Hub token; by default the one `hf auth login` has stored.
-        commit_message: By default names the folder.
-
-    Returns:
-        The URL of the commit.
-
-    Raises:
-        SourceNotFoundError: The folder or one of its necessary files is missing.
-        FileFormatError: A file in it is not sound.
-        HubAccessError: There is no token, or it may not write there.
-        HubConflictError: Somebody else changed the repository meanwhile.
-        HubError: The Hub failed otherwise, or has not got what was sent.
-    """
-    root = Path(folder)
-    files = _publishable(root)
-    with _hub_errors(repo_id):
-        from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
-        token = token or get_token()
-        if token is None:
-            raise HubAccessError(
-                f"Publishing to {repo_id} needs a token; run `hf auth login`, set HF_TOKEN or pass token=."
-            )
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        before = _Head.fetch(repo_id, revision, token)
-        if private is not None and before.private is not None and before.private != private:
-            actual = "private" if before.private else "public"
-            raise HubError(f"{repo_id} exists and is {actual}; change that in its settings, or leave out private=.")
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()],
-            commit_message=commit_message or f"Upload {root.resolve().name}",
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=before.commit,
-        )
-        published = _hashes(repo_id, commit.pr_revision or commit.oid, token)
-    damaged = [name for name, path in files.items() if not _fits(path, published.get(name, ""))]
-    if damaged:
-        raise HubError(f"{repo_id} does not have what was sent as {', '.join(damaged)}; publish it again.")
-    return commit.commit_url
+    snapshot = Snapshot.of(place, token)
+    if place.path in snapshot.files:
+        wanted = [place.path]
+    else:
+        inside = snapshot.inside(place.path)
+        wanted = [path for name, path in inside.items() if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not wanted:
+        raise HubError(f"{place} has no file like {', '.join(patterns)}; check that it is the right repository.")
+    return snapshot.fetch(wanted) / place.path
 
 
 @dataclass(frozen=True)
-class _Head:
-    """The newest commit of a revision, and whether the repository is private, where the Hub says so."""
+class HubFile:
+    """A file in a repository: its size in bytes, and its published hash, empty where only the cache was asked."""
 
-    commit: str | None
-    private: bool | None
+    size: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a repository at one commit.
+
+    Attributes:
+        place: What was asked for.
+        commit: The hash of the commit.
+        files: What is in it, by path.
+        token: The Hub token.
+        reached: Whether the Hub was asked, not only the cache.
+    """
+
+    place: HubPath
+    commit: str
+    files: Mapping[str, HubFile]
+    token: str | None
+    reached: bool
 
     @classmethod
-    def fetch(cls, repo_id: str, revision: str | None, token: str | None) -> _Head:
-        from huggingface_hub import HfApi
+    def of(cls, place: HubPath, token: str | None) -> Snapshot:
+        """What the Hub has of `place`, or the cache where the Hub fails or need not be asked.
 
-        info = HfApi(token=token).model_info(repo_id, revision=revision, timeout=_TIMEOUT)
-        return cls(info.sha, info.private)
+        Raises:
+            HubError: The Hub failed, and there is nothing in the cache.
+        """
+        token = token or stored_token()
+        with hub_errors(place.repo_id, token):
+            known = _listed_in_cache(place, token) if place.is_pinned else None
+            if known is not None:
+                return known
+            try:
+                commit = str(head(place.repo_id, place.revision, token).sha)
+                if not is_commit(commit):
+                    raise HubError(f"{place.repo_id}: what answered is no Hub; check HF_ENDPOINT.")
+                snapshot = cls(place, commit, published_files(place.repo_id, commit, token), token, reached=True)
+            except Exception:
+                known = _listed_in_cache(place, token) or _present_in_cache(place, token)
+                if known is None:
+                    raise
+                return known
+        _remember(place, commit)
+        return snapshot
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are or will be, in the client's cache."""
+        return _storage(self.place.repo_id) / "snapshots" / self.commit
+
+    def inside(self, folder: str) -> dict[str, str]:
+        """The paths of the files in a folder, by their paths from there."""
+        start = f"{folder}/" if folder else ""
+        return {path.removeprefix(start): path for path in self.files if path.startswith(start)}
+
+    def fetch(self, paths: Collection[str]) -> Path:
+        """Download some of its files, unless they are in the cache, and check them. Returns the folder of all.
+
+        Raises:
+            HubError: The Hub failed, or a file does not fit its hash; that file does not stay in the cache.
+            FileWriteError: The cache cannot be written.
+        """
+        if not all((self.folder / path).is_file() for path in paths):
+            self._download(paths)
+        for path in paths:
+            self._check(path)
+        return self.folder
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        """Some bytes of a file, without the rest of it.
+
+        Raises:
+            HubError: The Hub failed, or sent something else.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        cached = self.folder / path
+        if cached.is_file():
+            with cached.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        content = b""
+        with hub_errors(self.place.repo_id, self.token):
+            url = hf_hub_url(self.place.repo_id, path, revision=self.commit)
+            headers = build_hf_headers(token=self.token) | {
+                "Range": f"bytes={start}-{stop - 1}",
+                "Accept-Encoding": "identity",
+            }
+            with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+                hf_raise_for_status(response)
+                if response.status_code == 206 or start == 0:
+                    for chunk in response.iter_bytes():  # Of who sends more than was asked for, no more is read.
+                        content += chunk
+                        if len(content) >= stop - start:
+                            break
+        if len(content) < stop - start:
+            raise HubError(f"{self.place.repo_id}: the Hub did not send the part of {path} asked for; try again.")
+        return content[: stop - start]
+
+    def _download(self, paths: Collection[str]) -> None:
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(self.place.repo_id, self.token):
+            if not self.reached:  # Fails at once, where the client would try for half a minute.
+                head(self.place.repo_id, self.commit, self.token)
+            snapshot_download(
+                self.place.repo_id,
+                revision=self.commit,
+                token=self.token,
+                allow_patterns=[glob.escape(path) for path in paths],
+            )
+
+    def _check(self, path: str) -> None:
+        file = self.folder / path
+        if not file.is_file():
+            raise HubError(f"{path} of {self.place.repo_id} did not come; download it again.")
+        # The cache names a file's content by its published hash.
+        blob = Path(os.readlink(file)).name if file.is_symlink() else ""  # noqa: PTH115 - one link only
+        published = self.files[path].hash or (blob if _HASH.fullmatch(blob) else "")
+        if published and not fits(file, published):
+            _forget(file)
+            raise HubError(
+                f"{path} of {self.place.repo_id} came damaged, its hash is not the published one; download it again."
+            )
 
 
-def _hashes(repo_id: str, commit: str | None, token: str | None) -> dict[str, str]:
-    """The published hash of each file of a commit: sha256 of a large file, else git's."""
+def head(repo_id: str, revision: str | None, token: str | None) -> ModelInfo:
+    """What the Hub says of the newest commit of a revision; asked once, so that an absent Hub is noticed soon."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token).model_info(repo_id, revision=revision, timeout=_TIMEOUT)
+
+
+def published_files(repo_id: str, commit: str, token: str | None) -> dict[str, HubFile]:
+    """The files of a commit. The hash of a large one is its sha256, of another git's.
+
+    Those with a path that leads elsewhere are left out.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     tree = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=commit)
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)}
-
-
-def _cached(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-
-
-def _split_revision(repo_id: str, revision: str | None) -> tuple[str, str | None]:
-    name, _, suffix = repo_id.partition("@")
-    if suffix and revision and suffix != revision:
-        raise HubError(f"{repo_id} and revision={revision!r} name two revisions; leave one out.")
-    return name, suffix or revision
-
-
-def _publishable(folder: Path) -> dict[str, Path]:
-    """The files of `folder` by their names in the repository, checked."""
-    if not folder.is_dir():
-        raise SourceNotFoundError(f"{folder} is not a folder; save the adapter into one first.")
-    relative = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {
-        name.as_posix(): path for name, path in relative.items() if not any(part.startswith(".") for part in name.parts)
+    return {
+        file.path: HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+        for file in tree
+        if isinstance(file, RepoFile) and is_inside(file.path)
     }
-    tensors = [path for name, path in files.items() if name.endswith(".safetensors")]
-    missing = [
-        what
-        for what, there in {
-            "README.md": "README.md" in files,
-            " or ".join(_CONFIGS): any(name in files for name in _CONFIGS),
-            "a safetensors file": bool(tensors),
-        }.items()
-        if not there
-    ]
-    if missing:
-        raise SourceNotFoundError(f"{folder} lacks {', '.join(missing)}; save the adapter into it first.")
-    for path in files.values():
-        if not path.stat().st_size:
-            raise FileFormatError(f"{path} is empty; save it again or remove it.")
-    for path in tensors:
-        read_header(path)
-    return files
 
 
-def _fits(path: Path, published: str) -> bool:
+def stored_token() -> str | None:
+    """The token that `hf auth login` has stored, or that HF_TOKEN holds."""
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def fits(path: Path, published: str) -> bool:
     """Whether a file has the published hash: 64 digits are its sha256, 40 are git's hash of it as a blob."""
     blob_header = b"" if len(published) == 64 else b"blob %d\0" % path.stat().st_size
     digest = hashlib.new("sha256" if len(published) == 64 else "sha1", blob_header, usedforsecurity=False)
@@ -223,75 +242,53 @@ def _fits(path: Path, published: str) -> bool:
     return digest.hexdigest() == published
 
 
+def _listed_in_cache(place: HubPath, token: str | None) -> Snapshot | None:
+    """The snapshot, where the client has noted in its cache which files are in it."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = get_cached_repo_tree(place.repo_id, revision=place.revision)
+    except CachedRepoTreeNotFoundError:
+        return None
+    files = {file.path: HubFile(file.size, "") for file in tree if is_inside(file.path)}
+    return Snapshot(place, _cached_commit(place), files, token, reached=False)
+
+
+def _present_in_cache(place: HubPath, token: str | None) -> Snapshot | None:
+    """The snapshot as far as its files are in the cache."""
+    from huggingface_hub.errors import RevisionResolutionError
+
+    try:
+        snapshot = Snapshot(place, _cached_commit(place), {}, token, reached=False)
+    except RevisionResolutionError:
+        return None
+    found = {path: path.relative_to(snapshot.folder) for path in snapshot.folder.rglob("*") if path.is_file()}
+    files = {name.as_posix(): HubFile(path.stat().st_size, "") for path, name in found.items()}
+    return Snapshot(place, snapshot.commit, files, token, reached=False) if files else None
+
+
+def _cached_commit(place: HubPath) -> str:
+    from huggingface_hub import resolve_revision
+
+    return resolve_revision(place.repo_id, revision=place.revision, local_files_only=True).resolved
+
+
+def _remember(place: HubPath, commit: str) -> None:
+    """Note in the cache, as the client does, for which commit a revision stands: who is offline later needs it."""
+    if not place.is_pinned:
+        with suppress(FileWriteError):
+            write_files({_storage(place.repo_id) / "refs" / (place.revision or "main"): [commit.encode()]})
+
+
+def _storage(repo_id: str) -> Path:
+    """The folder of a repository in the client's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser().resolve() / f"models--{repo_id.replace('/', '--')}"
+
+
 def _forget(path: Path) -> None:
     """Remove a file from the Hub's cache: its name in the snapshot, and the content that name links to."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn whatever the Hub's client raises, of which there are many unrelated types, into one HubError."""
-    try:
-        yield
-    except WeightsError:
-        raise
-    except Exception as error:
-        raise _translated(error, repo_id) from error
-
-
-def _translated(error: BaseException, repo_id: str) -> HubError:
-    """The HubError for `error`, found from what caused it: the client wraps refusals in unrelated errors."""
-    cause: BaseException | None = error
-    while cause is not None:
-        known = _known(cause, repo_id)
-        if known is not None:
-            return known
-        cause = cause.__cause__
-    return HubError(f"{repo_id}: the Hub's client failed with {type(error).__name__}: {_first_line(error)}")
-
-
-def _known(error: BaseException, repo_id: str) -> HubError | None:
-    import httpx2
-    from huggingface_hub import constants, errors
-
-    match error:
-        case errors.GatedRepoError():
-            return HubAccessError(
-                f"{repo_id} is gated; accept its terms at {constants.ENDPOINT}/{repo_id}, then run `hf auth login`"
-                " or pass token=."
-            )
-        case errors.RepositoryNotFoundError():
-            return HubAccessError(
-                f"{repo_id} is neither a local path nor a repository this token can see; check the spelling, or run"
-                " `hf auth login` if it is private."
-            )
-        case errors.RevisionNotFoundError():
-            return HubError(f"{repo_id} has no such revision; check the branch, tag or commit.")
-        case errors.HFValidationError():
-            return HubError(f"{repo_id!r} is not a repository id; write it as user/repo.")
-        case errors.OfflineModeIsEnabled():
-            return HubConnectionError(f"{repo_id} needs the Hub, and its offline mode is on; unset HF_HUB_OFFLINE.")
-        case errors.HfHubHTTPError():
-            return _refusal(error.response.status_code, _first_line(error), repo_id)
-        case httpx2.TransportError():
-            return HubConnectionError(
-                f"{repo_id}: the Hub at {constants.ENDPOINT} cannot be reached; check the network and HF_ENDPOINT."
-            )
-    return None
-
-
-def _refusal(status: int, message: str, repo_id: str) -> HubError:
-    match status:
-        case 401 | 403:
-            return HubAccessError(
-                f"{repo_id}: the token may not do this; run `hf auth login`, set HF_TOKEN or pass token= with one that"
-                " may."
-            )
-        case 412:
-            return HubConflictError(f"{repo_id} was changed by somebody else meanwhile; look at it and try again.")
-    return HubError(f"{repo_id}: the Hub answered {status}: {message}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,31 +3,93 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 
-from weights.errors import SourceNotFoundError
-from weights.hub import download
+from weights.errors import FileFormatError, SourceNotFoundError
+from weights.hub import Snapshot
+from weights.hub_path import HubPath
 
-_REPO_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@.+)?", re.ASCII)
+TENSORS = ".safetensors"
+INDEX = ".safetensors.index.json"
+_BASE_MODEL = re.compile(r"(diffusion_pytorch_)?model\b.*|.*-\d{5}-of-\d{5}")  # of the name, without the ending
+_SETTINGS = "adapter_config.json"  # belongs to the tensors beside it
 
 
-def is_repo_id(source: str) -> bool:
-    """Whether `source` has the form of a Hub id, `user/repo` or `repo`, `@revision` allowed, and is no local path."""
-    return bool(_REPO_ID.fullmatch(source)) and not source.endswith(".safetensors") and not Path(source).exists()
+def find(source: str | PathLike[str], revision: str | None) -> Path | HubPath:
+    """What `source` names: a path on this machine if it exists, else a place on the Hub.
+
+    Raises:
+        SourceNotFoundError: It neither exists nor has the form of a place on the Hub.
+        HubError: It has, and could lead elsewhere.
+    """
+    path = Path(source).expanduser()
+    if _exists(path):
+        return path
+    place = HubPath.parse(source, revision) if isinstance(source, str) else None
+    if place is None:
+        raise SourceNotFoundError(
+            f"{source}: no such file or folder; check the path, or give a Hub id such as user/repo."
+        )
+    return place
 
 
 def locate(source: str | PathLike[str], *, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
-    """The local path of `source`: itself where it exists, else a download of the files that match `patterns`.
+    """The local path of the adapter at `source`: itself where it exists, else a download of that adapter alone.
+
+    From a folder of a repository come the files that match `patterns`, or else the only file of tensors that is not
+    part of a base model.
 
     Raises:
-        SourceNotFoundError: It neither exists nor has the form of a Hub id.
+        SourceNotFoundError: It neither exists nor has the form of a place on the Hub.
+        FileFormatError: The repository has no adapter there, or several.
         HubError: The Hub failed.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if isinstance(source, str) and is_repo_id(source):
-        return download(source, revision=revision, token=token, allow_patterns=patterns)
-    raise SourceNotFoundError(f"{source}: no such file or folder; check the path, or give a Hub id such as user/repo.")
+    place = find(source, revision)
+    if isinstance(place, Path):
+        return place
+    snapshot = Snapshot.of(place, token)
+    if place.path in snapshot.files:
+        beside = place.path.rpartition("/")[0]
+        settings = snapshot.inside(beside).get(_SETTINGS)
+        return snapshot.fetch([place.path, *([settings] if settings else [])]) / place.path
+    inside = snapshot.inside(place.path)
+    wanted = [path for name, path in inside.items() if "/" not in name and _matches(name, patterns)]
+    if wanted:
+        return snapshot.fetch(wanted) / place.path
+    path = _only_adapter(place, inside, patterns)
+    return snapshot.fetch([path]) / path
+
+
+def _only_adapter(place: HubPath, inside: Mapping[str, str], patterns: Sequence[str]) -> str:
+    """The path of the one file in a folder of a repository that may be an adapter."""
+    tensors = {name: path for name, path in inside.items() if name.endswith(TENSORS)}
+    found = [path for name, path in tensors.items() if "/" not in name and not is_base_model(name)]
+    if len(found) == 1:
+        return found[0]
+    deeper = {path.rpartition("/")[0] for name, path in inside.items() if _matches(name.rpartition("/")[2], patterns)}
+    choices = sorted(found or deeper)
+    if choices:
+        where = ", ".join(str(HubPath(place.repo_id, place.revision, path)) for path in choices[:20])
+        raise FileFormatError(f"{place} has no adapter in one place; give the one you mean: {where}.")
+    if tensors:
+        raise FileFormatError(f"{place} has the tensors of a model and no adapter; check that it is the right one.")
+    raise FileFormatError(f"{place} has no safetensors file; check that it is the right place.")
+
+
+def is_base_model(name: str) -> bool:
+    """Whether a file of tensors is called as those of whole models are, or is a shard of several."""
+    return bool(_BASE_MODEL.fullmatch(name.removesuffix(TENSORS)))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        return False

@@ -11,7 +11,35 @@ import fluxion as fl
 from adapters.layers import CONVOLUTIONS, Matrix, is_conv1d
 from adapters.method import Site
 
-_CONVOLUTIONS: dict[int, Any] = {1: fl.Conv1d, 2: fl.Conv2d, 3: fl.Conv3d}
+
+class _Blank:
+    """A layer whose values are set later: those that torch gives every new one take longer than all the rest."""
+
+    def reset_parameters(self) -> None:
+        """Leave them as they are."""
+
+
+class Linear(_Blank, fl.Linear):
+    """A linear layer without values."""
+
+
+class Embedding(_Blank, fl.Embedding):
+    """An embedding without values."""
+
+
+class Conv1d(_Blank, fl.Conv1d):
+    """A convolution without values."""
+
+
+class Conv2d(_Blank, fl.Conv2d):
+    """A convolution without values."""
+
+
+class Conv3d(_Blank, fl.Conv3d):
+    """A convolution without values."""
+
+
+_CONVOLUTIONS: dict[int, Any] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
 
 def is_layer(layer: nn.Module, parameter: str) -> bool:
@@ -36,8 +64,8 @@ def factors(site: Site, rank: int, bias: bool) -> tuple[fl.WeightedModule, fl.We
     layer = site.layer
     where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
     if isinstance(layer, nn.Embedding):
-        down = fl.Embedding(inputs, rank, padding_idx=layer.padding_idx, **where)
-        return down, fl.Linear(rank, outputs, bias=False, **where)
+        down = Embedding(inputs, rank, padding_idx=layer.padding_idx, **where)
+        return down, Linear(rank, outputs, bias=False, **where)
     if isinstance(layer, CONVOLUTIONS):
         conv, groups = _CONVOLUTIONS[len(layer.kernel_size)], layer.groups
         # One A for all groups of a convolution: only so does the update have the shape of the weight.
@@ -48,7 +76,7 @@ def factors(site: Site, rank: int, bias: bool) -> tuple[fl.WeightedModule, fl.We
             conv(rank * groups, outputs, 1, groups=groups, use_bias=bias, **where),
         )
     if is_layer(layer, site.parameter):
-        return fl.Linear(inputs, rank, bias=False, **where), fl.Linear(rank, outputs, bias=bias, **where)
+        return Linear(inputs, rank, bias=False, **where), Linear(rank, outputs, bias=bias, **where)
     return Factor(*stack, rank, inputs, **where), Factor(*stack, outputs, rank, **where)
 
 

@@ -50,7 +50,7 @@ class Start:
 
     def apply(self, branch: Branch, site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
         """Set the factors of a new branch."""
-        if down.is_meta:
+        if down.is_meta or (site.blank and not self.moves):
             return
         with torch.no_grad():
             a, b = as_matrices(down, up, site.matrix)

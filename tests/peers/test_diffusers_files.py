@@ -219,3 +219,18 @@ def test_what_diffusers_has_no_place_for_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(weights.FileFormatError, match=match):
             weights.write_adapter(file, tmp_path / "out", format="diffusers")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_file_of_kohyas_kind_goes_into_both_models_here_and_there(tmp_path: Path, rank: int) -> None:
+    """With the names that files have for CLIP, which is called otherwise in transformers now."""
+    ours, theirs, again = pipeline(), pipeline(), pipeline()
+    targets = ["unet.**.attn*.to_*", "text_encoder.**.self_attn.*_proj"]
+    patch = adapters.inject(ours.pipe, LoRA(rank=rank, alpha=3), targets, exclude=["unet.**.to_out.*"])
+    perturb(patch)
+    path = patch.save_pretrained(tmp_path / "style.safetensors", format="lycoris")
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in weights.open(path)
+    theirs.pipe.load_lora_weights(str(path))
+    assert_close(theirs(), ours())
+    adapters.load(again.pipe, path)
+    assert all(map(torch.equal, again(), ours()))

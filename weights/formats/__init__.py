@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weights.adapter_file import AdapterFile
-from weights.formats import bfl, comfyui, diffusers, lycoris, native, peft, xlabs
+from weights.formats import bfl, cloneofsimo, comfyui, diffusers, gguf, lycoris, mlx, native, peft, torchtune, xlabs
 from weights.formats.found import Found
 
 
@@ -36,5 +36,19 @@ class Writer(Reader, Protocol):
         """Write `adapter` at `path`; raises FileFormatError where the format cannot hold it."""
 
 
-WRITTEN: Mapping[str, Writer] = {"fluxion": native, "peft": peft, "diffusers": diffusers, "lycoris": lycoris}
-FORMATS: Mapping[str, Reader] = {**WRITTEN, "comfyui": comfyui, "xlabs": xlabs, "bfl": bfl}
+WRITTEN: Mapping[str, Writer] = {
+    "fluxion": native,
+    "peft": peft,
+    "diffusers": diffusers,
+    "lycoris": lycoris,
+    "mlx": mlx,
+}
+FORMATS: Mapping[str, Reader] = {
+    **WRITTEN,
+    "comfyui": comfyui,
+    "xlabs": xlabs,
+    "bfl": bfl,
+    "torchtune": torchtune,
+    "cloneofsimo": cloneofsimo,
+    "gguf": gguf,
+}

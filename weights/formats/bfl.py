@@ -18,7 +18,7 @@ _NORMS = (".query_norm.scale", ".key_norm.scale")
 
 def recognise(found: Found) -> bool:
     """Whether the file has the scale of a normalisation layer beside adapters."""
-    return any(key.endswith(_NORMS) for key in found.tensors or ()) and any(keyed.stems(found).values())
+    return any(key.endswith(_NORMS) for key in found.tensors or ()) and any(found.stems.values())
 
 
 def read(found: Found) -> AdapterFile:

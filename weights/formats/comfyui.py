@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weights.adapter_file import AdapterFile
-from weights.formats import bfl, diffusers, keyed, lycoris, native, peft, xlabs
+from weights.formats import bfl, diffusers, keyed, lycoris, native, peft, torchtune, xlabs
 from weights.formats.found import Found
 
 FILES = ()
@@ -32,10 +32,10 @@ PREFIXES: Mapping[str, str] = {
 
 def recognise(found: Found) -> bool:
     """Whether the file has adapters with dotted names of layers, and no other format has these names."""
-    others = (bfl, diffusers, lycoris, native, xlabs)
+    others = (bfl, diffusers, lycoris, native, torchtune, xlabs)
     if any(other.recognise(found) for other in others) or (found.file and found.file.name == peft.TENSORS):
         return False
-    return any(keyed.stems(found).values())
+    return any(found.stems.values())
 
 
 def where(stem: str) -> str:

@@ -41,7 +41,7 @@ def recognise(found: Found) -> bool:
     """Whether the file has a tensor that is named as diffusers names them, or its metadata."""
     if found.tensors is not None and _ENTRY in found.tensors.metadata:
         return True
-    return any(sure and where(stem) is not None for stem, sure in keyed.stems(found).items())
+    return any(sure and where(stem) is not None for stem, sure in found.stems.items())
 
 
 def where(stem: str) -> str | None:
@@ -101,7 +101,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         return
     contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
     if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, peft=False).encode()]
+        contents[path / CARD] = [model_card(adapter, "diffusers").encode()]
     write_files(contents)
 
 

@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from weights.errors import WeightsError
 from weights.files import TensorFiles, open_tensors
+from weights.formats.keys import stems
 
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 50_000_000  # bytes, far beyond that of any adapter
+_LARGEST_NUMBER = 2**100  # so that products of a few are still finite
 
 
 class Found:
@@ -49,6 +51,11 @@ class Found:
         return open_tensors(self.file or self.path) if self.tensors is None else self.tensors
 
     @cached_property
+    def stems(self) -> Mapping[str, bool]:
+        """What the keys of the file call its layers, and whether one has a tensor that only adapters have."""
+        return stems(self.tensors or ())
+
+    @cached_property
     def config(self) -> Mapping[str, Any]:
         """The table in the `adapter_config.json` of the folder."""
         path = self.folder / CONFIG
@@ -59,3 +66,8 @@ class Found:
         except (OSError, ValueError, RecursionError):
             return {}
         return fields if isinstance(fields, dict) else {}
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value in settings is a number to calculate with."""
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # type: ignore[arg-type]

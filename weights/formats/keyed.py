@@ -1,15 +1,13 @@
 """What the formats share that keep all of an adapter in one safetensors file, as tensors named `<layer>.<end>`.
 
-They differ in how they name layers. The ends are those of LyCORIS and kohya's scripts, for which other programs have
-other spellings; a layer's `alpha` is a tensor beside the others, and stands for the rank where it is missing. Which
-method a layer has shows in which tensors it has: that is in `lycoris_methods`.
+They differ in how they name layers; the ends are in `keys`. A layer's `alpha` is a tensor beside the others, and stands
+for the rank where it is missing. Which method a layer has shows in which tensors it has: that is in `lycoris_methods`.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -17,55 +15,8 @@ from torch import Tensor
 from weights.adapter_file import LayerWeights
 from weights.errors import FileFormatError
 from weights.formats.found import Found
+from weights.formats.keys import ALPHA, BIASES, split
 from weights.formats.lycoris_methods import GRAMMARS
-
-ALPHA = "alpha"
-_BIASES = {end: grammar.end(name) for grammar in GRAMMARS for name, end in grammar.bias.items()}
-_OWN = {ALPHA, *_BIASES, *(end for grammar in GRAMMARS for end in grammar.ends)}
-_SPELLINGS: Mapping[str, Iterable[str]] = {
-    **{
-        f"lora_{end}.weight": (
-            f"lora_{letter}",
-            f"lora_{letter}.weight",
-            f"lora_{letter}.default.weight",
-            f"lora.{end}.weight",
-            f"lora_linear_layer.{end}.weight",
-        )
-        for end, letter in (("down", "A"), ("up", "B"))
-    },
-    "lora_up.bias": ("lora_B.bias", "lora_B.default.bias"),
-    "dora_scale": (
-        "magnitude",
-        *(f"lora_magnitude_vector{end}" for end in ("", ".weight", ".default", ".default.weight")),
-    ),
-}
-_ENDS = {end: end for end in _OWN} | {spelling: end for end, names in _SPELLINGS.items() for spelling in names}
-_MOST_NAMES = max(end.count(".") for end in _ENDS) + 1
-# The oldest spelling: the processor of an attention has layers called `to_q_lora`, or with XLabs `qkv_lora1`.
-_PROCESSOR_ENDS = {"down.weight": "lora_down.weight", "up.weight": "lora_up.weight"}
-_PROCESSOR = re.compile(r"(.+)_lora([12]?)")
-# Parameters of base models have these names too.
-_COMMON = {ALPHA, "weight"}
-
-
-def split(key: str) -> tuple[str, str] | None:
-    """The layer that a key names, and the end in LyCORIS' spelling, the longest there is; None for another kind."""
-    names = key.split(".")
-    for count in range(min(_MOST_NAMES, len(names) - 1), 0, -1):
-        stem, end = ".".join(names[:-count]), ".".join(names[-count:])
-        if end in _ENDS:
-            return stem, _ENDS[end]
-        if end in _PROCESSOR_ENDS and (layer := _PROCESSOR.fullmatch(stem)):
-            return "".join(layer.groups()), _PROCESSOR_ENDS[end]
-    return None
-
-
-def stems(found: Found) -> dict[str, bool]:
-    """What the keys of a file call its layers, and whether one has a tensor that only adapters have."""
-    called: dict[str, bool] = {}
-    for stem, end in filter(None, map(split, found.tensors or ())):
-        called[stem] = called.get(stem, False) or end not in _COMMON
-    return called
 
 
 def read(
@@ -94,8 +45,8 @@ def read(
         if path is None or (end == "weight" and not flattened and f"{stem}.on_input" not in file):
             problems.append(f"the key {key!r} is not expected")
             continue
-        if end in _BIASES:  # A bias is a layer of its own here.
-            path, end = f"{path}{'_' if flattened else '.'}bias", _BIASES[end]
+        if end in BIASES:  # A bias is a layer of its own here.
+            path, end = f"{path}{'_' if flattened else '.'}bias", BIASES[end]
         if named.setdefault(path, {}).setdefault(end, key) != key:
             problems.append(f"{key!r} and {named[path][end]!r} are the same tensor of a layer")
     layers: dict[str, LayerWeights] = {}

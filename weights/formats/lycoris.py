@@ -17,10 +17,11 @@ from weights.adapter_file import AdapterFile, LayerWeights
 from weights.files import save
 from weights.formats import keyed
 from weights.formats.found import Found
+from weights.formats.keys import ALPHA
 from weights.formats.lycoris_methods import GRAMMARS, Grammar
 
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
-METHODS = frozenset(grammar.method for grammar in GRAMMARS) - {"copy"}
+METHODS = tuple(dict.fromkeys(grammar.method for grammar in GRAMMARS if grammar.method != "copy"))
 NAME = "LyCORIS"
 
 COMPONENTS: Mapping[str, str] = {
@@ -42,7 +43,7 @@ _CLIP = ("encoder.layers.", "encoder_layers_", "final_layer_norm", "embeddings")
 
 def recognise(found: Found) -> bool:
     """Whether the file has a tensor that is named as LyCORIS names them."""
-    return any(where(stem) is not None for stem in keyed.stems(found))
+    return any(where(stem) is not None for stem in found.stems)
 
 
 def read(found: Found) -> AdapterFile:
@@ -110,7 +111,7 @@ def _write_layer(where: str, layer: LayerWeights, adapter: AdapterFile) -> dict[
         grammar.check(layer.tensors)
         tensors, alpha = grammar.write(layer)
         tensors = {grammar.end(name): tensor for name, tensor in tensors.items()}
-        tensors |= {} if alpha is None else {keyed.ALPHA: _written_alpha(alpha)}
+        tensors |= {} if alpha is None else {ALPHA: _written_alpha(alpha)}
     return {f"{_stem(where, adapter)}.{end}": tensor for end, tensor in tensors.items()}
 
 
@@ -131,7 +132,7 @@ def _stem(where: str, adapter: AdapterFile) -> str:
 def _grammar(layer: LayerWeights) -> Grammar:
     """That of a layer; raises a ValueError if there is none."""
     if layer.method not in METHODS:
-        raise ValueError(f"the method {layer.method!r}, which is none of {', '.join(sorted(METHODS))}")
+        raise ValueError(f"the method {layer.method!r}, which is none of {', '.join(METHODS)}")
     for grammar in GRAMMARS:
         if grammar.method == layer.method and grammar.fits(layer.tensors):
             return grammar

@@ -43,7 +43,7 @@ def read(found: Found) -> AdapterFile:
         FileFormatError: The file is not sound, or of a later version.
     """
     file = found.path / TENSORS if (found.path / TENSORS).is_file() else found.file or found.path
-    tensors = open_tensors(file)
+    tensors = found.open() if file == found.file else open_tensors(file)
     try:
         about = json.loads(tensors.metadata[_ENTRY])
         version, base, layers = about["version"], about["base_model"], about["layers"]
@@ -85,7 +85,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         return
     contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
     if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, peft=False).encode()]
+        contents[path / CARD] = [model_card(adapter, "fluxion").encode()]
     write_files(contents)
 
 

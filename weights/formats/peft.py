@@ -24,6 +24,7 @@ from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
+from weights.formats import torchtune
 from weights.formats.found import CONFIG, Found
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
@@ -65,7 +66,7 @@ def recognise(found: Found) -> bool:
     """Whether it is a folder with an `adapter_config.json` of PEFT, or one of the two files in such a folder."""
     meant = found.path.is_dir() or found.path.name in FILES
     there = any((found.folder / name).is_file() for name in FILES)
-    return meant and there and ("peft_type" in found.config or not found.config)
+    return meant and there and ("peft_type" in found.config or not found.config) and not torchtune.recognise(found)
 
 
 def read(found: Found) -> AdapterFile:
@@ -82,7 +83,7 @@ def read(found: Found) -> AdapterFile:
         raise SourceNotFoundError(
             f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
         )
-    tensors = open_tensors(file)
+    tensors = found.open() if file == found.file else open_tensors(file)
     return replace(parse(tensors, settings, file), metadata=tensors.metadata)
 
 
@@ -129,7 +130,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         path / CONFIG: [config.encode()],
     }
     if not (path / CARD).exists():  # somebody may have written it by hand
-        contents[path / CARD] = [model_card(adapter, peft=True).encode()]
+        contents[path / CARD] = [model_card(adapter, "peft").encode()]
     write_files(contents)
 
 

@@ -20,7 +20,7 @@ _STEM = re.compile(r"((?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj))([1
 
 def recognise(found: Found) -> bool:
     """Whether the file has a tensor that is named as XLabs names them."""
-    return any(map(where, keyed.stems(found)))
+    return any(map(where, found.stems))
 
 
 def where(stem: str) -> str | None:

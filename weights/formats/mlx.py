@@ -1,0 +1,247 @@
+"""The format of mlx-lm: a folder with `adapter_config.json` and `adapters.safetensors`.
+
+Tensors are named `<path>.lora_a`, `(in, rank)`, and `<path>.lora_b`, `(rank, out)`: the other way round than elsewhere.
+DoRA has the lengths of the rows as `<path>.m`. The settings hold what the product of A and B is multiplied by, once
+for all layers, as `scale`; there is no alpha.
+Format: https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from weights.adapter_file import AdapterFile, LayerWeights
+from weights.atomic import write_files
+from weights.card import model_card
+from weights.files import encode, open_tensors
+from weights.formats.found import CONFIG, Found, is_number
+from weights.formats.keyed import refuse
+
+TENSORS = "adapters.safetensors"
+CARD = "README.md"
+FILES = (CONFIG, TENSORS)
+METHODS = frozenset({"lora", "dora"})
+NAME = "mlx-lm"
+
+_LENGTHS = "lora_magnitude_vector"
+_ENDS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": _LENGTHS}
+_NUMBERS = {"rank", "alpha", "dropout", "rslora", "bias"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_RANK = 2**31
+
+
+def recognise(found: Found) -> bool:
+    """Whether it is a folder with both files, or one of these: training also leaves `0000100_adapters.safetensors`."""
+    is_file = found.path.name == CONFIG or found.path.name.endswith(TENSORS)
+    return bool(found.config.keys() & {"lora_parameters", "fine_tune_type"}) and (
+        is_file or (found.path / TENSORS).is_file()
+    )
+
+
+def read(found: Found) -> AdapterFile:
+    """Read a folder, or the file of tensors in one.
+
+    Raises:
+        SourceNotFoundError: There is no such file in the folder.
+        FileFormatError: The files are not sound, contradict each other, or use what is not supported; the message
+            lists what is wrong.
+    """
+    file = found.path if found.path.name.endswith(TENSORS) else found.folder / TENSORS
+    tensors = open_tensors(file)
+    method = found.config.get("fine_tune_type", "lora")
+    if method not in ("lora", "dora"):
+        refuse(file, NAME, [f"fine_tune_type is {method!r}, which is none of lora and dora"])
+    rank, scale, dropout = _settings(found)
+    numbers = {"rank": rank, "alpha": scale * rank, "dropout": dropout, "rslora": False}
+    named: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for key in tensors:
+        path, _, end = key.rpartition(".")
+        if path and end in _ENDS:
+            named.setdefault(path, {})[_ENDS[end]] = tensors[key]
+        else:
+            problems.append(f"the key {key!r} is not expected")
+    layers: dict[str, LayerWeights] = {}
+    for path, own in named.items():
+        if problem := _problem(path, own, method, rank):
+            problems.append(f"layer {path!r} has {problem}")
+        else:
+            layers[path] = _layer(path, own, method, numbers)
+    refuse(file, NAME, problems or ([] if layers else ["it has no adapter in it"]))
+    base = found.config.get("model")
+    return AdapterFile(layers, base if isinstance(base, str) and base else None, tensors.metadata)
+
+
+def write(adapter: AdapterFile, path: Path) -> None:
+    """Write a folder that mlx-lm loads: tensors, settings, and a model card unless there is a `README.md` already.
+
+    Where layers differ in rank or in strength, zeros are added to the smaller factors, and B is multiplied by what
+    the one `scale` is not.
+
+    Raises:
+        FileFormatError: The format cannot hold the adapter, or the path is that of a file.
+        FileWriteError: The system refused to write.
+    """
+    if path.suffix == ".safetensors":
+        refuse(path, NAME, ["its name is that of a file, and the adapters of mlx-lm are folders"])
+    parts = {adapter.component_of(where)[0] for where in adapter.layers}
+    if len(parts) > 1:
+        refuse(path, NAME, [f"it is for several models, {', '.join(sorted(parts))}: write each part by itself"])
+    layers = adapter.part(*parts).layers if parts else {}
+    refuse(path, NAME, list(_problems(adapter, layers)))
+    scales = Counter(map(_scale, layers.values()))
+    scale = max(scales, key=lambda value: (value != 0, scales[value]))
+    rank = max(_factors(layer)[0].shape[0] for layer in layers.values())
+    tensors = {
+        f"{where}.{end}": tensor
+        for where, layer in layers.items()
+        for end, tensor in _written(layer, rank, scale).items()
+    }
+    first = next(iter(layers.values()))
+    # Keys are looked for in the whole model, as these whole paths are, and in so many of its last blocks.
+    parameters = {"rank": rank, "scale": scale, "dropout": _dropout(first), "keys": sorted(layers)}
+    settings = {"fine_tune_type": first.method, "num_layers": 0, "lora_parameters": parameters}
+    settings |= {"model": adapter.base_model} if adapter.base_model else {}
+    contents: dict[Path, Iterable[bytes | memoryview]] = {
+        path / TENSORS: encode(tensors, {"format": "mlx"}),
+        path / CONFIG: [(json.dumps(settings, indent=4, sort_keys=True) + "\n").encode()],
+    }
+    if not (path / CARD).exists():  # Somebody may have written it by hand.
+        contents[path / CARD] = [model_card(adapter, "mlx").encode()]
+    write_files(contents)
+
+
+# Reading
+
+
+def _settings(found: Found) -> tuple[int, float, float]:
+    """The rank, the scale and the dropout that the settings say."""
+    table = found.config.get("lora_parameters")
+    table = {"dropout": 0.0, "alpha": None, **(table if isinstance(table, dict) else {})}
+    rank: Any = table.get("rank")
+    problems = [] if type(rank) is int and 0 < rank < _LARGEST_RANK else [f"its rank is {rank!r}"]
+    old: Any = rank if table["alpha"] is None else table["alpha"]
+    numbers = {"scale": table.get("scale"), "dropout": table["dropout"], "alpha": old}
+    problems += [f"its {name} is {value!r}" for name, value in numbers.items() if not is_number(value)]
+    if old != rank and "lora_layers" not in found.config:
+        # Versions of 2024 multiplied the scale by alpha / rank, until alpha was dropped. The oldest have this name.
+        problems.append(
+            "it has an alpha, which some versions heed and others do not: remove it from the lora_parameters, or"
+            " multiply the scale there by alpha / rank too"
+        )
+    refuse(found.folder / CONFIG, NAME, problems)
+    return rank, float(table["scale"] * old / rank), float(table["dropout"])
+
+
+def _problem(path: str, tensors: Mapping[str, Tensor], method: str, rank: int) -> str | None:
+    """What is wrong with the names or the shapes of the tensors of a layer."""
+    if tensors.keys() != _needed(method, "lora_"):
+        return f"{', '.join(sorted(tensors))}, which are not those of a {method}"
+    a, b = tuple(tensors["lora_A"].shape), tuple(tensors["lora_B"].shape)
+    if len(a) == len(b) == 3:
+        return "adapters of several experts, which are not supported"
+    if len(a) != 2 or len(b) != 2 or a[1] != rank or b[0] != rank:
+        return f"lora_a {a} and lora_b {b}, which do not fit each other and rank {rank}"
+    if method == "dora" and _is_embedding(path):
+        return "a DoRA of an embedding with a length for each row, which is not supported"
+    return None
+
+
+def _layer(path: str, tensors: Mapping[str, Tensor], method: str, numbers: Mapping[str, Any]) -> LayerWeights:
+    prefix = _prefix(_is_embedding(path))
+    own = {f"{prefix}{end}": tensors[f"lora_{end}"].T.contiguous() for end in "AB"}
+    own |= {name: tensor for name, tensor in tensors.items() if name == _LENGTHS}
+    return LayerWeights(method, numbers, own)
+
+
+def _is_embedding(path: str) -> bool:
+    """Whether models call embeddings so; nothing else in a file tells them from linear layers."""
+    name = path.rpartition(".")[2]
+    return "embed" in name or name == "wte"
+
+
+def _prefix(embedding: bool) -> str:
+    return "lora_embedding_" if embedding else "lora_"
+
+
+def _needed(method: str, prefix: str) -> set[str]:
+    """The names of the tensors that a layer has."""
+    return {f"{prefix}A", f"{prefix}B", *([_LENGTHS] if method == "dora" else [])}
+
+
+# Writing
+
+
+def _problems(adapter: AdapterFile, layers: Mapping[str, LayerWeights]) -> Iterator[str]:
+    """What there is no place for in an adapter."""
+    if adapter.flattened:
+        yield "the paths of its layers are flattened: load it into the model, and save it from there"
+    yield from (f"it has no place for {name}, which all layers share" for name in adapter.shared)
+    unfit = [f"layer {where!r} has {what}" for where, layer in layers.items() if (what := _unfit(where, layer))]
+    yield from unfit
+    if not layers:
+        yield "it has no layers with an adapter"
+    elif not unfit and len({layer.method for layer in layers.values()}) > 1:
+        yield "its layers differ in method, and mlx-lm keeps one"
+    elif not unfit and len(set(map(_dropout, layers.values()))) > 1:
+        yield "its layers differ in dropout, and mlx-lm keeps one"
+
+
+def _unfit(where: str, layer: LayerWeights) -> str | None:
+    """What there is no place for in a layer."""
+    numbers = layer.hyperparameters
+    if layer.method not in METHODS:
+        return f"the method {layer.method!r}, which is none of lora and dora"
+    if numbers.get("bias", False) is not False or not numbers.keys() <= _NUMBERS:
+        return f"more than mlx-lm knows, in {', '.join(map(str, numbers))}"
+    if not all(is_number(numbers.get(name, 0)) for name in ("alpha", "dropout")):
+        return "an alpha or a dropout that is no number"
+    embedding = "lora_embedding_A" in layer.tensors
+    if layer.tensors.keys() != _needed(layer.method, _prefix(embedding)):
+        return f"{', '.join(sorted(layer.tensors))}, which are not those of a {layer.method}"
+    if not all(tensor.dtype in _DTYPES for tensor in layer.tensors.values()):
+        return f"numbers of other types than {', '.join(map(str, _DTYPES))}"
+    a, b = _factors(layer)
+    if a.ndim != 2 or b.ndim != 2:
+        return f"factors of {tuple(a.shape)} and {tuple(b.shape)}, and mlx-lm adapts linear layers and embeddings only"
+    if type(numbers.get("rank")) is not int or not 0 < a.shape[0] == b.shape[1] == numbers["rank"]:
+        return f"factors of {tuple(a.shape)} and {tuple(b.shape)}, which do not fit each other and the rank"
+    if embedding and layer.method == "dora":
+        return "a DoRA of an embedding with a length for each feature, where mlx-lm has one for each row"
+    if embedding != _is_embedding(where) or not where:
+        return "a path by which it would not be known whether it is an embedding"
+    return None
+
+
+def _factors(layer: LayerWeights) -> tuple[Tensor, Tensor]:
+    prefix = _prefix("lora_embedding_A" in layer.tensors)
+    return layer.tensors[f"{prefix}A"], layer.tensors[f"{prefix}B"]
+
+
+def _dropout(layer: LayerWeights) -> float:
+    return cast(float, layer.hyperparameters.get("dropout", 0.0))
+
+
+def _scale(layer: LayerWeights) -> float:
+    numbers: Mapping[str, Any] = layer.hyperparameters
+    rank = numbers["rank"]
+    return float(numbers.get("alpha", rank) / (math.sqrt(rank) if numbers.get("rslora") else rank))
+
+
+def _written(layer: LayerWeights, rank: int, scale: float) -> dict[str, Tensor]:
+    """The tensors of a layer by the ends of their names, for a rank and a scale that may not be its own."""
+    a, b = _factors(layer)
+    if _scale(layer) != scale:  # In single precision, as halves would be rounded.
+        b = b.to(torch.promote_types(b.dtype, torch.float32)) * (_scale(layer) / scale)
+    if missing := rank - a.shape[0]:
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+    return {"lora_a": a.T, "lora_b": b.T} | ({"m": layer.tensors[_LENGTHS]} if _LENGTHS in layer.tensors else {})
