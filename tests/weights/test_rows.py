@@ -115,6 +115,10 @@ def test_ranks_are_kept_unless_all_others_are_exactly_0() -> None:
         (LayerWeights("diag-oft", {}, {"oft_blocks": torch.randn(4, 4, 4)}), "whose rows cannot be told apart"),
         (LayerWeights("full", {}, {"diff": torch.ones(16), "more": torch.ones(16)}), "whose rows cannot be told apart"),
         (LayerWeights("lora", {}, {"lora_A": torch.ones(2, 6)}), "whose rows cannot be told apart"),
+        (LayerWeights("lokr", {}, {"lokr_w1": torch.ones(16, 2)}), "factors that are no matrices"),
+        (LayerWeights("lokr", {}, {"lokr_w1": torch.ones(16), "lokr_w2": torch.ones(1, 1)}), "are no matrices"),
+        (LayerWeights("lokr", {}, {"lokr_w1": torch.ones(16, 2), "lokr_w2": torch.ones(0, 3)}), "are no matrices"),
+        (LayerWeights("lokr", {}, {"lokr_w1": torch.ones(16, 2), "lokr_w2": torch.tensor(1.0)}), "are no matrices"),
         (
             LayerWeights("lokr", {"factor": (2, 2)}, {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(8, 3)}),
             "lokr in blocks of 8 rows",
