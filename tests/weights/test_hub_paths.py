@@ -9,7 +9,6 @@ import torch
 from huggingface_hub import constants
 
 import weights
-from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import HubServer
 from tests.weights.test_hub import contents, folder
 from weights.hub_path import HubPath
@@ -149,11 +148,12 @@ def test_a_whole_commit_is_not_asked_for_again(hub: HubServer, folder: Path, mon
     for name, tensor in adapter.layers["block.fc"].tensors.items():
         assert torch.equal(again.layers["block.fc"].tensors[name], tensor)
     assert hub.requests == []
-    # What is not there yet is still fetched; and not waited for where there is no Hub.
-    point_client_at("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(weights.HubConnectionError, match="cannot be reached"):
+    # What is not there yet is still fetched, and where that fails, it fails at once.
+    hub.faults = dict.fromkeys(range(1000), "drop")
+    with pytest.raises(weights.HubConnectionError, match="connection to the Hub was lost"):
         weights.download(pinned)
-    point_client_at(hub.url, monkeypatch)
+    assert len(hub.requests) == 1
+    hub.faults = {}
     assert contents(weights.download(pinned)) == contents(folder)
 
 
@@ -169,6 +169,13 @@ def test_offline_the_cache_is_enough(hub: HubServer, folder: Path, monkeypatch: 
         weights.download("me/style")  # The card has not been fetched.
     with pytest.raises(weights.HubConnectionError, match="HF_HUB_OFFLINE"):
         weights.open("me/other")
+
+
+def test_what_is_no_commit_is_not_taken_for_a_folder(hub: HubServer, folder: Path) -> None:
+    repo = hub.add("me/style", contents(folder))
+    repo.commits[-1] = ("../../../escaped", repo.commits[-1][1])
+    with pytest.raises(weights.HubError, match="what answered is no Hub"):
+        weights.download("me/style")
 
 
 def test_a_file_with_a_hostile_name_is_left_alone(hub: HubServer, folder: Path) -> None:
