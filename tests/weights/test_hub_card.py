@@ -60,8 +60,8 @@ def test_other_licenses_need_a_name() -> None:
         weights.model_card(adapter, "peft", license="other")
     card = weights.model_card(adapter, "peft", license="other", license_name="mine", license_link="LICENSE")
     assert fields(card)["license_name"] == "mine"
-    for tags in ("style", [1]):
-        with pytest.raises(weights.FileFormatError, match="list of texts"):
+    for tags in ("style", [1], ["a\nb"], ["\x85"]):
+        with pytest.raises(weights.FileFormatError, match="a text in one line"):
             weights.model_card(adapter, "peft", tags=tags)  # type: ignore[arg-type]
 
 
@@ -98,8 +98,8 @@ texts = st.text(st.characters(codec="utf-8") | st.sampled_from("`\n-.~|:#<>\"'{}
     paths=st.lists(texts, min_size=1, max_size=4, unique=True),
     method=texts,
     base=texts | st.just("someone/base"),
-    tags=st.lists(texts, max_size=3),
-    license=texts.filter(lambda text: text != "other"),
+    tags=st.lists(texts.filter(str.isprintable), max_size=3),
+    license=texts.filter(lambda text: text.isprintable() and text != "other"),
     rank=st.integers() | st.floats() | texts,
 )
 def test_no_name_breaks_out(
@@ -112,11 +112,13 @@ def test_no_name_breaks_out(
     check_card(tmp_path / "README.md")
     found = fields(card)
     assert set(tags) <= set(found["tags"])  # type: ignore[call-overload]
-    assert found.get("license") == (license or None) or license == ""
-    # The text has the parts it always has, with two blocks of Python and one of the tree.
-    body = card.split("\n---\n", 1)[1]
-    assert re.findall(r"^ {0,3}(?:```|~~~).*$", body, re.MULTILINE) == ["```python", "```"] * 2 + ["```text", "```"]
-    assert [line for line in body.splitlines() if line.startswith("#")] in (["# Adapter"], [f"# Adapter for {base}"])
-    tree = body.split("```text\n")[1].split("\n```\n")[0]
+    assert found.get("license") == license
+    # The text has the parts it always has: one title, two blocks of Python, and at its end the tree.
+    before, after = card.split("\n---\n", 1)[1].split("```text\n")
+    tree, end = after.split("\n```\n")
+    assert end == ""
+    assert re.findall(r"^ {0,3}(?:```|~~~).*$", before, re.MULTILINE) == ["```python", "```"] * 2
+    assert [line for line in before.splitlines() if line.startswith("#")] in (["# Adapter"], [f"# Adapter for {base}"])
+    assert "`" not in tree
     assert len(tree.splitlines()) <= 40
     assert all(line.isprintable() for line in tree.splitlines())

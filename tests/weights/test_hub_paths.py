@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 import weights
 from tests.weights.hub_server import HubServer
@@ -149,8 +149,8 @@ def test_a_whole_commit_is_not_asked_for_again(hub: HubServer, folder: Path, mon
         assert torch.equal(again.layers["block.fc"].tensors[name], tensor)
     assert hub.requests == []
     # What is not there yet is still fetched, and where that fails, it fails at once.
-    hub.faults = dict.fromkeys(range(1000), "drop")
-    with pytest.raises(weights.HubConnectionError, match="connection to the Hub was lost"):
+    hub.faults = dict.fromkeys(range(1000), 503)
+    with pytest.raises(weights.HubError, match="the Hub answered 503"):
         weights.download(pinned)
     assert len(hub.requests) == 1
     hub.faults = {}
@@ -169,6 +169,22 @@ def test_offline_the_cache_is_enough(hub: HubServer, folder: Path, monkeypatch: 
         weights.download("me/style")  # The card has not been fetched.
     with pytest.raises(weights.HubConnectionError, match="HF_HUB_OFFLINE"):
         weights.open("me/other")
+
+
+def test_a_cache_that_another_program_has_filled(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/style", contents(folder))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        hf_hub_download("me/style", name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "block.fc" in weights.read_adapter("me/style").layers
+    assert len(weights.open("me/style")) == 2
+
+
+def test_a_cache_that_cannot_be_written(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/style", contents(folder))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "README.md" / "cache"))
+    with pytest.raises(weights.FileWriteError, match="HF_HOME"):
+        weights.download("me/style")
 
 
 def test_what_is_no_commit_is_not_taken_for_a_folder(hub: HubServer, folder: Path) -> None:

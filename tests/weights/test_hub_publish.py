@@ -53,9 +53,9 @@ def test_as_a_pull_request(hub: HubServer, folder: Path) -> None:
 
 def test_what_was_made_before_it_failed_is_said(hub: HubServer, folder: Path) -> None:
     hub.cdn_is_full = True
-    with pytest.raises(weights.HubError, match=r"413.*The new repository me/style is there, and empty\."):
+    with pytest.raises(weights.HubError, match=r"413.*The new repository me/style was made before that, and stays"):
         weights.publish(folder, "me/style", token=WRITER)
-    with pytest.raises(weights.HubError, match=r"413.*The new branch v2 is there, without the files\."):
+    with pytest.raises(weights.HubError, match=r"413.*The new branch v2 was made before that, and stays"):
         weights.publish(folder, "me/style", revision="v2", token=WRITER)
     assert files_of(hub.repos["me/style"]) == {}
 
@@ -111,7 +111,7 @@ def test_what_a_link_outside_leads_to_is_not_published(hub: HubServer, folder: P
         (b"---\ntags: [1]\n---\n", "tags is a list; make it a list of texts"),
         (b"---\nlicense: 2\n---\n", "license is a int"),
         (b"---\nbase_model: {a: b}\n---\n", "base_model is a dict"),
-        (b"---\n1: a\n---\n", "field 1"),
+        (b"---\nlanguage: no\n---\n", "language is a bool; make it a text or a list"),
         (b"---\nlibrary_name: [a]\n---\n", "library_name is a list"),
         (b"\xff\xfe", "sound YAML"),
     ],
@@ -153,6 +153,13 @@ def test_another_header_than_was_sent_is_noticed(hub: HubServer, folder: Path) -
     hub.after_commit = spoil
     with pytest.raises(weights.HubError, match=r"does not have what was sent as adapter_model\.safetensors"):
         weights.publish(folder, "me/style", token=WRITER)
+
+
+def test_a_name_that_not_every_system_allows_is_not_published(hub: HubServer, folder: Path) -> None:
+    (folder / "a\\b").write_text("...")
+    with pytest.raises(weights.FileFormatError, match="give it another"):
+        weights.publish(folder, "me/style", token=WRITER)
+    assert hub.requests == []
 
 
 def test_a_token_that_is_none_is_not_repeated(hub: HubServer, folder: Path) -> None:
