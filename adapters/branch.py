@@ -87,7 +87,7 @@ class Branch(fl.Chain):
         )
 
     def twin(self, values: Mapping[str, Tensor]) -> Branch:
-        """A branch of the same structure with other parameters, given by name. Far quicker than making one anew."""
+        """A branch of the same structure with other parameters, given by name: far quicker than making one anew."""
         clone = self.structural_copy()
         for key, module in clone._modules.items():
             if module._parameters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
@@ -205,7 +206,7 @@ def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
     content = _bytes(tensor)
     try:
-        with path.open("rb", buffering=0) as file:
+        with FileIO(path) as file:
             file.seek(slot.start)
             count = 0
             while count < len(content) and (some := file.readinto(content[count:])):
