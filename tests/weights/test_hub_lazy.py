@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import weights
-from tests.weights.hub_server import WRITER, HubServer
+from tests.weights.hub_server import WRITER, File, HubServer
 
 BIG = 1 << 16  # numbers; their bytes are more than the first part that is fetched
 
@@ -130,3 +130,14 @@ def test_only_finite_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
     assert opened["good"].dtype == dtype
     with pytest.raises(weights.FileFormatError, match="'bad' has NaN or infinity"):
         opened["bad"]
+
+
+def test_a_change_after_opening_changes_nothing(hub: HubServer, tmp_path: Path) -> None:
+    old, new = (weights.save({"a": torch.full((3,), n)}, tmp_path / "t.safetensors").read_bytes() for n in (1.0, 2.0))
+    repo = hub.add("me/base", {"model.safetensors": old})
+    opened = weights.open("me/base")
+    file = File(new, large=True)
+    hub.large[file.sha256] = new
+    repo.commit({"model.safetensors": file})
+    assert torch.equal(opened["a"], torch.full((3,), 1.0))
+    assert torch.equal(weights.open("me/base")["a"], torch.full((3,), 2.0))

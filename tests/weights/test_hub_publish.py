@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import adapters
 import weights
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import WRITER, File, HubServer, Repo
@@ -177,3 +178,20 @@ def test_what_is_there_already_is_checked_too(hub: HubServer, folder: Path) -> N
     repo.commit({"adapter_config.json": File(json.dumps(config | {"r": 9}).encode(), large=False)})
     weights.publish(folder, "me/style", token=WRITER)
     assert files_of(repo) == contents(folder)
+
+
+def test_a_patch_is_published_with_a_card_of_its_own(hub: HubServer) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    patch = adapters.inject(model, adapters.LoRA(rank=2), targets="0")
+    options = {"license": "mit", "tags": ["style"], "token": WRITER}
+    text = patch.push_to_hub("me/style", dry_run=True, **options)
+    assert hub.repos == {}
+    patch.push_to_hub("me/style", private=True, commit_message="First", **options)
+    repo = hub.repos["me/style"]
+    assert repo.private
+    card = files_of(repo)["README.md"].decode()
+    assert text.endswith(card)
+    assert 'PeftModel.from_pretrained(model, "me/style")' in card
+    assert "license: mit" in card
+    assert "- style" in card
+    assert "0  lora rank 2" in card
