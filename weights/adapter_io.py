@@ -43,19 +43,12 @@ def read_adapter(
     """
     patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
     patterns += pickles.FILES if pickle else []
-    path = locate(source, revision=revision, token=token, patterns=patterns)
-    if max_bytes is not None and (size := _size(path)) > max_bytes:
-        raise FileFormatError(f"{source} has {size:,} bytes, and {max_bytes:,} are allowed; raise max_bytes.")
+    path = locate(source, revision=revision, token=token, patterns=patterns, max_bytes=max_bytes)
     with pickles.unpickled(path) if pickle else nullcontext(path) as readable:
         adapter = _read(source, readable)
     if finite:
         _check_finite(source, adapter)
     return adapter
-
-
-def _size(path: Path) -> int:
-    files = (file for file in path.iterdir() if file.is_file()) if path.is_dir() else (path,)
-    return sum(file.stat().st_size for file in files)
 
 
 def _check_finite(source: str | PathLike[str], adapter: AdapterFile) -> None:
