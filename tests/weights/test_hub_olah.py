@@ -19,19 +19,8 @@ from tests.weights.test_hub import contents, folder
 
 __all__ = ["folder"]  # a fixture
 
-_VERSION = "olah==0.5.4"
-
-
-@pytest.fixture(scope="module")
-def olah() -> Path:
-    """Its command, in an environment of its own: it needs other versions of the libraries used here."""
-    home = Path(sys.prefix) / "olah"
-    command = home / "bin" / "olah-cli"
-    if not command.exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
-        install = [home / "bin" / "python", "-m", "pip", "install", "--quiet", _VERSION]
-        subprocess.run(install, check=True, timeout=240)
-    return command
+# In an environment of its own, which `make test` sets up: it needs other versions of the libraries used here.
+OLAH = Path(sys.prefix) / "olah" / "bin" / "olah-cli"
 
 
 @pytest.fixture
@@ -47,9 +36,7 @@ def repository(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def served(
-    olah: Path, repository: Path, tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def served(repository: Path, tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +47,7 @@ def served(
     )
     with (tmp_path / "olah.log").open("wb") as log:
         server = subprocess.Popen(
-            [olah, "-c", settings, "--log-path", tmp_path / "logs"], stdout=log, stderr=log, cwd=tmp_path
+            [OLAH, "-c", settings, "--log-path", tmp_path / "logs"], stdout=log, stderr=log, cwd=tmp_path
         )
     try:
         _wait_for(port, server)
