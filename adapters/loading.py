@@ -161,9 +161,15 @@ def _entries(
     problems: list[str] = []
     entries: list[_Entry] = []
     fitting: set[object] = set()
+    methods: dict[str, tuple[Mapping[str, object], Method]] = {}
     for layer, path in found:
+        content = file.layers[path]
         try:
-            entry = _entry(layer, file.layers[path], trainable)
+            numbers, method = methods.get(content.method, (None, None))
+            if method is None or numbers != content.hyperparameters:
+                method = _method(content)
+                methods[content.method] = content.hyperparameters, method
+            entry = _entry(layer, content, method, trainable)
             different = [] if entry.kind in fitting else _misfits(entry)
             if not different:
                 fitting.add(entry.kind)
@@ -176,9 +182,8 @@ def _entries(
     return entries, problems
 
 
-def _entry(layer: Layer, content: weights.LayerWeights, trainable: bool) -> _Entry:
+def _entry(layer: Layer, content: weights.LayerWeights, method: Method, trainable: bool) -> _Entry:
     """What a file has for a layer; raises an AdapterError where the layer cannot have it."""
-    method = _method(content)
     if method.matrix(layer.module, layer.parameter) is None:
         raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
     site = Site.of(layer, method, None, None, own=True)
@@ -303,8 +308,15 @@ class _Mould:
     def cast(self, tensors: Mapping[str, Tensor]) -> Branch:
         """A branch with the values that a file has, which were found to fit."""
         return self.branch.twin(
-            {name: tensors[key].view(like.shape).to(like) for key, (name, like) in self.parameters.items()}
+            {
+                name: tensor if _is_alike(tensor := tensors[key], like) else tensor.view(like.shape).to(like)
+                for key, (name, like) in self.parameters.items()
+            }
         )
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

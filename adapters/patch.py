@@ -89,9 +89,7 @@ class Place:
         name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
         if self.branch.parameter != "weight":
             name += f"_{self.branch.parameter}"
-        while name in node._modules or hasattr(Adapted, name):
-            name += "_"
-        node.add_module(name, self.branch)
+        node.hold(name, self.branch)
         if self.branch.training != layer.training:
             self.branch.train(layer.training)
         if node is not found:
