@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
@@ -51,7 +52,7 @@ class TensorFiles(Mapping[str, Tensor]):
             HubError: The file is on the Hub, and the Hub failed.
         """
         tensor = _read_tensor(*self._places[name].local(), self.slots[name], name=name)
-        if self._finite and not _is_finite(tensor):
+        if self._finite and not is_finite(tensor):
             raise FileFormatError(f"{self._places[name]}: tensor {name!r} has NaN or infinity in it; save it again.")
         return tensor
 
@@ -225,7 +226,8 @@ def _opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, s
     return list(files.values()), metadata
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity in it."""
     if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
         tensor = tensor.float()  # torch cannot tell for all types of eight bits
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
@@ -235,7 +237,7 @@ def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
     content = _bytes(tensor)
     try:
-        with path.open("rb", buffering=0) as file:
+        with FileIO(path) as file:
             file.seek(slot.start)
             count = 0
             while count < len(content) and (some := file.readinto(content[count:])):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,18 +67,16 @@ class LocalFolder:
         return str(self.path)
 
     def names(self) -> Iterable[str]:
-        return [path.name for path in self.path.iterdir()]
+        with _reading(self.path):
+            return [path.name for path in self.path.iterdir()]
 
     def folders(self) -> Mapping[str, Folder]:
-        return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
+        with _reading(self.path):
+            return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
 
     def content(self, name: str) -> bytes:
-        try:
+        with _reading(self.path / name):
             return (self.path / name).read_bytes()
-        except OSError as error:
-            raise SourceNotFoundError(
-                f"{self.path / name} cannot be read: {error.strerror}; check the path."
-            ) from error
 
     def file(self, name: str) -> TensorFile:
         path = self.path / name
@@ -170,3 +169,11 @@ def remote_header(snapshot: Snapshot, path: str) -> Header:
         return first[start:stop] if stop <= len(first) else first[start:] + snapshot.read(path, len(first), stop)
 
     return parse_header(f"{path} of {snapshot.place.repo_id}", size, read)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; check the path.") from error

@@ -53,6 +53,7 @@ def convert(
     import torch
 
     import weights
+    from adapters.patch import write_file
 
     _check_new(destination)
     adapter = weights.read_adapter(source)
@@ -70,9 +71,8 @@ def convert(
         )
     if kind is not None:
         adapter = _cast(adapter, getattr(torch, kind))
-    weights.write_adapter(adapter, destination, form)
-    written = weights.read_adapter(destination)
-    click.echo(f"{destination}: {len(written.layers):,} layers in {written.format} format, from {adapter.format}.")
+    form = write_file(adapter, destination, form)
+    click.echo(f"{destination}: {len(adapter.layers):,} layers in {form} format, from {adapter.format}.")
 
 
 def _check_new(path: Path) -> None:

@@ -81,7 +81,8 @@ def read(found: Found) -> AdapterFile:
     file = found.folder / TENSORS
     if not file.exists():
         raise SourceNotFoundError(
-            f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
+            f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), read it by"
+            " weights.read_adapter(..., pickle=True)."
         )
     tensors = found.open() if file == found.file else open_tensors(file)
     return replace(parse(tensors, settings, file), metadata=tensors.metadata)
