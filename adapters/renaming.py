@@ -26,12 +26,15 @@ def with_names_in(base: Mapping[str, weights.TensorFiles], file: weights.Adapter
     Raises:
         LayerMismatchError: It has layers that the base model does not have; the message lists them.
     """
+    what = "The adapter is for another base model"
+    if len(file.components) > 1:
+        what += f", or for several: choose one out of {', '.join(file.components)}"
     everything = layers(_skeleton(base))
     whole = {"": file.layers[""]} if "" in file.layers else {}  # For the whole model, by whatever names.
     file, problems = with_names_of(everything, file)
     found, missing, more = find_layers(everything, file)
     problems += more + [f"there is no layer {name}" for name in sorted(missing) if name]
-    refuse("The adapter is for another base model", problems)
+    refuse(what, problems)
     renamed: dict[str, weights.LayerWeights] = {}
     components: dict[str, None] = {}
     for layer, name in found:

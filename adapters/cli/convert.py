@@ -47,8 +47,8 @@ def convert(
 
     \b
     Examples:
-      fluxion convert style.safetensors style --to peft --base someone/model
-      fluxion convert out style-half.safetensors --to fluxion --dtype float16
+      fluxion convert style.safetensors out --base someone/model
+      fluxion convert out half.safetensors --to diffusers --component unet --dtype float16
     """
     import torch
 

@@ -71,7 +71,7 @@ def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
 
     \b
     Example:
-      fluxion diff style style.safetensors
+      fluxion diff someone/style-lora style.safetensors
     """
     kind, found = _compared(a, b)
     differences = list(found)

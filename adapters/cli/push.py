@@ -40,17 +40,17 @@ def push(
 ) -> None:
     """Publish an adapter on the Hub, in one commit, and print its address.
 
-    A folder is published as it is, without hidden files. An adapter without a model card, such as a lone file, gets
-    one; nothing is written on this machine. The repository and the branch are made if there are none. All files are
-    checked before, and what the Hub has is checked after.
+    A folder is published without its hidden files. An adapter without a model card, such as a lone file, gets one; a
+    card that is there gets the license and the tags. Nothing is changed on this machine. The repository and the branch
+    are made if there are none. All files are checked before, and what the Hub has is checked after.
 
     \b
     Example:
-      fluxion push style me/style-lora --license mit --dry-run
+      fluxion push style.safetensors me/style-lora --license mit
     """
     import weights
 
-    with _with_card(source, repo_id, license, tags) as folder:
+    with _prepared(source, repo_id, license, tags) as folder:
         answer = weights.publish(
             folder,
             repo_id,
@@ -68,17 +68,19 @@ def push(
 
 
 @contextmanager
-def _with_card(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
-    """A folder with a model card: what is given, or a copy for a while."""
-    if (source / _CARD).is_file():
-        if license or tags:
-            raise click.ClickException(f"{source / _CARD} says the license and the tags: write them there.")
+def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
+    """A folder to publish: what is given, or a copy for a while that has a model card with the license and the tags."""
+    has_card = (source / _CARD).is_file()
+    if has_card and not license and not tags:
         yield source
         return
-    import weights
+    if has_card:
+        card = _with_fields(source / _CARD, license, tags)
+    else:
+        import weights
 
-    adapter = weights.read_adapter(source)
-    card = weights.model_card(adapter, str(adapter.format), repo_id=repo_id, license=license, tags=tags)
+        adapter = weights.read_adapter(source)
+        card = weights.model_card(adapter, str(adapter.format), repo_id=repo_id, license=license, tags=tags)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "adapter"
         if source.is_dir():
@@ -89,6 +91,21 @@ def _with_card(source: Path, repo_id: str, license: str | None, tags: Sequence[s
                 shutil.copy(path, folder)
         (folder / _CARD).write_text(card, encoding="utf-8")
         yield folder
+
+
+def _with_fields(path: Path, license: str | None, tags: Sequence[str]) -> str:
+    """A model card with another license, and more tags."""
+    from huggingface_hub import ModelCard
+
+    from weights.card import check_card
+
+    check_card(path)
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    if license:
+        card.data["license"] = license
+    if tags:
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
+    return str(card)
 
 
 def _belonging(file: Path, format: str) -> set[Path]:

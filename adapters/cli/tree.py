@@ -90,9 +90,9 @@ class Module:
 
     @property
     def parameters(self) -> int:
-        """How many there are in it, and in all that are like it."""
+        """How many there are in it."""
         own = sum(math.prod(slot.shape) for slot in self.tensors.values())
-        return self.times * (own + sum(module.parameters for module in self.inside.values()))
+        return own + sum(module.times * module.parameters for module in self.inside.values())
 
     def collapse(self) -> object:
         """Put in order what is inside, and make one of neighbours that are alike. Equal for modules that are alike."""
@@ -131,10 +131,8 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
         indent: What is before the branches; None where there are none, at the top.
     """
     if indent is None and module.tensors:
-        count = sum(math.prod(slot.shape) for slot in module.tensors.values())
-        yield from _lines("(itself)", "", Module(module.tensors), count, usual)
+        yield from _lines("(itself)", "", Module(module.tensors), usual)
     for place, (name, below) in enumerate(module.inside.items(), 1):
-        count = below.parameters
         while len(below.inside) == 1 and not below.tensors and below.times == 1:  # A chain of one each is one line.
             ((inner, below),) = below.inside.items()
             name = f"{name}.{inner}"
@@ -142,15 +140,16 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
         branch = "" if indent is None else f"{indent}{'└── ' if last else '├── '}"
         deeper = "" if indent is None else f"{indent}{'    ' if last else '│   '}"
         inside = depth is None or depth > 1
-        yield from _lines(f"{branch}{name}", deeper + "│" * (inside and bool(below.inside)), below, count, usual)
+        yield from _lines(f"{branch}{name}", deeper + "│" * (inside and bool(below.inside)), below, usual)
         if inside:
             yield from _rows(below, depth and depth - 1, usual, deeper)
 
 
-def _lines(name: str, below: str, module: Module, count: int, usual: str) -> Iterator[tuple[str, str, str]]:
-    """The lines of a module: its name, two of its own tensors in each, and how many parameters there are."""
+def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[str, str, str]]:
+    """The lines of a module: its name, two of its own tensors in each, and how many parameters it has."""
     named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", _natural(item[0])))
-    told = [f"{name} {shape_of(slot.shape)}{'' if _kind(slot) == usual else f' {_kind(slot)}'}" for name, slot in named]
-    yield name, ", ".join(told[:2]), f"{count:,}"
+    told = [f"{own} {shape_of(slot.shape)}{'' if _kind(slot) == usual else f' {_kind(slot)}'}" for own, slot in named]
+    times = f"{module.times:,} × " if module.times > 1 else ""
+    yield name, ", ".join(told[:2]), f"{times}{module.parameters:,}"
     for start in range(2, len(told), 2):
         yield below, ", ".join(told[start : start + 2]), ""
