@@ -59,7 +59,7 @@ def convert(
     adapter = weights.read_adapter(source)
     if component is not None:
         adapter = _of_component(source, adapter, component)
-    if base is not None:
+    if base is not None and not adapter.counted:
         from adapters.renaming import with_names_in
 
         adapter = with_names_in(weights.open_parts(base), adapter)

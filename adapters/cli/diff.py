@@ -193,6 +193,8 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """
     import torch
 
+    if a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)):
+        return 0.0, 0.0
     largest = squares = length = 0.0
     for one, other in zip(a.flatten().split(_AT_ONCE), b.flatten().split(_AT_ONCE), strict=True):
         whole = one.dtype == other.dtype == torch.int64  # Large ones are not exact as what the others become.
@@ -200,7 +202,7 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
         exact = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
         one, other = one.to(exact), other.to(exact)
         same = (one == other) | (one.isnan() & other.isnan())
-        gap = (one - other).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf).maximum(apart)
+        gap = (one - other).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).maximum(apart)
         largest = max(largest, float(gap.max())) if gap.numel() else largest
         squares += float(gap.square().sum())
         length += float(one.abs().nan_to_num(nan=0.0, posinf=0.0).square().sum())

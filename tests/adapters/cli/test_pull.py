@@ -24,7 +24,7 @@ def test_into_the_cache(hub: HubServer, style: Path) -> None:
 
 
 def test_one_file_a_folder_and_a_revision(hub: HubServer, tmp_path: Path) -> None:
-    files = {"a/x.safetensors": b"x", "a/y.json": b"{}", "b/z.json": b"[]"}
+    files = {"a/x.txt": b"x", "a/y.json": b"{}", "b/z.json": b"[]"}
     repo = hub.add("someone/several", files)
     first, _ = repo.commits[-1]
     repo.commit({"a/y.json": File(b'{"new": 1}', large=False)})
