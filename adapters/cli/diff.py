@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import as_json, make_console, plain, print_json, shape_of
+from adapters.cli.console import as_json, make_console, plain, print_json, progress, shape_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,7 @@ def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
     kind, found = _compared(a, b)
     differences = list(found)
     if as_json:
-        listed = [_listed(one) for one in differences]
+        listed = [asdict(one) for one in differences]
         print_json({"a": a, "b": b, "kind": kind, "same": not differences, "differences": listed})
     else:
         _show(a, b, kind, differences)
@@ -90,14 +90,7 @@ def _compared(a: str, b: str) -> tuple[str, Iterator[Difference]]:
     try:
         return "adapters", _of_adapters(weights.read_adapter(a), weights.read_adapter(b))
     except weights.FileFormatError:
-        from adapters.cli.checkpoint import Checkpoint
-
-        one, other = Checkpoint.open(a), Checkpoint.open(b)
-        slots = [
-            {name: (str(slot.dtype), slot.shape) for name, slot in checkpoint.slots.items()}
-            for checkpoint in (one, other)
-        ]
-        return "checkpoints", _of_tensors(slots[0], slots[1], one.read, other.read)
+        return "checkpoints", _of_checkpoints(a, b)
 
 
 # What is different
@@ -126,6 +119,22 @@ def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[st
         f"{component}.{flat(path)}".removeprefix("."): adapter.layers[name]
         for name, (component, path) in places.items()
     }
+
+
+def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
+    from adapters.cli.checkpoint import Checkpoint
+
+    one, other = Checkpoint.open(a), Checkpoint.open(b)
+    kinds, other_kinds = (
+        {name: (str(slot.dtype), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
+    )
+    with progress("Comparing", len(kinds.keys() & other_kinds.keys())) as step:
+
+        def read(name: str) -> Tensor:
+            step()
+            return one.read(name)
+
+        yield from _of_tensors(kinds, other_kinds, read, other.read)
 
 
 def _of_layers(name: str, a: weights.LayerWeights, b: weights.LayerWeights) -> Iterator[Difference]:
@@ -212,11 +221,6 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 # What is said of them
-
-
-def _listed(one: Difference) -> dict[str, Any]:
-    """As JSON can hold it, which has no infinity."""
-    return {name: "inf" if value == math.inf else value for name, value in asdict(one).items()}
 
 
 def _show(a: str, b: str, kind: str, differences: list[Difference]) -> None:

@@ -147,10 +147,14 @@ def _show_methods(console: Console, adapter: weights.AdapterFile) -> None:
 
 def _span(values: Iterable[Any]) -> str:
     """`8`, `4 to 16` for numbers that differ, or some of the values."""
-    found = list(dict.fromkeys(values))
-    if all(type(value) in (int, float) for value in found):
+    from weights.formats.found import is_number
+
+    found = list({str(value): value for value in values}.values())
+    if all(map(is_number, found)):
         return " to ".join(dict.fromkeys((f"{min(found):g}", f"{max(found):g}")))
-    told = ["yes" if value is True else "no" if value is False else str(value) for value in found[:_MOST_VALUES]]
+    told = [
+        "yes" if value is True else "no" if value is False else str(value)[:_LONGEST] for value in found[:_MOST_VALUES]
+    ]
     return " or ".join(told) + (" or others" if len(found) > _MOST_VALUES else "")
 
 
@@ -175,7 +179,7 @@ def _show_entries(console: Console, title: str, entries: Mapping[str, str]) -> N
     if entries:
         console.print(f"\n{title}", style="bold")
     for name, text in entries.items():
-        console.print(f"  {plain(name)}  {plain(text[:_LONGEST])}", no_wrap=True, overflow="ellipsis")
+        console.print(f"  {plain(name[:_LONGEST])}  {plain(text[:_LONGEST])}", no_wrap=True, overflow="ellipsis")
 
 
 def _entries(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
