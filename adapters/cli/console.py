@@ -8,13 +8,18 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weights.header import Slot
 
 _LONGEST = 500  # letters
 
@@ -57,7 +62,7 @@ def facts(console: Console, rows: Mapping[str, str]) -> None:
     grid.add_column(overflow="fold")
     for name, text in rows.items():
         if text:
-            grid.add_row(name, plain(text[:_LONGEST]))
+            grid.add_row(name, short(text))
     console.print(grid)
 
 
@@ -85,12 +90,27 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def short(text: str) -> str:
+    """What a text from a file begins with."""
+    return plain(text[:_LONGEST])
+
+
 def megabytes(count: int) -> str:
     """`90.9 MB`."""
     for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= least:
             return f"{count / least:,.1f} {unit}"
     return f"{count} bytes"
+
+
+def type_of(tensor: Tensor | Slot) -> str:
+    """`float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def types(count: Mapping[str, int]) -> str:
+    """The type, or how many numbers there are of each of several."""
+    return ", ".join(f"{number:,} {name}" if len(count) > 1 else name for name, number in count.items())
 
 
 def shape_of(shape: Iterable[int]) -> str:

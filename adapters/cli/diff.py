@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import as_json, make_console, plain, print_json, progress, shape_of
+from adapters.cli.console import as_json, make_console, plain, print_json, progress, shape_of, type_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,7 +126,7 @@ def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
 
     one, other = Checkpoint.open(a), Checkpoint.open(b)
     kinds, other_kinds = (
-        {name: (str(slot.dtype), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
+        {name: (type_of(slot), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
     )
     with progress("Comparing", len(kinds.keys() & other_kinds.keys())) as step:
 
@@ -157,10 +157,14 @@ def _numbers(layer: weights.LayerWeights) -> dict[str, Any]:
 
 
 def _of_mappings(prefix: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[Difference]:
-    kinds = [{prefix + name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()} for tensors in (a, b)]
-    return _of_tensors(
-        kinds[0], kinds[1], lambda name: a[name.removeprefix(prefix)], lambda name: b[name.removeprefix(prefix)]
+    kinds, other_kinds = (
+        {prefix + name: (type_of(tensor), tuple(tensor.shape)) for name, tensor in some.items()} for some in (a, b)
     )
+
+    def reader(tensors: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        return lambda name: tensors[name.removeprefix(prefix)]
+
+    return _of_tensors(kinds, other_kinds, reader(a), reader(b))
 
 
 _Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -170,7 +174,7 @@ def _of_tensors(
     a: _Kinds, b: _Kinds, read_a: Callable[[str], Tensor], read_b: Callable[[str], Tensor]
 ) -> Iterator[Difference]:
     """The differences of tensors, given their types and shapes; of the tensors two are in memory at a time."""
-    yield from _only(a, b, lambda kind: f"{shape_of(kind[1])} {_plain_type(kind[0])}")
+    yield from _only(a, b, lambda kind: f"{shape_of(kind[1])} {kind[0]}")
     for name, (dtype, shape) in a.items():
         if name not in b:
             continue
@@ -180,7 +184,7 @@ def _of_tensors(
             continue
         largest, relative = _distance(read_a(name), read_b(name))
         if dtype != other_type:
-            yield Difference(name, "type", _plain_type(dtype), _plain_type(other_type), largest, relative)
+            yield Difference(name, "type", dtype, other_type, largest, relative)
         elif largest:
             yield Difference(name, "values", "", "", largest, relative)
 
@@ -189,10 +193,6 @@ def _only(a: Mapping[str, Any], b: Mapping[str, Any], told: Callable[[Any], str]
     """What only one of the two has."""
     yield from (Difference(name, "only in A", a=told(a[name])) for name in a if name not in b)
     yield from (Difference(name, "only in B", b=told(b[name])) for name in b if name not in a)
-
-
-def _plain_type(dtype: str) -> str:
-    return dtype.removeprefix("torch.")
 
 
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
