@@ -38,7 +38,9 @@ def push(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Publish an adapter on the Hub, in one commit, and print its address.
+    """Publish an adapter on the Hub in one commit.
+
+    Prints the address of the commit.
 
     A folder is published without its hidden files. An adapter without a model card, such as a lone file, gets one; a
     card that is there gets the license and the tags. Nothing is changed on this machine. The repository and the branch
