@@ -19,9 +19,9 @@ def pull(source: str, destination: Path | None, revision: str | None) -> None:
     """Download from the Hub, check, and print where it is.
 
     SOURCE is user/repo, user/repo@revision, user/repo:folder/file, an hf:// URL or the address of a page. What comes is
-    safetensors and texts, no pickle unless it is named, and each file is checked against its published hash. It stays in the Hub's
-    cache, from where it is copied into the folder DESTINATION if that is given. There, files of the same names are
-    replaced, all or none.
+    safetensors and texts, no pickle unless it is named, and each file is checked against its published hash. It stays
+    in the Hub's cache, from where it is copied into the folder DESTINATION if that is given. There, files of the same
+    names are replaced, all or none.
 
     \b
     Example:
