@@ -13,7 +13,7 @@ _AT_ONCE = 1 << 20  # bytes
 
 @click.command()
 @click.argument("source")
-@click.argument("destination", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", metavar="REVISION", help="A branch, a tag or a commit.  [default: the main branch]")
 def pull(source: str, destination: Path | None, revision: str | None) -> None:
     """Download from the Hub, check, and print where it is.
@@ -29,6 +29,8 @@ def pull(source: str, destination: Path | None, revision: str | None) -> None:
     """
     import weights
 
+    if destination is not None and destination.is_file():
+        raise click.ClickException(f"{destination} is a file: give the name of a folder.")
     path = weights.download(source, revision=revision, allow_patterns=_FILES)
     if destination is not None:
         path = _copied(path, destination)

@@ -16,7 +16,7 @@ _CARD = "README.md"
 
 
 @click.command()
-@click.argument("source", metavar="FOLDER_OR_FILE", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", metavar="FOLDER_OR_FILE", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--revision", metavar="BRANCH", help="The branch to commit to.  [default: the main branch]")
