@@ -242,7 +242,7 @@ _LAYER_1, _LAYER_0 = "text_encoder.encoder.layers.1.self_attn", "text_encoder_2.
 _DOWN, _MIDDLE, _UP = "unet.down_blocks", "unet.mid_block.attentions.0", "unet.up_blocks.1.attentions.0"
 XL = {
     "lora_unet_input_blocks_4_1_proj_in": f"{_DOWN}.1.attentions.0.proj_in",
-    "lora_unet_input_blocks_5_1_transformer_blocks_1_attn1_to_q": f"{_DOWN}.1.attentions.1.transformer_blocks.1.attn1.to_q",
+    "lora_unet_input_blocks_5_1_transformer_blocks_1_ff_net_2": f"{_DOWN}.1.attentions.1.transformer_blocks.1.ff.net.2",
     "lora_unet_input_blocks_8_1_transformer_blocks_2_ff_net_2": f"{_DOWN}.2.attentions.1.transformer_blocks.2.ff.net.2",
     "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj": f"{_MIDDLE}.transformer_blocks.0.ff.net.0.proj",
     "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_k": f"{_UP}.transformer_blocks.0.attn1.to_k",
