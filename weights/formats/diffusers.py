@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,14 @@ def read(found: Found) -> AdapterFile:
     told: set[str] = set()
     for component, table in settings.items():
         keys = {key: rest for key in file if (rest := _inside(key, component, settings)) is not None}
+        keys = {key: rest for key, rest in keys.items() if not keyed.is_other(key)}
         tensors = {f"{PREFIX}{rest}": file[key] for key, rest in keys.items()}
         part = peft.parse(tensors, {"peft_type": "LORA", **table}, found.path)
         layers |= {".".join(filter(None, (component, path))): layer for path, layer in part.layers.items()}
         told |= keys.keys()
-    layers |= keyed.read(found, where, NAME, own=told)
-    components = sorted({path.partition(".")[0] for path in layers}.intersection(COMPONENTS))
-    return AdapterFile(layers, metadata=file.metadata, components=tuple(components))
+    plain = keyed.read(found, where, NAME, components=COMPONENTS, own=told)
+    components = {path.partition(".")[0] for path in layers}.intersection(COMPONENTS).union(plain.components)
+    return replace(plain, layers={**layers, **plain.layers}, components=tuple(sorted(components)))
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
