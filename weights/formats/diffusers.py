@@ -48,6 +48,8 @@ def recognise(found: Found) -> bool:
 def where(stem: str) -> str | None:
     """The path, with the component in front, of what a key calls a layer; None if it has no known component."""
     component, _, path = stem.partition(".")
+    if path.startswith(PREFIX):  # ComfyUI reads that too.
+        return None
     if component not in COMPONENTS:
         component, path = ("", stem) if _PROCESSOR in stem and ".to_" in stem else ("", "")
     renamed = _OF_TEXT if component.startswith("text_encoder") else _OF_PROCESSOR if _PROCESSOR in path else {}
