@@ -14,6 +14,7 @@ from weights.hub import Snapshot
 from weights.hub_path import HubPath
 
 _FIRST_PART = 1 << 16  # bytes; holds most headers whole
+_LARGEST_CONTENT = 100_000_000  # bytes, far beyond the index of any model
 
 
 class TensorFile(Protocol):
@@ -67,11 +68,15 @@ class LocalFolder:
 
     def content(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            with (self.path / name).open("rb") as file:
+                content = file.read(_LARGEST_CONTENT + 1)
         except OSError as error:
             raise SourceNotFoundError(
                 f"{self.path / name} cannot be read: {error.strerror}; check the path."
             ) from error
+        if len(content) > _LARGEST_CONTENT:
+            raise FileFormatError(f"{self.path / name} has more than {_LARGEST_CONTENT:,} bytes; check what it is.")
+        return content
 
     def file(self, name: str) -> TensorFile:
         path = self.path / name

@@ -231,7 +231,7 @@ def _read_input_rotation(tensors: Tensors, alpha: float | None) -> Read:
     """OneTrainer's, which has the elements above the diagonal. One block is for all."""
     upper = tensors["oft_R"]
     size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2 if upper.ndim == 2 else 0
-    if not upper.numel() or size * (size - 1) // 2 != upper.shape[-1]:
+    if not upper.numel() or not size or size * (size - 1) // 2 != upper.shape[-1]:
         raise ValueError(f"an oft_R {tuple(upper.shape)}, which is none of blocks")
     if _SCALED in tensors:
         upper = _scaled(upper, 0.5 / math.sqrt(size - 1))
