@@ -153,7 +153,7 @@ def change_metadata(rng: random.Random, draft: Draft) -> None:
     known = ["fluxion_adapter", "lora_adapter_metadata", "unet", "format", "<s1>"]
     key = rng.choice([*draft.metadata, *known])
     try:
-        value = json.loads(draft.metadata.get(key, "{}"))
+        value = json.loads(str(draft.metadata.get(key, "{}")))
     except ValueError:
         value = {}
     changed: Any = json.dumps(replaced(rng, value)) if rng.random() < 0.8 else rng.choice(BOMBS)
@@ -264,7 +264,8 @@ def misplace(rng: random.Random, folder: Path, path: Path) -> None:
         path.rename(folder / rng.choice(["adapter_model.safetensors", "adapters.safetensors", "x.gguf", "x.bin", "x"]))
         path.write_bytes(rng.choice([b"", b"GGUF", b"<html>", b"PK\3\4", b"\x80\x02", b"version https://git-lfs"]))
     elif what == 4:
-        (folder / rng.choice(["adapter.safetensors", "pytorch_lora_weights.safetensors", "b.gguf"])).write_bytes(path.read_bytes())
+        beside = rng.choice(["adapter.safetensors", "pytorch_lora_weights.safetensors", "b.gguf"])
+        (folder / beside).write_bytes(path.read_bytes())
     else:
         names: dict[Any, Any] = {rng.choice(KEYS): rng.choice(PLACES) for _ in range(rng.randrange(3))}
         index = {"metadata": rng.choice([{}, None, {"a": 1}]), "weight_map": rng.choice([names, rng.choice(ODD)])}
