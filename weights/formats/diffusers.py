@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def recognise(found: Found) -> bool:
 def where(stem: str) -> str | None:
     """The path, with the component in front, of what a key calls a layer; None if it has no known component."""
     component, _, path = stem.partition(".")
+    if path.startswith(PREFIX):  # ComfyUI reads that too.
+        return None
     if component not in COMPONENTS:
         component, path = ("", stem) if _PROCESSOR in stem and ".to_" in stem else ("", "")
     renamed = _OF_TEXT if component.startswith("text_encoder") else _OF_PROCESSOR if _PROCESSOR in path else {}
@@ -64,13 +67,14 @@ def read(found: Found) -> AdapterFile:
     told: set[str] = set()
     for component, table in settings.items():
         keys = {key: rest for key in file if (rest := _inside(key, component, settings)) is not None}
+        keys = {key: rest for key, rest in keys.items() if not keyed.is_other(key)}
         tensors = {f"{PREFIX}{rest}": file[key] for key, rest in keys.items()}
         part = peft.parse(tensors, {"peft_type": "LORA", **table}, found.path)
         layers |= {".".join(filter(None, (component, path))): layer for path, layer in part.layers.items()}
         told |= keys.keys()
-    layers |= keyed.read(found, where, NAME, own=told)
-    components = sorted({path.partition(".")[0] for path in layers}.intersection(COMPONENTS))
-    return AdapterFile(layers, metadata=file.metadata, components=tuple(components))
+    plain = keyed.read(found, where, NAME, components=COMPONENTS, own=told)
+    components = {path.partition(".")[0] for path in layers}.intersection(COMPONENTS).union(plain.components)
+    return replace(plain, layers={**layers, **plain.layers}, components=tuple(sorted(components)))
 
 
 def write(adapter: AdapterFile, path: Path) -> None:

@@ -23,7 +23,7 @@ from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
 from weights.formats import torchtune
-from weights.formats.found import CONFIG, Found
+from weights.formats.found import CONFIG, Found, read_json
 from weights.formats.output import Chunks, write_folder
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
@@ -199,7 +199,7 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings in `path`."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not readable as JSON: {error}; fetch or save it again.") from error
     if not isinstance(fields, dict):
