@@ -488,7 +488,7 @@ class Patch:
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
-        _write(self.adapter_file(component), Path(path), format)
+        write_file(self.adapter_file(component), Path(path), format)
         return Path(path)
 
     def push_to_hub(
@@ -528,7 +528,7 @@ class Patch:
         file = self.adapter_file(component)
         with tempfile.TemporaryDirectory() as folder:
             alone = [f"{repo_id.rpartition('/')[2]}.safetensors"] if format == "lycoris" else []
-            format = _write(file, Path(folder, *alone), format)
+            format = write_file(file, Path(folder, *alone), format)
             card = weights.model_card(file, format, repo_id=repo_id, license=license, tags=tags)
             Path(folder, "README.md").write_text(card, encoding="utf-8")
             return weights.publish(
@@ -690,7 +690,7 @@ def refuse(what: str, problems: Sequence[str]) -> None:
         raise LayerMismatchError(f"{what}: {shown}{more}.")
 
 
-def _write(file: weights.AdapterFile, path: Path, format: str | None) -> str:
+def write_file(file: weights.AdapterFile, path: Path, format: str | None) -> str:
     """Write an adapter, by default in PEFT's format, or where that cannot hold it in this library's. Returns which."""
     if format is None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _read(source: str | PathLike[str], path: Path) -> AdapterFile:
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        return FORMATS[recognised[0]].read(found)
+        return replace(FORMATS[recognised[0]].read(found), format=recognised[0])
     if found.file is not None:
         found.open()  # It may not be sound.
     raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")

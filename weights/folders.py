@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,9 @@ class Folder(Protocol):
 
     def names(self) -> Iterable[str]:
         """The names of the files in it."""
+
+    def folders(self) -> Mapping[str, Folder]:
+        """The folders in it, by name."""
 
     def content(self, name: str) -> bytes:
         """All bytes of a small file."""
@@ -67,6 +70,10 @@ class LocalFolder:
     def names(self) -> Iterable[str]:
         with _reading(self.path):
             return [path.name for path in self.path.iterdir()]
+
+    def folders(self) -> Mapping[str, Folder]:
+        with _reading(self.path):
+            return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
 
     def content(self, name: str) -> bytes:
         with _reading(self.path / name), (self.path / name).open("rb") as file:
@@ -108,6 +115,10 @@ class HubFolder:
 
     def names(self) -> Iterable[str]:
         return [name for name in self.snapshot.inside(self.path) if "/" not in name]
+
+    def folders(self) -> Mapping[str, Folder]:
+        found = {name.partition("/")[0] for name in self.snapshot.inside(self.path) if "/" in name}
+        return {name: HubFolder(self.snapshot, f"{self.path}/{name}".removeprefix("/")) for name in found}
 
     def content(self, name: str) -> bytes:
         path = self._inside(name)

@@ -70,11 +70,16 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """Write a file, or a folder with it and a model card, unless there is a `README.md` already.
 
     Raises:
-        FileFormatError: The adapter has no layers, or a hyperparameter is nothing that JSON can hold.
+        FileFormatError: The adapter has no layers, or their paths are flattened, or a hyperparameter is nothing that
+            JSON can hold.
         FileWriteError: The system refused to write.
     """
     if not adapter.layers:
         raise FileFormatError(f"{path} would have no layers in it: there is nothing to save.")
+    if adapter.flattened:
+        raise FileFormatError(
+            f"{path} would have flattened paths of layers: load the adapter into its model, and save it from there."
+        )
     tensors = {f"{where}/{name}": t for where, layer in adapter.layers.items() for name, t in layer.tensors.items()}
     tensors |= {f"/{name}": tensor for name, tensor in adapter.shared.items()}
     encoded = encode(tensors, {_ENTRY: _about(adapter)})
