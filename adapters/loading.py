@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import weights
 from adapters.branch import Branch
 from adapters.errors import AdapterError, LayerMismatchError, TargetError
-from adapters.layers import buffers
+from adapters.layers import Matrix, buffers
 from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
@@ -50,7 +50,8 @@ def load(
         component: The part to load of a file that is for several models, such as `"unet"` or `"text_encoder_2"`. By
             default everything, in a model that has the others by their names, or from a file that is for one.
         revision: Branch, tag or commit, for a repository on the Hub.
-        strict: Raise when the file has layers that the model does not have. Otherwise they are left out.
+        strict: Raise when the file has layers that the model does not have, or tensors for no layer, such as the
+            embeddings of new tokens. Otherwise they are left out.
         trainable: Leave the tensors trainable and freeze the base.
 
     Raises:
@@ -71,6 +72,11 @@ def load(
         if not file.layers:
             parts = ", ".join(whole.components) or "none"
             raise LayerMismatchError(f"{source} has nothing for {component!r}: its components are {parts}.")
+    if strict and file.others:
+        raise LayerMismatchError(
+            f"{source} has {', '.join(file.others)} too, which is for no layer: an embedding of a new token has to be"
+            " put into the text encoder by hand; load the rest with strict=False."
+        )
     file = in_halves(model, file)
     everything = layers(model)
     file, unnamed = with_names_of(everything, file)
@@ -163,7 +169,7 @@ def _entries(
     fitting: set[object] = set()
     methods: dict[str, tuple[Mapping[str, object], Method]] = {}
     for layer, path in found:
-        content = file.layers[path]
+        content = _of_input(layer, file.layers[path])
         try:
             numbers, method = methods.get(content.method, (None, None))
             if method is None or numbers != content.hyperparameters:
@@ -194,6 +200,17 @@ def _entry(layer: Layer, content: weights.LayerWeights, method: Method, trainabl
     if method.files_have_buffers:
         tensors = _without_buffers(layer.module, tensors)
     return _Entry(layer, tensors, method, site)
+
+
+def _of_input(layer: Layer, content: weights.LayerWeights) -> weights.LayerWeights:
+    """The same rotation, where a file has that of the weight of a convolution: the other way than that of its input."""
+    numbers = dict(content.hyperparameters)
+    if numbers.pop("of_weight", False) is not True:
+        return content
+    matrix = Matrix.of(layer.module, layer.parameter)
+    turned = matrix is not None and matrix.kind == "convolution"
+    tensors = {name: -tensor if turned else tensor for name, tensor in content.tensors.items()}
+    return replace(content, hyperparameters=numbers, tensors=tensors)
 
 
 def _method(content: weights.LayerWeights) -> Method:

@@ -100,6 +100,11 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
         raise FileFormatError(
             "Only with its model is it known what the adapter says: load it there, and save the patch."
         )
+    if adapter_file.others:
+        names = ", ".join(adapter_file.others)
+        raise FileFormatError(
+            f"No format that is written has a place for {names}, which is for no layer: leave it out."
+        )
     path = Path(path)
     WRITTEN[format].write(adapter_file, path)
     return path

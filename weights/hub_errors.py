@@ -66,7 +66,8 @@ def _known(error: BaseException, repo_id: str, token: str | None) -> WeightsErro
             return HubConnectionError(f"{repo_id}: the connection to the Hub was lost; try again.")
         case httpx2.TransportError():
             return HubConnectionError(
-                f"{repo_id}: the Hub at {constants.ENDPOINT} cannot be reached; check the network and HF_ENDPOINT."
+                f"{repo_id} is no local path, and the Hub at {constants.ENDPOINT} cannot be reached; check the path,"
+                " the network and HF_ENDPOINT."
             )
         case OSError(errno=int()):
             place = error.filename or constants.HF_HUB_CACHE

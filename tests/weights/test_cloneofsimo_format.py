@@ -136,7 +136,7 @@ def test_numbers_that_do_not_fit_a_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"<s1>": torch.ones(4)}, "'<s1>' is the embedding of a new token"),
+        ({"<s2>": torch.ones(4)}, "'<s2>' is not expected"),
         ({"unet:x:up": torch.ones(4, 2)}, "'unet:x:up' is not expected"),
         ({"unet:1:up": torch.ones(4, 2)}, r"layer 'unet\.1' has lora_B instead of lora_A and lora_B"),
         ({"unet:0:up": torch.ones(4, 3)}, r"a down of \(2, 5\) and an up of \(4, 3\)"),

@@ -348,7 +348,7 @@ def test_what_the_tensors_of_other_methods_say(
         ({"lora_up.weight": (5, 2)}, {}, "layer 'fc' has lora_up.weight, which is no method that is known here"),
         ({**LORA, "hada_w1_a": (5, 2)}, {}, "has hada_w1_a, lora_down.weight, lora_up.weight, which is no method"),
         ({**LOHA, "hada_t1": (2, 2, 3, 3)}, {}, "hada_t1, hada_w1_a.*, which is no method"),
-        ({**LORA, "reshape_weight": (2,)}, {}, "reshape_weight. is not expected"),
+        ({**LORA, "reshape_weight": (2,)}, {}, "a reshape_weight: it makes the weight larger"),
         (LORA, {"alpha": torch.ones(2)}, "an alpha that is not a number"),
         (LORA, {"alpha": math.inf}, "an alpha that is not a number"),
         ({**LORA, "lora_up.weight": ()}, {}, "a tensor that is no matrix"),
@@ -369,8 +369,8 @@ def test_layers_that_do_not_fit_are_refused(
 
 
 def test_keys_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    path = file(tmp_path, {"lora_unet_fc": LORA, "bundle_emb": {"clip_l": (2, 4)}})
-    with pytest.raises(weights.FileFormatError, match=r"the key 'bundle_emb\.clip_l' is not expected"):
+    path = file(tmp_path, {"lora_unet_fc": LORA, "hypernet": {"clip_l": (2, 4)}})
+    with pytest.raises(weights.FileFormatError, match=r"the key 'hypernet\.clip_l' is not expected"):
         weights.read_adapter(path)
     path = file(tmp_path, {"fc": {"weight": (2, 2)}})
     with pytest.raises(weights.FileFormatError, match="holds no adapter in a known format"):

@@ -6,6 +6,8 @@ normalisation layers, whole. The scale is 1. The first layer takes more channels
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.formats import keyed
 from weights.formats.found import Found
@@ -27,8 +29,8 @@ def read(found: Found) -> AdapterFile:
     Raises:
         FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
     """
-    file = found.open()
-    norms = [key for key in file if key.endswith(_NORMS)]
-    layers = keyed.read(found, str, NAME, own=norms)
-    copies = {key: LayerWeights("copy", {}, {key.rpartition(".")[2]: file[key]}) for key in norms}
-    return AdapterFile({**layers, **copies}, metadata=file.metadata)
+    tensors = found.open()
+    norms = [key for key in tensors if key.endswith(_NORMS)]
+    file = keyed.read(found, str, NAME, own=norms)
+    copies = {key: LayerWeights("copy", {}, {key.rpartition(".")[2]: tensors[key]}) for key in norms}
+    return replace(file, layers={**file.layers, **copies})

@@ -35,17 +35,20 @@ def read(found: Found) -> AdapterFile:
     """Read a file.
 
     Raises:
-        FileFormatError: The file is not sound, or has more than adapters in it; the message lists what is wrong.
+        FileFormatError: The file is not sound, or has what is not expected in it; the message lists what is wrong.
     """
     file = found.open()
     named: dict[str, dict[str, Tensor]] = {}
     counted: dict[str, tuple[str, ...]] = {}
+    others: dict[str, Tensor] = {}
     problems: list[str] = []
     for key in file:
         match = _KEY.fullmatch(key)
         if match is None:
-            token = "the embedding of a new token" if file.metadata.get(key) == _TOKEN else "not expected"
-            problems.append(f"the key {key!r} is {token}")
+            if file.metadata.get(key) == _TOKEN:
+                others[key] = file[key]
+            else:
+                problems.append(f"the key {key!r} is not expected")
             continue
         component, number, end = match.groups()
         named.setdefault(f"{component}.{number}", {})[_ENDS[end]] = file[key]
@@ -56,7 +59,8 @@ def read(found: Found) -> AdapterFile:
     problems += [f"layer {path!r} has {what}" for path, tensors in named.items() if (what := _problem(tensors))]
     refuse(found.path, NAME, problems)
     layers = {path: _layer(tensors) for path, tensors in named.items()}
-    return AdapterFile(layers, metadata=file.metadata, components=tuple(sorted(counted)), counted=counted)
+    components = tuple(sorted(counted))
+    return AdapterFile(layers, metadata=file.metadata, components=components, counted=counted, others=others)
 
 
 def _classes(text: str | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ with the names of the original model and one of several prefixes or none. Withou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from weights.adapter_file import AdapterFile
@@ -29,6 +30,9 @@ PREFIXES: Mapping[str, str] = {
 }
 """The component that a prefix means, in ComfyUI's words for the text encoders."""
 
+_LANGUAGE_MODEL = re.compile(r"text_encoders\.\w+\.transformer\.")  # There is one of them, if any.
+_COMPONENTS = {*PREFIXES.values(), "text_encoder"}
+
 
 def recognise(found: Found) -> bool:
     """Whether the file has adapters with dotted names of layers, and no other format has these names."""
@@ -43,7 +47,7 @@ def where(stem: str) -> str:
     for prefix, component in PREFIXES.items():
         if stem.startswith(prefix):
             return ".".join(filter(None, (component, stem.removeprefix(prefix))))
-    return stem
+    return _LANGUAGE_MODEL.sub("text_encoder.", stem, count=1) if _LANGUAGE_MODEL.match(stem) else stem
 
 
 def read(found: Found) -> AdapterFile:
@@ -52,6 +56,4 @@ def read(found: Found) -> AdapterFile:
     Raises:
         FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
     """
-    layers = keyed.read(found, where, NAME)
-    components = sorted({path.partition(".")[0] for path in layers}.intersection(PREFIXES.values()))
-    return AdapterFile(layers, metadata=found.open().metadata, components=tuple(components))
+    return keyed.read(found, where, NAME, components=_COMPONENTS)

@@ -9,22 +9,21 @@ Format: https://huggingface.co/docs/diffusers/tutorials/using_peft_for_inference
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.atomic import write_files
-from weights.card import model_card
 from weights.files import encode
 from weights.formats import keyed, peft
 from weights.formats.found import Found
+from weights.formats.output import write_file
 from weights.formats.peft_besides import PREFIX
 
 TENSORS = "pytorch_lora_weights.safetensors"
-CARD = "README.md"
 FILES = (TENSORS,)
 METHODS = frozenset({"lora", "dora"})
 NAME = "diffusers"
@@ -47,6 +46,8 @@ def recognise(found: Found) -> bool:
 def where(stem: str) -> str | None:
     """The path, with the component in front, of what a key calls a layer; None if it has no known component."""
     component, _, path = stem.partition(".")
+    if path.startswith(PREFIX):  # ComfyUI reads that too.
+        return None
     if component not in COMPONENTS:
         component, path = ("", stem) if _PROCESSOR in stem and ".to_" in stem else ("", "")
     renamed = _OF_TEXT if component.startswith("text_encoder") else _OF_PROCESSOR if _PROCESSOR in path else {}
@@ -66,13 +67,14 @@ def read(found: Found) -> AdapterFile:
     told: set[str] = set()
     for component, table in settings.items():
         keys = {key: rest for key in file if (rest := _inside(key, component, settings)) is not None}
+        keys = {key: rest for key, rest in keys.items() if not keyed.is_other(key)}
         tensors = {f"{PREFIX}{rest}": file[key] for key, rest in keys.items()}
         part = peft.parse(tensors, {"peft_type": "LORA", **table}, found.path)
         layers |= {".".join(filter(None, (component, path))): layer for path, layer in part.layers.items()}
         told |= keys.keys()
-    layers |= keyed.read(found, where, NAME, own=told)
-    components = sorted({path.partition(".")[0] for path in layers}.intersection(COMPONENTS))
-    return AdapterFile(layers, metadata=file.metadata, components=tuple(components))
+    plain = keyed.read(found, where, NAME, components=COMPONENTS, own=told)
+    components = {path.partition(".")[0] for path in layers}.intersection(COMPONENTS).union(plain.components)
+    return replace(plain, layers={**layers, **plain.layers}, components=tuple(sorted(components)))
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
@@ -96,13 +98,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         table |= {f"{front}{name}": value for name, value in settings.items()}
     metadata = {"format": "pt", _ENTRY: json.dumps(table, indent=2, sort_keys=True)}
     encoded = encode(tensors, metadata)
-    if path.suffix == ".safetensors":
-        write_files({path: encoded})
-        return
-    contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
-    if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, "diffusers").encode()]
-    write_files(contents)
+    write_file(path, TENSORS, encoded, adapter, "diffusers")
 
 
 def _inside(key: str, component: str, settings: Mapping[str, Any]) -> str | None:

@@ -58,14 +58,20 @@ class Found:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The table in the `adapter_config.json` of the folder."""
-        path = self.folder / CONFIG
         try:
-            if path.stat().st_size > _LARGEST_CONFIG:
-                return {}
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(self.folder / CONFIG)
         except (OSError, ValueError, RecursionError):
             return {}
         return fields if isinstance(fields, dict) else {}
+
+
+def read_json(path: Path) -> Any:
+    """What is in a file of JSON; raises an OSError, a ValueError or a RecursionError where that cannot be said."""
+    with path.open("rb") as file:  # Which may be a link to what has no end.
+        content = file.read(_LARGEST_CONFIG + 1)
+    if len(content) > _LARGEST_CONFIG:
+        raise ValueError(f"it has more than {_LARGEST_CONFIG:,} bytes")
+    return json.loads(content.decode())
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

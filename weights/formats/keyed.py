@@ -2,6 +2,7 @@
 
 They differ in how they name layers; the ends are in `keys`. A layer's `alpha` is a tensor beside the others, and stands
 for the rank where it is missing. Which method a layer has shows in which tensors it has: that is in `lycoris_methods`.
+OneTrainer keeps the embeddings of new tokens in the same file, named `bundle_emb.<token>.<text encoder>`.
 """
 
 from __future__ import annotations
@@ -12,22 +13,31 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights.adapter_file import LayerWeights
+from weights.adapter_file import AdapterFile, LayerWeights
 from weights.errors import FileFormatError
 from weights.formats.found import Found
-from weights.formats.keys import ALPHA, BIASES, split
+from weights.formats.keys import ALPHA, BIASES, LARGER, split
 from weights.formats.lycoris_methods import GRAMMARS
+
+_EMBEDDING = "bundle_emb."
 
 
 def read(
-    found: Found, where: Callable[[str], str | None], name: str, *, flattened: bool = False, own: Collection[str] = ()
-) -> dict[str, LayerWeights]:
-    """The layers in a file.
+    found: Found,
+    where: Callable[[str], str | None],
+    name: str,
+    *,
+    components: Collection[str] = (),
+    flattened: bool = False,
+    own: Collection[str] = (),
+) -> AdapterFile:
+    """What is in a file.
 
     Args:
         found: The file.
         where: The path, with the component in front, of what a key calls a layer; None if that is no layer.
         name: The name of the format, for messages.
+        components: The components that a path may begin with.
         flattened: Whether the names of layers are flattened.
         own: Keys that the format reads by itself.
 
@@ -35,10 +45,11 @@ def read(
         FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
     """
     file = found.open()
+    others = {key: file[key] for key in file if is_other(key)}
     named: dict[str, dict[str, str]] = {}
     problems: list[str] = []
     for key in file:
-        if key in own:
+        if key in own or key in others:
             continue
         stem, end = split(key) or ("", "")
         path = where(stem) if stem else None
@@ -56,7 +67,15 @@ def read(
         except ValueError as problem:
             problems.append(f"layer {path!r} has {problem}")
     refuse(found.path, name, problems)
-    return layers
+    parts = {path.partition(".")[0] for path in layers if "." in path}.intersection(components)
+    return AdapterFile(
+        layers, metadata=file.metadata, flattened=flattened, components=tuple(sorted(parts)), others=others
+    )
+
+
+def is_other(key: str) -> bool:
+    """Whether a key is for no layer, but for the embedding of a new token."""
+    return key.startswith(_EMBEDDING)
 
 
 def refuse(path: Path, name: str, problems: list[str]) -> None:
@@ -68,6 +87,8 @@ def refuse(path: Path, name: str, problems: list[str]) -> None:
 
 def _layer(found: Mapping[str, Tensor]) -> LayerWeights:
     """What the tensors of a layer mean, by the ends of their names; raises a ValueError that says what is wrong."""
+    if LARGER in found:
+        raise ValueError(f"a {LARGER}: it makes the weight larger, which an adapter of a layer cannot")
     for grammar in GRAMMARS:
         tensors = {grammar.ends.get(end, end): found[end] for end in sorted(found.keys() - {ALPHA})}
         if grammar.fits(tensors) and (grammar.has_alpha or ALPHA not in found):

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from weights.formats.lycoris_methods import GRAMMARS
 
 ALPHA = "alpha"
+LARGER = "reshape_weight"
 BIASES = {end: grammar.end(name) for grammar in GRAMMARS for name, end in grammar.bias.items()}
-_OWN = {ALPHA, *BIASES, *(end for grammar in GRAMMARS for end in grammar.ends)}
+_OWN = {ALPHA, LARGER, *BIASES, *(end for grammar in GRAMMARS for end in grammar.ends)}
 _SPELLINGS: Mapping[str, Iterable[str]] = {
     **{
         f"lora_{end}.weight": (

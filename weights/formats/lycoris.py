@@ -18,24 +18,29 @@ from weights.files import save
 from weights.formats import keyed
 from weights.formats.found import Found
 from weights.formats.keys import ALPHA
-from weights.formats.lycoris_methods import GRAMMARS, Grammar
+from weights.formats.lycoris_methods import GRAMMARS, Grammar, write_none
 
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
-METHODS = tuple(dict.fromkeys(grammar.method for grammar in GRAMMARS if grammar.method != "copy"))
+METHODS = tuple(dict.fromkeys(grammar.method for grammar in GRAMMARS if grammar.write is not write_none))
 NAME = "LyCORIS"
 
 COMPONENTS: Mapping[str, str] = {
     "lycoris": "",
     "lora_unet": "unet",
+    "lora_unet_": "unet",  # Of the trainer of Wan Fun.
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
     "lora_te3": "text_encoder_3",
     "lora_transformer": "transformer",
     "lora_prior_unet": "prior",
+    "lora_prior_te": "text_encoder",
     "oft_unet": "unet",
 }
 """The component of a pipeline that a prefix means."""
+
+_LONGEST_FIRST = sorted(COMPONENTS, key=len, reverse=True)
+_CONTROL = "lllite_"
 
 # What transformers calls the layers of CLIP since it has no `text_model` around them any more, which is in files.
 _CLIP = ("encoder.layers.", "encoder_layers_", "final_layer_norm", "embeddings")
@@ -43,7 +48,7 @@ _CLIP = ("encoder.layers.", "encoder_layers_", "final_layer_norm", "embeddings")
 
 def recognise(found: Found) -> bool:
     """Whether the file has a tensor that is named as LyCORIS names them."""
-    return any(where(stem) is not None for stem in found.stems)
+    return any(where(stem) is not None for stem in found.stems) or _is_control(found)
 
 
 def read(found: Found) -> AdapterFile:
@@ -52,16 +57,25 @@ def read(found: Found) -> AdapterFile:
     Raises:
         FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
     """
-    layers = keyed.read(found, where, NAME, flattened=True)
-    components = {path.partition(".")[0] for path in layers if "." in path}
-    return AdapterFile(layers, metadata=found.open().metadata, flattened=True, components=tuple(sorted(components)))
+    if _is_control(found):
+        keyed.refuse(found.path, NAME, ["it is a ControlNet-LLLite: it adds to what layers are given, by an image"])
+
+    def flat(stem: str) -> str | None:  # OneTrainer leaves some names as they were, next to those of their layers.
+        return where(stem.replace(".", "_"))
+
+    return keyed.read(found, flat, NAME, components=COMPONENTS.values(), flattened=True)
+
+
+def _is_control(found: Found) -> bool:
+    """Whether it has what kohya's scripts also train and what changes no weights, ControlNet-LLLite."""
+    return any(key.startswith(_CONTROL) for key in found.tensors or ())
 
 
 def where(stem: str) -> str | None:
     """The path of what a key calls a layer, with its component and a dot in front; None if it has no known prefix."""
-    for prefix, component in COMPONENTS.items():
+    for prefix in _LONGEST_FIRST:
         if stem.startswith(f"{prefix}_") and "." not in stem:
-            return f"{component}.{stem.removeprefix(f'{prefix}_')}".removeprefix(".")
+            return f"{COMPONENTS[prefix]}.{stem.removeprefix(f'{prefix}_')}".removeprefix(".")
     return None
 
 

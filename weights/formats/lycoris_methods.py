@@ -65,7 +65,7 @@ class Grammar:
             least = 1 if name in ("lora_magnitude_vector", "lora_B.bias") else 2
             if self.has_alpha and (tensor.ndim < least or not tensor.numel()):
                 raise ValueError(f"a tensor that is no matrix, {self.end(name)} of shape {tuple(tensor.shape)}")
-            if not tensor.is_floating_point() and name != "on_input":
+            if not tensor.is_floating_point() and name not in ("on_input", _SCALED):
                 raise ValueError(f"a {self.end(name)} of {str(tensor.dtype).removeprefix('torch.')}")
 
 
@@ -227,6 +227,17 @@ def _write_rotation(layer: LayerWeights) -> Written:
     return dict(layer.tensors), _number(layer, "constraint")
 
 
+def _read_input_rotation(tensors: Tensors, alpha: float | None) -> Read:
+    """OneTrainer's, which has the elements above the diagonal. One block is for all."""
+    upper = tensors["oft_R"]
+    size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2 if upper.ndim == 2 else 0
+    if not upper.numel() or not size or size * (size - 1) // 2 != upper.shape[-1]:
+        raise ValueError(f"an oft_R {tuple(upper.shape)}, which is none of blocks")
+    if _SCALED in tensors:
+        upper = _scaled(upper, 0.5 / math.sqrt(size - 1))
+    return {"block_size": size, "block_share": len(upper) == 1, "of_weight": True}, {"oft_R": upper}
+
+
 def _read_full(tensors: Tensors, alpha: float | None) -> Read:
     return {}, dict(tensors)
 
@@ -244,7 +255,7 @@ def _read_ia3(tensors: Tensors, alpha: float | None) -> Read:
     return {"feedforward": True} if on_input else {"feedforward": False, "bias": False}, {"ia3_l": factors}
 
 
-def _write_none(layer: LayerWeights) -> Written:
+def write_none(layer: LayerWeights) -> Written:
     """For what only other programs write, into files of which the rest is as LyCORIS' are."""
     raise ValueError(f"{', '.join(sorted(layer.tensors))}, which LyCORIS does not read")
 
@@ -266,6 +277,7 @@ _LORA = {
     "lora_B.bias": "lora_up.bias",
 }
 _SCALE = {"dora_scale"}
+_SCALED = "oft_R.scaled_oft"
 _HADA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 _HADA_SETS = (_HADA, _HADA | {"hada_t1", "hada_t2"})
 _KRON_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
@@ -297,7 +309,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         sets=(frozenset({"lora_A", "lora_B", "lora_B.bias"}),),
         names=_LORA,
         read=_read_biased,
-        write=_write_none,
+        write=write_none,
     ),
     Grammar("loha", sets=_HADA_SETS, read=_read_loha, write=_write_loha),
     Grammar("doha", sets=[names | _SCALE for names in _HADA_SETS], read=_of_rows(_read_loha), write=_write_loha),
@@ -356,7 +368,15 @@ GRAMMARS: tuple[Grammar, ...] = (
         sets=(frozenset({"weight"}),),
         names={"weight": "set_weight"},
         read=_read_full,
-        write=_write_none,
+        write=write_none,
+        has_alpha=False,
+    ),
+    Grammar(  # Of OneTrainer.
+        "oft",
+        sets=(frozenset({"oft_R"}), frozenset({"oft_R", _SCALED})),
+        names={"oft_R": "oft_R.weight"},
+        read=_read_input_rotation,
+        write=write_none,
         has_alpha=False,
     ),
 )

@@ -272,6 +272,8 @@ def _oft_blocks(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> M
 
 
 def _oft_problem(layer: LayerWeights) -> str | None:
+    if layer.hyperparameters.get("of_weight"):
+        return "a rotation that depends on whether it is a convolution: load it into the model, and save it from there"
     names = ", ".join(layer.tensors)
     (tensor, *others) = layer.tensors.values()
     return f"{names} of {tuple(tensor.shape)}, not one matrix" if others or tensor.ndim != 2 else None

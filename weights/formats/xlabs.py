@@ -35,4 +35,4 @@ def read(found: Found) -> AdapterFile:
     Raises:
         FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
     """
-    return AdapterFile(keyed.read(found, where, NAME), metadata=found.open().metadata)
+    return keyed.read(found, where, NAME)
