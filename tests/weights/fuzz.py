@@ -125,7 +125,7 @@ def replaced(rng: random.Random, value: Any) -> Any:
     if isinstance(value, list) and value and rng.random() < 0.7:
         at = rng.randrange(len(value))
         return [*value[:at], replaced(rng, value[at]), *value[at + 1 :]]
-    return rng.choice([*ODD, deep(1, 300)]) if rng.random() < 0.9 else deep(value, rng.randrange(1, 900))
+    return rng.choice([*ODD, deep(1, 150)]) if rng.random() < 0.9 else deep(value, rng.randrange(1, 150))
 
 
 def change_tensor(rng: random.Random, draft: Draft) -> None:
@@ -154,7 +154,7 @@ def change_metadata(rng: random.Random, draft: Draft) -> None:
     key = rng.choice([*draft.metadata, *known])
     try:
         value = json.loads(str(draft.metadata.get(key, "{}")))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = {}
     changed: Any = json.dumps(replaced(rng, value)) if rng.random() < 0.8 else rng.choice(BOMBS)
     draft.metadata[key] = changed if rng.random() < 0.95 else rng.choice(ODD)
