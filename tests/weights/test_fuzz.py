@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import adapters
 import weights
 from tests.weights.corpus import corpus
 from tests.weights.fuzz import bounded, run
@@ -40,6 +42,13 @@ def test_a_rotation_that_is_one_number(tmp_path: Path) -> None:
     tensors = {"lora_unet_x.oft_R.weight": torch.tensor(1.0)}
     with pytest.raises(weights.FileFormatError, match=r"an oft_R \(\), which is none of blocks"):
         weights.read_adapter(weights.save(tensors, tmp_path / "file.safetensors"))
+
+
+def test_a_rotation_in_numbers_that_cannot_be_negated(tmp_path: Path) -> None:
+    case = corpus()["comfyui oft of a convolution"]
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in case.tensors.items()}
+    model = case.model()
+    assert adapters.load(model, replace(case, tensors=tensors).write(tmp_path)).merge() is None
 
 
 @pytest.mark.parametrize("target", ["../file.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
