@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import random
@@ -186,13 +187,15 @@ def change_header(rng: random.Random, header: dict[str, Any]) -> None:
     name = rng.choice(sorted(header)) if header else "x"
     slot = header.get(name)
     if not isinstance(slot, dict) or rng.random() < 0.2:
-        header[rng.choice([name, *KEYS])] = rng.choice([*ODD, slot])
+        header[rng.choice([name, *KEYS])] = copy.deepcopy(rng.choice([*ODD, slot]))
     elif rng.random() < 0.3:
         slot["shape"] = [rng.choice(NUMBERS) for _ in range(rng.choice([0, 1, 2, 3, 70]))]
     elif rng.random() < 0.5:
         slot["data_offsets"] = [rng.choice(NUMBERS) for _ in range(rng.choice([0, 1, 2, 2, 2, 3]))]
     else:
-        slot[rng.choice(["dtype", "shape", "more", "data_offsets"])] = rng.choice([*ODD, *NAMES.values()])
+        slot[rng.choice(["dtype", "shape", "more", "data_offsets"])] = copy.deepcopy(
+            rng.choice([*ODD, *NAMES.values()])
+        )
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
