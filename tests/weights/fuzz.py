@@ -175,7 +175,7 @@ def header_of(draft: Draft) -> tuple[dict[str, Any], bytes]:
     parts: list[bytes] = []
     at = 0
     for name, tensor in draft.tensors.items():
-        plain = tensor.contiguous()
+        plain = tensor.clone(memory_format=torch.contiguous_format)
         part = bytes(plain.reshape(-1).view(torch.uint8).tolist()) if plain.numel() else b""
         header[name] = {"dtype": NAMES[plain.dtype], "shape": [*plain.shape], "data_offsets": [at, at + len(part)]}
         at += len(part)
