@@ -34,8 +34,14 @@ $(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run
+$(VENV)/.test: $(VENV)/.run $(VENV)/.olah
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+# A server of the Hub's protocol that the tests download from. It needs other versions of the libraries used here.
+$(VENV)/.olah: $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/olah
+	$(VENV)/olah/bin/python -m pip --disable-pip-version-check --quiet install olah==0.5.4
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -66,6 +66,13 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """One branch for each patch, in the order of injection."""
         return [child for child in self if isinstance(child, Branch)]
 
+    def hold(self, name: str, branch: Branch) -> None:
+        """Append a new branch, under a name like this one."""
+        while name in self._modules or hasattr(type(self), name):
+            name += "_"
+        self._modules[name] = branch  # Past the checks of what it is, and for what else has that name.
+        branch._set_parent(self)
+
     @property
     def path(self) -> str:
         """The path of the layer in the model, as its patches know it."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.layers import Matrix
+from fluxion.module import shallow_copy
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -87,11 +88,11 @@ class Branch(fl.Chain):
         )
 
     def twin(self, values: Mapping[str, Tensor]) -> Branch:
-        """A branch of the same structure with other parameters, given by name. Far quicker than making one anew."""
+        """A branch of the same structure with other parameters, given by name: far quicker than making one anew."""
         clone = self.structural_copy()
         for key, module in clone._modules.items():
             if module._parameters:
-                clone._modules[key] = _copied(module)
+                clone._modules[key] = shallow_copy(module)
         for name, value in values.items():
             key, _, own = name.rpartition(".")
             table = (clone._modules[key] if key else clone)._parameters
@@ -180,10 +181,3 @@ class Branch(fl.Chain):
         settings = ", ".join(f"{name}={value}" for name, value in self.method.settings().items())
         own = ", ".join(f"{key} {'×'.join(map(str, p.shape))}" for key, p in self._parameters.items() if p is not None)
         return f"({self.method.key.upper()}) {self.patch.name}({settings}){f': {own}' if own else ''}"
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy with tables of its own for parameters and hooks."""
-    clone = type(module).__new__(type(module))
-    clone.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
-    return clone

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from os import PathLike
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
@@ -29,7 +29,7 @@ from adapters.targets import Layer, layers, select, structure
 
 def load(
     model: Model,
-    source: str | PathLike[str],
+    source: str | PathLike[str] | weights.AdapterFile,
     *,
     name: str | None = None,
     scale: float = 1.0,
@@ -43,7 +43,8 @@ def load(
     Args:
         model: The base model, or several together: a pipeline of diffusers, or a table of modules by the names of
             components.
-        source: A folder, a file, or the id of a repository on the Hub.
+        source: A folder, a file, or a place on the Hub (`"user/repo"`, `"user/repo@revision"`,
+            `"user/repo:folder/file"`); or what `weights.read_adapter` has read.
         name: The name of the patch, by default the last part of the source.
         scale: How strongly it acts.
         component: The part to load of a file that is for several models, such as `"unet"` or `"text_encoder_2"`. By
@@ -58,10 +59,14 @@ def load(
         PatchNameError: The name is in use.
         weights.WeightsError: The source cannot be read.
     """
-    name = name or Path(source).name.removesuffix(".safetensors") or "default"
     model = as_module(model)
-    check_name(model, name)
-    file = weights.read_adapter(source, revision=revision)
+    if isinstance(source, weights.AdapterFile):
+        file, name, source = _copied(source), name or "default", "The adapter"
+        check_name(model, name)
+    else:
+        name = name or _last_part(source)
+        check_name(model, name)
+        file = weights.read_adapter(source, revision=revision)
     if component is not None:
         whole, file = file, file.part(component)
         if not file.layers:
@@ -89,6 +94,21 @@ def load(
         for _, parameter in place.branch.named_weights():
             parameter.requires_grad_(trainable)
     return Patch(name, model, places, scale, freezes=trainable).inject()
+
+
+def _copied(file: weights.AdapterFile) -> weights.AdapterFile:
+    """A file with tensors of its own, as a patch may take those it is given."""
+    layers = {
+        path: replace(layer, tensors={name: tensor.clone() for name, tensor in layer.tensors.items()})
+        for path, layer in file.layers.items()
+    }
+    return replace(file, layers=layers)
+
+
+def _last_part(source: str | PathLike[str]) -> str:
+    """The name of a file, a folder or a repository."""
+    last = re.split(r"[/\\:]", str(source).rstrip("/\\"))[-1]
+    return last.removesuffix(".safetensors").partition("@")[0].strip(".") or "default"
 
 
 def _mismatch(source: str | PathLike[str], model: nn.Module, file: weights.AdapterFile) -> str:
@@ -147,9 +167,15 @@ def _entries(
     problems: list[str] = []
     entries: list[_Entry] = []
     fitting: set[object] = set()
+    methods: dict[str, tuple[Mapping[str, object], Method]] = {}
     for layer, path in found:
+        content = _of_input(layer, file.layers[path])
         try:
-            entry = _entry(layer, file.layers[path], trainable)
+            numbers, method = methods.get(content.method, (None, None))
+            if method is None or numbers != content.hyperparameters:
+                method = _method(content)
+                methods[content.method] = content.hyperparameters, method
+            entry = _entry(layer, content, method, trainable)
             different = [] if entry.kind in fitting else _misfits(entry)
             if not different:
                 fitting.add(entry.kind)
@@ -162,10 +188,8 @@ def _entries(
     return entries, problems
 
 
-def _entry(layer: Layer, content: weights.LayerWeights, trainable: bool) -> _Entry:
+def _entry(layer: Layer, content: weights.LayerWeights, method: Method, trainable: bool) -> _Entry:
     """What a file has for a layer; raises an AdapterError where the layer cannot have it."""
-    content = _of_input(layer, content)
-    method = _method(content)
     if method.matrix(layer.module, layer.parameter) is None:
         raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
     site = Site.of(layer, method, None, None, own=True)
@@ -307,8 +331,15 @@ class _Mould:
     def cast(self, tensors: Mapping[str, Tensor]) -> Branch:
         """A branch with the values that a file has, which were found to fit."""
         return self.branch.twin(
-            {name: tensors[key].view(like.shape).to(like) for key, (name, like) in self.parameters.items()}
+            {
+                name: tensor if _is_alike(tensor := tensors[key], like) else tensor.view(like.shape).to(like)
+                for key, (name, like) in self.parameters.items()
+            }
         )
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

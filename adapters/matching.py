@@ -14,6 +14,7 @@ from adapters.targets import Layer
 # What a component may be called in a pipeline, where a file goes by another.
 _ALSO = {
     "unet": ("transformer", "prior"),
+    "text_encoder_3": ("text_encoder_2",),  # T5, the third for kohya's scripts also where there are two.
     "clip_l": ("text_encoder",),
     "clip_g": ("text_encoder_2",),
     "t5xxl": ("text_encoder_3", "text_encoder_2", "text_encoder"),

@@ -89,9 +89,7 @@ class Place:
         name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
         if self.branch.parameter != "weight":
             name += f"_{self.branch.parameter}"
-        while name in node._modules or hasattr(Adapted, name):
-            name += "_"
-        node.add_module(name, self.branch)
+        node.hold(name, self.branch)
         if self.branch.training != layer.training:
             self.branch.train(layer.training)
         if node is not found:
@@ -490,13 +488,8 @@ class Patch:
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
-        file = self.adapter_file(component)
-        if format is None:
-            try:
-                return weights.write_adapter(file, path, format="peft")
-            except weights.FileFormatError:
-                format = "fluxion"
-        return weights.write_adapter(file, path, format=format)
+        write_file(self.adapter_file(component), Path(path), format)
+        return Path(path)
 
     def push_to_hub(
         self,
@@ -509,6 +502,8 @@ class Patch:
         commit_message: str | None = None,
         license: str | None = None,
         tags: Collection[str] = (),
+        format: str | None = None,
+        component: str | None = None,
         dry_run: bool = False,
     ) -> str:
         """Publish it in a repository of the Hugging Face Hub, in one commit. Returns the address of the commit.
@@ -522,19 +517,22 @@ class Patch:
             commit_message: By default names the repository.
             license: The key of a license for the model card, such as `"mit"`.
             tags: More tags for the model card.
+            format: As of `save_pretrained`.
+            component: As of `save_pretrained`.
             dry_run: Send nothing, and return a text that says what would be sent.
 
         Raises:
             weights.HubError: The Hub refused or cannot be reached; nothing was published.
             weights.WeightsError: The patch cannot be saved.
         """
+        file = self.adapter_file(component)
         with tempfile.TemporaryDirectory() as folder:
-            path = self.save_pretrained(folder)
-            format = "peft" if (path / "adapter_config.json").exists() else "fluxion"
-            card = weights.model_card(self.adapter_file(), format, repo_id=repo_id, license=license, tags=tags)
-            (path / "README.md").write_text(card, encoding="utf-8")
+            alone = [f"{repo_id.rpartition('/')[2]}.safetensors"] if format == "lycoris" else []
+            format = write_file(file, Path(folder, *alone), format)
+            card = weights.model_card(file, format, repo_id=repo_id, license=license, tags=tags)
+            Path(folder, "README.md").write_text(card, encoding="utf-8")
             return weights.publish(
-                path,
+                folder,
                 repo_id,
                 private=private,
                 revision=revision,
@@ -690,6 +688,19 @@ def refuse(what: str, problems: Sequence[str]) -> None:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise LayerMismatchError(f"{what}: {shown}{more}.")
+
+
+def write_file(file: weights.AdapterFile, path: Path, format: str | None) -> str:
+    """Write an adapter, by default in PEFT's format, or where that cannot hold it in this library's. Returns which."""
+    if format is None:
+        try:
+            weights.write_adapter(file, path, format="peft")
+        except weights.FileFormatError:
+            format = "fluxion"
+        else:
+            return "peft"
+    weights.write_adapter(file, path, format=format)
+    return format
 
 
 def _base_model_name(model: nn.Module) -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fluxion.errors import ChainValueError
 if TYPE_CHECKING:
     from fluxion.chain import Chain
 
+M = TypeVar("M", bound=nn.Module)
 BasicType = str | float | int | bool
 
 
@@ -179,12 +181,9 @@ class ContextModule(Module):
 
     def structural_copy(self) -> Self:
         """A copy that shares every parameter and buffer, and has no parent."""
-        clone = type(self).__new__(type(self))
-        # One level of copying keeps what hooks, buffers and private attributes hold, and lets the two diverge.
-        clone.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(self).items()})
+        clone = shallow_copy(self)
         clone.__dict__.pop("_compiled_call_impl", None)  # It is bound to the original.
-        clone._can_refresh_parent = True
-        clone._set_parent(None)
+        clone.__dict__.update(_can_refresh_parent=True, _parent=None)
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,6 +213,23 @@ class WeightedModule(Module):
         line = super().__str__().removesuffix(")")
         separator = "" if line.endswith("(") else ", "
         return f"{line}{separator}device={self.device}, dtype={str(self.dtype).removeprefix('torch.')})"
+
+
+def shallow_copy(module: M) -> M:
+    """A copy with the same parameters, buffers and children, and with tables of its own for them and for hooks.
+
+    One level of copying keeps what hooks, buffers and private attributes hold, and lets the two diverge.
+    """
+    clone = type(module).__new__(type(module))
+    state = module.__dict__.copy()
+    for key, value in state.items():
+        if isinstance(value, (dict, set)):
+            state[key] = value.copy() if value or type(value) not in _TABLES else type(value)()  # The quicker way.
+    clone.__dict__.update(state)
+    return clone
+
+
+_TABLES = (dict, set, OrderedDict)
 
 
 def _is_basic(value: object) -> bool:

@@ -13,7 +13,7 @@ from weights.errors import (
     SourceNotFoundError,
     WeightsError,
 )
-from weights.files import TensorFiles, save
+from weights.files import TensorFiles, open_parts, save
 from weights.files import open_tensors as open  # noqa: A004
 from weights.hub import download
 from weights.publishing import publish
@@ -34,6 +34,7 @@ __all__ = [
     "formats_of",
     "model_card",
     "open",
+    "open_parts",
     "publish",
     "read_adapter",
     "save",

@@ -50,6 +50,7 @@ class AdapterFile:
         aliases: Other paths that a layer may have in the model, by the path that it has here.
         interleaved: Paths of layers whose outputs are turned by pairs for their positions (RoPE), with both numbers of
             a pair side by side in the file, where the model has them half a head apart.
+        format: The name of the format that it was read in.
     """
 
     layers: Mapping[str, LayerWeights]
@@ -64,6 +65,7 @@ class AdapterFile:
     counted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
+    format: str | None = None
 
     def component_of(self, path: str) -> tuple[str, str]:
         """The component that a path begins with, empty if with none, and the rest of the path."""

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from weights import pickles
 from weights.adapter_file import AdapterFile
 from weights.errors import FileFormatError
+from weights.files import is_finite
 from weights.formats import FORMATS, WRITTEN
 from weights.formats.found import Found
 from weights.sources import locate
 
 
-def read_adapter(source: str | PathLike[str], *, revision: str | None = None, token: str | None = None) -> AdapterFile:
+def read_adapter(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    pickle: bool = False,
+    finite: bool = False,
+    max_bytes: int | None = None,
+) -> AdapterFile:
     """Read an adapter; its format is recognised.
 
     Args:
-        source: A folder, a file in it, or a Hub id (`"user/repo"`, `"user/repo@revision"`).
-        revision: Branch, tag or commit, for a Hub id.
+        source: A folder, a file, or a place on the Hub (`"user/repo"`, `"user/repo@revision"`,
+            `"user/repo:folder/file"`).
+        revision: Branch, tag or commit, for a place on the Hub.
         token: The Hub token; by default the one `hf auth login` has stored.
+        pickle: Whether a file as `torch.save` writes it may be read too, where there is no other.
+        finite: Whether NaN or infinity in a tensor is an error.
+        max_bytes: How large the file, or all files in the folder, may be; by default any size.
 
     Raises:
         SourceNotFoundError: There is no such file or folder.
@@ -27,7 +43,27 @@ def read_adapter(source: str | PathLike[str], *, revision: str | None = None, to
         HubError: The Hub failed.
     """
     patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
-    path = locate(source, revision=revision, token=token, patterns=patterns)
+    patterns += pickles.FILES if pickle else []
+    path = locate(source, revision=revision, token=token, patterns=patterns, max_bytes=max_bytes)
+    with pickles.unpickled(path) if pickle else nullcontext(path) as readable:
+        adapter = _read(source, readable)
+    if finite:
+        _check_finite(source, adapter)
+    return adapter
+
+
+def _check_finite(source: str | PathLike[str], adapter: AdapterFile) -> None:
+    """Raise a FileFormatError for the first tensor with NaN or infinity in it."""
+    named = {
+        f"{name} of {path}": tensor for path, layer in adapter.layers.items() for name, tensor in layer.tensors.items()
+    }
+    for name, tensor in {**named, **adapter.shared, **adapter.others}.items():
+        if not is_finite(tensor):
+            raise FileFormatError(f"{source} has NaN or infinity in {name}; train or save it again.")
+
+
+def _read(source: str | PathLike[str], path: Path) -> AdapterFile:
+    """Read what is at a path on this machine."""
     found = Found(path)
     recognised = [name for name, known in FORMATS.items() if known.recognise(found)]
     if len(recognised) > 1:
@@ -35,7 +71,7 @@ def read_adapter(source: str | PathLike[str], *, revision: str | None = None, to
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        return FORMATS[recognised[0]].read(found)
+        return replace(FORMATS[recognised[0]].read(found), format=recognised[0])
     if found.file is not None:
         found.open()  # It may not be sound.
     raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")

@@ -99,8 +99,9 @@ def model_card(
 
     if license == "other" and not (license_name and license_link):
         raise FileFormatError('The license "other" needs license_name= and license_link= too.')
-    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
-        raise FileFormatError(f"tags={tags!r} are not a list of texts; give one.")
+    given = [text for text in (license, license_name, license_link, *tags) if text is not None]
+    if isinstance(tags, str) or not all(isinstance(text, str) and text.isprintable() for text in given):
+        raise FileFormatError(f"The license and each of tags={tags!r} must be a text in one line.")
     base = adapter.base_model if adapter.base_model and is_repo_id(adapter.base_model) else None
     methods = sorted({layer.method for layer in adapter.layers.values()})
     named = [_LIBRARY, *([format] if format in _ELSEWHERE else []), *map(_plain, methods)]
@@ -144,12 +145,19 @@ def check_card(path: Path) -> None:
         reason = " ".join(str(error).split())
         raise FileFormatError(f"{path} does not begin with sound YAML between lines of ---: {reason}.") from error
     for name, value in (fields or {}).items():
-        is_text, is_list = isinstance(value, str), isinstance(value, list) and all(isinstance(v, str) for v in value)
-        if not {name in _TEXTS: is_text, name == "tags": is_list, name in _TEXT_OR_LIST: is_text or is_list}.get(
-            True, isinstance(name, str)
-        ):
-            kind = "a list of texts" if name == "tags" else "a text"
-            raise FileFormatError(f"{path}: the field {name} is a {type(value).__name__}; make it {kind}.")
+        if wanted := _wanted(name, value):
+            raise FileFormatError(f"{path}: the field {name} is a {type(value).__name__}; make it {wanted}.")
+
+
+def _wanted(name: Any, value: Any) -> str:
+    """What the value of a field should be, where it is something else."""
+    is_text = value is None or isinstance(value, str)
+    is_list = value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    if name == "tags":
+        return "" if is_list else "a list of texts"
+    if name in _TEXT_OR_LIST:
+        return "" if is_text or is_list else "a text or a list of texts"
+    return "" if is_text or name not in _TEXTS else "a text"
 
 
 def _row(adapter: AdapterFile, method: str) -> str:

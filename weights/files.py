@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,6 +20,8 @@ from weights.header import DTYPES, METADATA_KEY, Slot, Stamp, check_name
 from weights.hub_path import HubPath
 from weights.sources import INDEX, TENSORS, find
 
+_PIPELINE = "model_index.json"
+_USUAL = ("model", "diffusion_pytorch_model")  # The others beside them are of other precisions.
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -49,7 +52,7 @@ class TensorFiles(Mapping[str, Tensor]):
             HubError: The file is on the Hub, and the Hub failed.
         """
         tensor = _read_tensor(*self._places[name].local(), self.slots[name], name=name)
-        if self._finite and not _is_finite(tensor):
+        if self._finite and not is_finite(tensor):
             raise FileFormatError(f"{self._places[name]}: tensor {name!r} has NaN or infinity in it; save it again.")
         return tensor
 
@@ -77,6 +80,8 @@ def open_tensors(
 ) -> TensorFiles:
     """Open tensors for reading; exported as `weights.open`.
 
+    Of several sets of tensors in a folder, `model` or `diffusion_pytorch_model` is the one that is meant.
+
     Of files on the Hub only the headers are fetched here, and each whole file when the first of its tensors is read.
 
     Args:
@@ -101,6 +106,28 @@ def open_tensors(
             f"{source} has {size:,} bytes of tensors, and {max_bytes:,} are allowed; raise max_bytes."
         )
     return TensorFiles(files, metadata, finite=finite)
+
+
+def open_parts(
+    source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> dict[str, TensorFiles]:
+    """Open every model of a pipeline, or the one that there is, as `weights.open` does.
+
+    A pipeline is a folder with `model_index.json`, or one that has its tensors in folders only.
+
+    Returns:
+        The tensors of each model by the name of its folder, which is empty for the one model of what is no pipeline.
+
+    Raises:
+        WeightsError: As `weights.open` does.
+    """
+    place = find(source, revision)
+    folder, name = hub_folder(place, token) if isinstance(place, HubPath) else local_folder(place)
+    if not name and (_PIPELINE in folder.names() or not _has_tensors(folder)):
+        inside = {part: below for part, below in sorted(folder.folders().items()) if _has_tensors(below)}
+        if inside:
+            return {part: TensorFiles(*_opened(below, _chosen(below))) for part, below in inside.items()}
+    return {"": TensorFiles(*_opened(folder, name or _chosen(folder)))}
 
 
 def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
@@ -151,16 +178,21 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
 
 def _chosen(folder: Folder) -> str:
-    """The index in a folder, or else its only file of tensors."""
+    """The index in a folder, or else its only file of tensors, or of several the one that is called as by default."""
     names = sorted(folder.names())
     indexes = [name for name in names if name.endswith(INDEX)]
     found = indexes or [name for name in names if name.endswith(TENSORS)]
     if not found:
         raise SourceNotFoundError(f"{folder} holds no safetensors file; check the folder.")
-    if len(found) > 1:
+    usual = [name for name in found if name.removesuffix(INDEX).removesuffix(TENSORS) in _USUAL]
+    if len(found) > 1 and len(usual) != 1:
         listed = ", ".join(found[:20])
         raise FileFormatError(f"{folder} holds several sets of tensors ({listed}); give the path of one of the files.")
-    return found[0]
+    return usual[0] if usual else found[0]
+
+
+def _has_tensors(folder: Folder) -> bool:
+    return any(name.endswith((TENSORS, INDEX)) for name in folder.names())
 
 
 def _opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, str]]:
@@ -194,7 +226,8 @@ def _opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, s
     return list(files.values()), metadata
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity in it."""
     if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
         tensor = tensor.float()  # torch cannot tell for all types of eight bits
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
@@ -204,7 +237,7 @@ def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
     content = _bytes(tensor)
     try:
-        with path.open("rb", buffering=0) as file:
+        with FileIO(path) as file:
             file.seek(slot.start)
             count = 0
             while count < len(content) and (some := file.readinto(content[count:])):

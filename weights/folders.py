@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,9 @@ class Folder(Protocol):
     def names(self) -> Iterable[str]:
         """The names of the files in it."""
 
+    def folders(self) -> Mapping[str, Folder]:
+        """The folders in it, by name."""
+
     def content(self, name: str) -> bytes:
         """All bytes of a small file."""
 
@@ -64,16 +68,16 @@ class LocalFolder:
         return str(self.path)
 
     def names(self) -> Iterable[str]:
-        return [path.name for path in self.path.iterdir()]
+        with _reading(self.path):
+            return [path.name for path in self.path.iterdir()]
+
+    def folders(self) -> Mapping[str, Folder]:
+        with _reading(self.path):
+            return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
 
     def content(self, name: str) -> bytes:
-        try:
-            with (self.path / name).open("rb") as file:
-                content = file.read(_LARGEST_CONTENT + 1)
-        except OSError as error:
-            raise SourceNotFoundError(
-                f"{self.path / name} cannot be read: {error.strerror}; check the path."
-            ) from error
+        with _reading(self.path / name), (self.path / name).open("rb") as file:
+            content = file.read(_LARGEST_CONTENT + 1)
         if len(content) > _LARGEST_CONTENT:
             raise FileFormatError(f"{self.path / name} has more than {_LARGEST_CONTENT:,} bytes; check what it is.")
         return content
@@ -111,6 +115,10 @@ class HubFolder:
 
     def names(self) -> Iterable[str]:
         return [name for name in self.snapshot.inside(self.path) if "/" not in name]
+
+    def folders(self) -> Mapping[str, Folder]:
+        found = {name.partition("/")[0] for name in self.snapshot.inside(self.path) if "/" in name}
+        return {name: HubFolder(self.snapshot, f"{self.path}/{name}".removeprefix("/")) for name in found}
 
     def content(self, name: str) -> bytes:
         path = self._inside(name)
@@ -165,3 +173,11 @@ def remote_header(snapshot: Snapshot, path: str) -> Header:
         return first[start:stop] if stop <= len(first) else first[start:] + snapshot.read(path, len(first), stop)
 
     return parse_header(f"{path} of {snapshot.place.repo_id}", size, read)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; check the path.") from error

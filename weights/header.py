@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,7 +64,7 @@ class Stamp:
     modified_ns: int
 
     @classmethod
-    def of(cls, file: BinaryIO) -> Stamp:
+    def of(cls, file: BinaryIO | FileIO) -> Stamp:
         """The stamp of an open file."""
         status = os.fstat(file.fileno())
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)

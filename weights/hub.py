@@ -157,7 +157,7 @@ class Snapshot:
             with cached.open("rb") as file:
                 file.seek(start)
                 return file.read(stop - start)
-        content = b""
+        content = bytearray()
         with hub_errors(self.place.repo_id, self.token):
             url = hf_hub_url(self.place.repo_id, path, revision=self.commit)
             headers = build_hf_headers(token=self.token) | {
@@ -166,14 +166,15 @@ class Snapshot:
             }
             with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
                 hf_raise_for_status(response)
-                if response.status_code == 206 or start == 0:
-                    for chunk in response.iter_bytes():  # Of who sends more than was asked for, no more is read.
-                        content += chunk
-                        if len(content) >= stop - start:
-                            break
-        if len(content) < stop - start:
+                first = start if response.status_code == 206 else 0  # Some send all of it, whatever is asked for.
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) >= stop - first:  # More is not read.
+                        break
+        part = bytes(content[start - first : stop - first])
+        if len(part) < stop - start:
             raise HubError(f"{self.place.repo_id}: the Hub did not send the part of {path} asked for; try again.")
-        return content[: stop - start]
+        return part
 
     def _download(self, paths: Collection[str]) -> None:
         from huggingface_hub import snapshot_download
@@ -206,7 +207,7 @@ def head(repo_id: str, revision: str | None, token: str | None) -> ModelInfo:
     """What the Hub says of the newest commit of a revision; asked once, so that an absent Hub is noticed soon."""
     from huggingface_hub import HfApi
 
-    return HfApi(token=token).model_info(repo_id, revision=revision, timeout=_TIMEOUT)
+    return HfApi(token=token).model_info(repo_id, revision=revision or "main", timeout=_TIMEOUT)
 
 
 def published_files(repo_id: str, commit: str, token: str | None) -> dict[str, HubFile]:

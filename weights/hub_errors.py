@@ -34,7 +34,7 @@ def _translated(error: BaseException, repo_id: str, token: str | None) -> Weight
         if known is not None:
             return known
         cause = cause.__cause__
-    return HubError(f"{repo_id}: the Hub's client failed with {type(error).__name__}: {_first_line(error, token)}")
+    return HubError(f"{repo_id}: the Hub's client failed with {type(error).__name__}: {_brief(error, token)}")
 
 
 def _known(error: BaseException, repo_id: str, token: str | None) -> WeightsError | None:
@@ -61,12 +61,13 @@ def _known(error: BaseException, repo_id: str, token: str | None) -> WeightsErro
         case errors.OfflineModeIsEnabled():
             return HubConnectionError(f"{repo_id} needs the Hub, and its offline mode is on; unset HF_HUB_OFFLINE.")
         case errors.HfHubHTTPError():
-            return _refusal(error.response.status_code, _first_line(error, token), repo_id)
+            return _refusal(error.response.status_code, _brief(error.server_message or error, token), repo_id)
         case httpx2.RemoteProtocolError() | httpx2.ReadError() | httpx2.WriteError():
             return HubConnectionError(f"{repo_id}: the connection to the Hub was lost; try again.")
         case httpx2.TransportError():
             return HubConnectionError(
-                f"{repo_id}: the Hub at {constants.ENDPOINT} cannot be reached; check the network and HF_ENDPOINT."
+                f"{repo_id} is no local path, and the Hub at {constants.ENDPOINT} cannot be reached; check the path,"
+                " the network and HF_ENDPOINT."
             )
         case OSError(errno=int()):
             place = error.filename or constants.HF_HUB_CACHE
@@ -90,7 +91,7 @@ def _refusal(status: int, message: str, repo_id: str) -> HubError:
     return HubError(f"{repo_id}: the Hub answered {status}: {message}")
 
 
-def _first_line(error: BaseException, token: str | None) -> str:
-    """What an error says first, without the token: a server may repeat what it was sent."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _brief(message: object, token: str | None) -> str:
+    """The first line of a message, without the token: a server may repeat what it was sent."""
+    line = next(iter(str(message).strip().splitlines()), "it does not say why")[:300]
     return line.replace(token, "<token>") if token else line

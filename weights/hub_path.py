@@ -17,6 +17,7 @@ _ALONE = re.compile(r"(?P<repo_id>\w[\w.-]*)(?:@(?P<revision>[^:]+))?", re.ASCII
 _URI = re.compile(rf"hf://{_REPO}(?:@{_REVISION})?(?:/(?P<path>.*))?", re.ASCII | re.DOTALL)
 _PAGE = re.compile(rf"/{_REPO}(?:/(?:blob|resolve|tree)/{_REVISION}(?:/(?P<path>[^?#]*))?)?/?(?:[?#].*)?", re.ASCII)
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_LONGEST = 96  # letters of an id
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -45,11 +46,10 @@ class HubPath:
             HubError: The path or the revision could lead elsewhere, or two revisions are named.
         """
         found = _matched(source)
-        if found is None:
+        if found is None or len(found["repo_id"]) > _LONGEST:
             return None
-        path, named = (
-            unquote(found[key] or "") if "://" in source else found[key] or "" for key in ("path", "revision")
-        )
+        texts = (found.groupdict().get(key) or "" for key in ("path", "revision"))
+        path, named = map(unquote, texts) if "://" in source else texts
         if named and revision and named != revision:
             raise HubError(f"{source} and revision={revision!r} name two revisions; leave one out.")
         path, revision = path.removesuffix("/"), named or revision

@@ -14,7 +14,7 @@ from weights.errors import FileFormatError, HubAccessError, HubConnectionError, 
 from weights.header import read_header
 from weights.hub import HubFile, Snapshot, fits, head, published_files, stored_token
 from weights.hub_errors import hub_errors
-from weights.hub_path import HubPath
+from weights.hub_path import HubPath, is_inside
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -109,7 +109,7 @@ class _Target:
             raise
         except errors.RepositoryNotFoundError:
             api.create_repo(self.repo_id, private=private, exist_ok=True)
-            self.made = f"The new repository {self.repo_id} is there, and empty."
+            self.made = f"The new repository {self.repo_id} was made before that, and stays."
             with self.explained():
                 found = head(self.repo_id, None, self.token)
         if private is not None and found.private is not None and found.private != private:
@@ -126,7 +126,7 @@ class _Target:
                 if create_pr:
                     raise
             api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            self.made = f"{self.made} The new branch {self.revision} is there, without the files.".strip()
+            self.made = f"{self.made} The new branch {self.revision} was made before that, and stays.".strip()
             return head(self.repo_id, self.revision, self.token)
 
     @contextmanager
@@ -220,6 +220,8 @@ def _publishable(folder: Path) -> dict[str, Path]:
                 f"{path} is a link to no file in the folder; put the file itself there, or remove it."
             )
         if path.is_file():
+            if not is_inside(name.as_posix()):
+                raise FileFormatError(f"{str(path)!r} has a name that not every system allows; give it another.")
             files[name.as_posix()] = path
     tensors = [path for path in files.values() if path.suffix == ".safetensors"]
     missing = [what for what, there in {_CARD: _CARD in files, "a safetensors file": tensors}.items() if not there]

@@ -35,7 +35,6 @@ _OWN_ROWS: Mapping[str, _Rows] = {
     "lycoris-glora": _rows("b1", "a1 a2 b2"),
     "full": _rows("diff"),
     "copy": _rows("weight bias"),
-    "norm": _rows("weight bias"),
 }
 """The tensors of each method whose rows can be told apart: the first axis of the former has the rows."""
 
@@ -63,19 +62,21 @@ def take_rows(layer: LayerWeights, rows: Sequence[range], of: int) -> LayerWeigh
     """
     tensors, hyperparameters = layer.tensors, dict(layer.hyperparameters)
     own = _OWN_ROWS.get(layer.method, _Rows(frozenset()))
-    if not own.by_row & tensors.keys() <= tensors.keys() <= own.by_row | own.common or hyperparameters.get("init"):
+    by_row = own.by_row & tensors.keys()
+    # A start that is made from the weight is another one for each part.
+    if not by_row or tensors.keys() - own.by_row - own.common or "init" in hyperparameters:
         raise ValueError(f"{layer.method} with {', '.join(sorted(tensors))}, whose rows cannot be told apart")
     size = _rows_of_block(layer)
-    for name in own.by_row & tensors.keys():
+    for name in by_row:
         if tensors[name].ndim < 1 or len(tensors[name]) * size != of:
             raise ValueError(f"a {name} {tuple(tensors[name].shape)}, not of {of} rows")
     if any(end % size for part in rows for end in (part.start, part.stop)):
         raise ValueError(f"{layer.method} in blocks of {size} rows, which do not end where the parts do")
-    if "factor" in hyperparameters:
+    if layer.method == "lokr":
         hyperparameters["factor"] = (sum(map(len, rows)) // size, tensors["lokr_w1"].shape[1])
     taken = {
         name: torch.cat([tensor[part.start // size : part.stop // size] for part in rows])
-        if name in own.by_row
+        if name in by_row
         else tensor.clone()
         for name, tensor in tensors.items()
     }
@@ -86,8 +87,10 @@ def _rows_of_block(layer: LayerWeights) -> int:
     """How many rows belong together: those of the second factor, where the first one has a number for each block."""
     if layer.method != "lokr":
         return 1
-    second = layer.tensors.get("lokr_w2", layer.tensors.get("lokr_w2_a"))
-    return 1 if second is None else second.shape[1 if "lokr_t2" in layer.tensors else 0]
+    first, second = layer.tensors["lokr_w1"], layer.tensors.get("lokr_w2", layer.tensors.get("lokr_w2_a"))
+    if second is None or first.ndim != 2 or second.ndim < 2 or not second.numel():
+        raise ValueError("factors that are no matrices")
+    return second.shape[1 if "lokr_t2" in layer.tensors else 0]
 
 
 def _of_own_rank(layer: LayerWeights, parts: int) -> LayerWeights:
@@ -99,7 +102,7 @@ def _of_own_rank(layer: LayerWeights, parts: int) -> LayerWeights:
     if parts < 2 or b.ndim < 2 or not len(a) == b.shape[1] == rank or rank % parts:
         return layer
     own = rank // parts
-    used = [block for block, columns in enumerate(b.split(own, 1)) if columns.double().any()]
+    used = [block for block, columns in enumerate(b.split(own, 1)) if columns.bool().any()]
     if len(used) != 1:
         return layer
     ranks = slice(used[0] * own, (used[0] + 1) * own)

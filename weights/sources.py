@@ -14,6 +14,7 @@ from weights.hub_path import HubPath
 
 TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
+_PICKLES = (".bin", ".pt")
 _BASE_MODEL = re.compile(r"(diffusion_pytorch_)?model\b.*|.*-\d{5}-of-\d{5}")  # of the name, without the ending
 _SETTINGS = "adapter_config.json"  # belongs to the tensors beside it
 
@@ -36,7 +37,14 @@ def find(source: str | PathLike[str], revision: str | None) -> Path | HubPath:
     return place
 
 
-def locate(source: str | PathLike[str], *, revision: str | None, token: str | None, patterns: Sequence[str]) -> Path:
+def locate(
+    source: str | PathLike[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    patterns: Sequence[str],
+    max_bytes: int | None = None,
+) -> Path:
     """The local path of the adapter at `source`: itself where it exists, else a download of that adapter alone.
 
     From a folder of a repository come the files that match `patterns`, or else the only file of tensors that is not
@@ -44,23 +52,29 @@ def locate(source: str | PathLike[str], *, revision: str | None, token: str | No
 
     Raises:
         SourceNotFoundError: It neither exists nor has the form of a place on the Hub.
-        FileFormatError: The repository has no adapter there, or several.
+        FileFormatError: The repository has no adapter there, or several; or the files have more bytes than allowed.
         HubError: The Hub failed.
     """
     place = find(source, revision)
     if isinstance(place, Path):
+        files = [file for file in place.iterdir() if file.is_file()] if place.is_dir() else [place]
+        _check_size(source, sum(file.stat().st_size for file in files), max_bytes)
         return place
     snapshot = Snapshot.of(place, token)
-    if place.path in snapshot.files:
-        beside = place.path.rpartition("/")[0]
-        settings = snapshot.inside(beside).get(_SETTINGS)
-        return snapshot.fetch([place.path, *([settings] if settings else [])]) / place.path
     inside = snapshot.inside(place.path)
     wanted = [path for name, path in inside.items() if "/" not in name and _matches(name, patterns)]
-    if wanted:
-        return snapshot.fetch(wanted) / place.path
-    path = _only_adapter(place, inside, patterns)
-    return snapshot.fetch([path]) / path
+    path = place.path
+    if path in snapshot.files or all(file.endswith(".json") for file in wanted):
+        path = path if path in snapshot.files else _only_adapter(place, inside, patterns)
+        settings = snapshot.inside(path.rpartition("/")[0]).get(_SETTINGS)
+        wanted = [path, *([settings] if settings else [])]
+    _check_size(source, sum(snapshot.files[path].size for path in wanted), max_bytes)
+    return snapshot.fetch(wanted) / path
+
+
+def _check_size(source: str | PathLike[str], size: int, allowed: int | None) -> None:
+    if allowed is not None and size > allowed:
+        raise FileFormatError(f"{source} has {size:,} bytes, and {allowed:,} are allowed; raise max_bytes.")
 
 
 def _only_adapter(place: HubPath, inside: Mapping[str, str], patterns: Sequence[str]) -> str:
@@ -69,13 +83,18 @@ def _only_adapter(place: HubPath, inside: Mapping[str, str], patterns: Sequence[
     found = [path for name, path in tensors.items() if "/" not in name and not is_base_model(name)]
     if len(found) == 1:
         return found[0]
-    deeper = {path.rpartition("/")[0] for name, path in inside.items() if _matches(name.rpartition("/")[2], patterns)}
+    nested = ((name.rpartition("/")[2], path) for name, path in inside.items() if "/" in name)
+    deeper = {path.rpartition("/")[0] for name, path in nested if _matches(name, patterns)}
     choices = sorted(found or deeper)
     if choices:
         where = ", ".join(str(HubPath(place.repo_id, place.revision, path)) for path in choices[:20])
         raise FileFormatError(f"{place} has no adapter in one place; give the one you mean: {where}.")
     if tensors:
         raise FileFormatError(f"{place} has the tensors of a model and no adapter; check that it is the right one.")
+    if any(name.endswith(_PICKLES) for name in inside):
+        raise FileFormatError(
+            f"{place} has its tensors in a pickle; read it by weights.read_adapter(..., pickle=True)."
+        )
     raise FileFormatError(f"{place} has no safetensors file; check that it is the right place.")
 
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
+from adapters.cli.convert import convert
 from adapters.cli.demo.command import demo
+from adapters.cli.diff import diff
+from adapters.cli.inspect import inspect
+from adapters.cli.pull import pull
+from adapters.cli.push import push
+from adapters.cli.tree import tree
 
 # What a command needs beyond click it imports when it runs: asking for --help must not wait for torch.
 
@@ -22,7 +28,8 @@ class Commands(click.Group):
             ctx.exit(130)
         except Exception as error:
             if isinstance(error, _expected_errors()):
-                raise click.ClickException(" ".join(str(error).split())) from error
+                failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
+                raise failure(" ".join(str(error).split())) from error
             raise
 
 
@@ -41,4 +48,5 @@ def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-main.add_command(demo)
+for command in (demo, inspect, convert, tree, diff, pull, push):
+    main.add_command(command)

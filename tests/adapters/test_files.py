@@ -16,6 +16,7 @@ from adapters import IA3, OFT, LayerMismatchError, LoRA, Method, PatchNameError
 from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
 from tests.weights.conftest import hub, hub_home  # noqa: F401
 from tests.weights.hub_server import WRITER, HubServer
+from weights.files import encode
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -192,3 +193,57 @@ def test_published_and_loaded_from_the_hub(hub: HubServer, tmp_path: Path) -> No
     assert "base_model: someone/tiny-bert" in card
     config = json.loads((weights.download("me/style-lora") / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/tiny-bert"
+
+
+@pytest.mark.parametrize(
+    ("format", "file", "snippet"),
+    [
+        (None, "adapter_model.safetensors", "PeftModel.from_pretrained"),
+        ("diffusers", "pytorch_lora_weights.safetensors", 'load_lora_weights("me/style-lora")'),
+        ("lycoris", "style-lora.safetensors", 'adapters.load(model, "me/style-lora")'),
+        ("mlx", "adapters.safetensors", 'adapters.load(model, "me/style-lora")'),
+        ("fluxion", "adapter.safetensors", 'adapters.load(model, "me/style-lora")'),
+    ],
+)
+def test_every_format_is_published(hub: HubServer, format: str | None, file: str, snippet: str) -> None:  # noqa: F811
+    case, fresh = build("bert"), build("bert")
+    patch = adapters.inject(case.model, LoRA(rank=2), targets=["query", "value"])
+    perturb(patch)
+    patch.push_to_hub("me/style-lora", token=WRITER, format=format, license="mit")
+    folder = weights.download("me/style-lora")
+    assert (folder / file).exists()
+    card = (folder / "README.md").read_text()
+    assert snippet in card
+    assert "license: mit" in card
+    adapters.load(fresh.model, "me/style-lora")
+    assert torch.equal(fresh(), case())
+
+
+def test_a_limit_of_size_holds_before_the_download(hub: HubServer) -> None:  # noqa: F811
+    model = build("bert").model
+    patch = adapters.inject(model, LoRA(rank=2))
+    patch.push_to_hub("me/style-lora", token=WRITER)
+    hub.requests.clear()
+    with pytest.raises(weights.FileFormatError, match="and 1,000 are allowed"):
+        weights.read_adapter("me/style-lora", max_bytes=1000)
+    assert not any("/resolve/" in request for _, request, _ in hub.requests)
+
+
+def test_a_pickle_comes_from_the_hub_on_request(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+    model = net()
+    adapters.inject(model, LoRA(rank=2), name="x").save_pretrained(tmp_path)
+    torch.save(dict(weights.open(tmp_path)), tmp_path / "adapter_model.bin")
+    names = ("adapter_config.json", "adapter_model.bin")
+    hub.add("me/old", {name: (tmp_path / name).read_bytes() for name in names})
+    with pytest.raises(weights.FileFormatError, match="pickle=True"):
+        weights.read_adapter("me/old")
+    adapters.load(model, weights.read_adapter("me/old", pickle=True))
+
+
+def test_tensors_of_any_name_come_with_the_settings_beside_them(hub: HubServer) -> None:  # noqa: F811
+    """As torchtune's do."""
+    a, b = torch.ones(2, 6), torch.ones(6, 2)
+    tensors = {"fc.lora_a.weight": a, "fc.lora_b.weight": b}
+    content = b"".join(bytes(chunk) for chunk in encode(tensors))
+    hub.add("me/tuned", {"adapter_config.json": b'{"r": 2, "lora_alpha": 4}', "adapter_0.safetensors": content})
+    assert weights.read_adapter("me/tuned").layers["fc"].hyperparameters["alpha"] == 4

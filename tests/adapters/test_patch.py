@@ -510,14 +510,14 @@ def test_a_patch_cannot_go_back_where_its_layers_are_gone() -> None:
 def test_a_failing_injection_changes_nothing(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build("bert")
     before = snapshot(case.model)
-    attach, calls = adapters.Adapted.add_module, iter(range(100))
+    hold, calls = adapters.Adapted.hold, iter(range(100))
 
-    def failing(self: adapters.Adapted, name: str, module: nn.Module) -> None:
+    def failing(self: adapters.Adapted, name: str, branch: Any) -> None:
         if next(calls) == fails_at:
             raise MemoryError("simulated")
-        attach(self, name, module)
+        hold(self, name, branch)
 
-    monkeypatch.setattr(adapters.Adapted, "add_module", failing)
+    monkeypatch.setattr(adapters.Adapted, "hold", failing)
     with pytest.raises(MemoryError):
         adapters.inject(case.model, LORA)
     assert snapshot(case.model) == before

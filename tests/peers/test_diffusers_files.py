@@ -18,7 +18,7 @@ import adapters
 import weights
 from adapters import DoRA, LoRA
 from tests.adapters.models import perturb
-from tests.adapters.pipeline import Pipeline, pipeline
+from tests.adapters.pipeline import Pipeline, pipeline, pipeline_xl
 
 
 @pytest.fixture(autouse=True)
@@ -234,3 +234,36 @@ def test_a_file_of_kohyas_kind_goes_into_both_models_here_and_there(tmp_path: Pa
     assert_close(theirs(), ours())
     adapters.load(again.pipe, path)
     assert all(map(torch.equal, again(), ours()))
+
+
+# As kohya's scripts name the layers of Stable Diffusion XL, and diffusers does.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_LAYER_1, _LAYER_0 = "text_encoder.encoder.layers.1.self_attn", "text_encoder_2.text_model.encoder.layers.0.self_attn"
+_DOWN, _MIDDLE, _UP = "unet.down_blocks", "unet.mid_block.attentions.0", "unet.up_blocks.1.attentions.0"
+XL = {
+    "lora_unet_input_blocks_4_1_proj_in": f"{_DOWN}.1.attentions.0.proj_in",
+    "lora_unet_input_blocks_5_1_transformer_blocks_1_ff_net_2": f"{_DOWN}.1.attentions.1.transformer_blocks.1.ff.net.2",
+    "lora_unet_input_blocks_8_1_transformer_blocks_2_ff_net_2": f"{_DOWN}.2.attentions.1.transformer_blocks.2.ff.net.2",
+    "lora_unet_middle_block_1_transformer_blocks_0_ff_net_0_proj": f"{_MIDDLE}.transformer_blocks.0.ff.net.0.proj",
+    "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_k": f"{_UP}.transformer_blocks.0.attn1.to_k",
+    **{f"lora_te1_text_model_encoder_layers_1_self_attn_{name}": f"{_LAYER_1}.{name}" for name in _ATTENTION},
+    **{f"lora_te2_text_model_encoder_layers_0_self_attn_{name}": f"{_LAYER_0}.{name}" for name in _ATTENTION},
+}
+
+
+def test_a_file_with_the_names_of_the_original_goes_into_three_models(tmp_path: Path) -> None:
+    ours, theirs = pipeline_xl(), pipeline_xl()
+    before = ours()
+    torch.manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    for stem, path in XL.items():
+        component, _, inside = path.partition(".")
+        outputs, inputs = getattr(ours.pipe, component).get_submodule(inside).weight.shape
+        tensors |= {f"{stem}.lora_down.weight": torch.randn(2, inputs) / 2, f"{stem}.alpha": torch.tensor(1.0)}
+        tensors[f"{stem}.lora_up.weight"] = torch.randn(outputs, 2) / 2
+    path = weights.save(tensors, tmp_path / "xl.safetensors")
+    patch = adapters.load(ours.pipe, path)
+    assert set(patch.targets) == set(XL.values())
+    theirs.pipe.load_lora_weights(str(path))
+    assert_close(ours(), theirs())
+    assert not any(torch.allclose(now, then, atol=1e-3) for now, then in zip(ours(), before, strict=True))

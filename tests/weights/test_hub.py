@@ -203,7 +203,10 @@ def test_what_is_cached_serves_without_the_hub(hub: HubServer, folder: Path, mon
         weights.download("me/unknown")
 
 
-def test_the_environment_variables_users_set_are_enough(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quiet", ["0", "1"])
+def test_the_environment_variables_users_set_are_enough(
+    hub: HubServer, folder: Path, tmp_path: Path, quiet: str
+) -> None:
     script = (
         "import json, sys, weights\n"
         "assert 'huggingface_hub' not in sys.modules\n"
@@ -211,6 +214,7 @@ def test_the_environment_variables_users_set_are_enough(hub: HubServer, folder: 
         "print(json.dumps(sorted(path.name for path in weights.download('me/style').iterdir())))\n"
     )
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
+    settings["HF_HUB_DISABLE_PROGRESS_BARS"] = quiet
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         env={**os.environ, **settings, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -220,3 +224,4 @@ def test_the_environment_variables_users_set_are_enough(hub: HubServer, folder: 
         check=True,
     )
     assert json.loads(done.stdout) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert ("Fetching 3 files: 100%" in done.stderr) == (quiet == "0")

@@ -9,7 +9,7 @@ Format: https://huggingface.co/docs/diffusers/tutorials/using_peft_for_inference
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.atomic import write_files
-from weights.card import model_card
 from weights.files import encode
 from weights.formats import keyed, peft
 from weights.formats.found import Found
+from weights.formats.output import write_file
 from weights.formats.peft_besides import PREFIX
 
 TENSORS = "pytorch_lora_weights.safetensors"
-CARD = "README.md"
 FILES = (TENSORS,)
 METHODS = frozenset({"lora", "dora"})
 NAME = "diffusers"
@@ -100,13 +98,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
         table |= {f"{front}{name}": value for name, value in settings.items()}
     metadata = {"format": "pt", _ENTRY: json.dumps(table, indent=2, sort_keys=True)}
     encoded = encode(tensors, metadata)
-    if path.suffix == ".safetensors":
-        write_files({path: encoded})
-        return
-    contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
-    if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, "diffusers").encode()]
-    write_files(contents)
+    write_file(path, TENSORS, encoded, adapter, "diffusers")
 
 
 def _inside(key: str, component: str, settings: Mapping[str, Any]) -> str | None:

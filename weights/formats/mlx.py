@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.atomic import write_files
-from weights.card import model_card
 from weights.files import encode, open_tensors
 from weights.formats.found import CONFIG, Found, is_number
 from weights.formats.keyed import refuse
+from weights.formats.output import Chunks, write_folder
 
 TENSORS = "adapters.safetensors"
-CARD = "README.md"
 FILES = (CONFIG, TENSORS)
 METHODS = frozenset({"lora", "dora"})
 NAME = "mlx-lm"
@@ -110,13 +108,11 @@ def write(adapter: AdapterFile, path: Path) -> None:
     parameters = {"rank": rank, "scale": scale, "dropout": _dropout(first), "keys": sorted(layers)}
     settings = {"fine_tune_type": first.method, "num_layers": 0, "lora_parameters": parameters}
     settings |= {"model": adapter.base_model} if adapter.base_model else {}
-    contents: dict[Path, Iterable[bytes | memoryview]] = {
-        path / TENSORS: encode(tensors, {"format": "mlx"}),
-        path / CONFIG: [(json.dumps(settings, indent=4, sort_keys=True) + "\n").encode()],
+    files: dict[str, Chunks] = {
+        TENSORS: encode(tensors, {"format": "mlx"}),
+        CONFIG: [(json.dumps(settings, indent=4, sort_keys=True) + "\n").encode()],
     }
-    if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, "mlx").encode()]
-    write_files(contents)
+    write_folder(path, files, adapter, "mlx")
 
 
 # Reading

@@ -8,21 +8,19 @@ layer its `method` and its `hyperparameters`, and the `components` if there are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.atomic import write_files
-from weights.card import model_card
 from weights.errors import FileFormatError
 from weights.files import encode, open_tensors
 from weights.formats.found import Found
+from weights.formats.output import write_file
 
 TENSORS = "adapter.safetensors"
-CARD = "README.md"
 FILES = (TENSORS,)
 METHODS: frozenset[str] = frozenset()
 
@@ -72,21 +70,20 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """Write a file, or a folder with it and a model card, unless there is a `README.md` already.
 
     Raises:
-        FileFormatError: The adapter has no layers, or a hyperparameter is nothing that JSON can hold.
+        FileFormatError: The adapter has no layers, or their paths are flattened, or a hyperparameter is nothing that
+            JSON can hold.
         FileWriteError: The system refused to write.
     """
     if not adapter.layers:
         raise FileFormatError(f"{path} would have no layers in it: there is nothing to save.")
+    if adapter.flattened:
+        raise FileFormatError(
+            f"{path} would have flattened paths of layers: load the adapter into its model, and save it from there."
+        )
     tensors = {f"{where}/{name}": t for where, layer in adapter.layers.items() for name, t in layer.tensors.items()}
     tensors |= {f"/{name}": tensor for name, tensor in adapter.shared.items()}
     encoded = encode(tensors, {_ENTRY: _about(adapter)})
-    if path.suffix == ".safetensors":
-        write_files({path: encoded})
-        return
-    contents: dict[Path, Iterable[bytes | memoryview]] = {path / TENSORS: encoded}
-    if not (path / CARD).exists():  # Somebody may have written it by hand.
-        contents[path / CARD] = [model_card(adapter, "fluxion").encode()]
-    write_files(contents)
+    write_file(path, TENSORS, encoded, adapter, "fluxion")
 
 
 def _numbers(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,19 +19,17 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.atomic import write_files
-from weights.card import model_card
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
 from weights.formats import torchtune
 from weights.formats.found import CONFIG, Found, read_json
+from weights.formats.output import Chunks, write_folder
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
 
 TENSORS = "adapter_model.safetensors"
-CARD = "README.md"
 FILES = (CONFIG, TENSORS)
 METHODS = frozenset({*besides.METHODS, *(grammar.method for grammar in GRAMMARS)})
 
@@ -81,7 +79,8 @@ def read(found: Found) -> AdapterFile:
     file = found.folder / TENSORS
     if not file.exists():
         raise SourceNotFoundError(
-            f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), save it again as safetensors."
+            f"{found.folder} has no {TENSORS}; if the adapter is in a pickle (.bin), read it by"
+            " weights.read_adapter(..., pickle=True)."
         )
     tensors = found.open() if file == found.file else open_tensors(file)
     return replace(parse(tensors, settings, file), metadata=tensors.metadata)
@@ -125,13 +124,8 @@ def write(adapter: AdapterFile, path: Path) -> None:
         _refuse(path, [f"it is for several models ({', '.join(sorted(parts))}): write the part for each by itself"])
     tensors, settings = render(adapter.part(*parts) if parts else adapter, path)
     config = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    contents: dict[Path, Iterable[bytes | memoryview]] = {
-        path / TENSORS: encode(tensors, {"format": "pt"}),
-        path / CONFIG: [config.encode()],
-    }
-    if not (path / CARD).exists():  # somebody may have written it by hand
-        contents[path / CARD] = [model_card(adapter, "peft").encode()]
-    write_files(contents)
+    files: dict[str, Chunks] = {TENSORS: encode(tensors, {"format": "pt"}), CONFIG: [config.encode()]}
+    write_folder(path, files, adapter, "peft")
 
 
 def render(adapter: AdapterFile, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,22 +25,30 @@ _TRANSFORMER: Table = {
 }
 
 
-def _unet() -> Table:
-    """The blocks are numbered in order; here they are in levels, of two going down and three going up."""
+def _down() -> Table:
+    """Blocks that are numbered in order, where there are levels of two here, and a layer that halves the size."""
+    table: dict[str, str | tuple[str, ...]] = {}
+    for block in range(11):
+        level, place = divmod(block, 3)
+        source, target = f"input_blocks.{block + 1}", f"down_blocks.{level}"
+        if place == 2:
+            table[f"{source}.0.op"] = f"{target}.downsamplers.0.conv"
+        else:
+            table |= under(f"{source}.0", f"{target}.resnets.{place}", _RESNET)
+            table |= under(f"{source}.1", f"{target}.attentions.{place}", _TRANSFORMER)
+    return table
+
+
+def _up() -> Table:
+    """The same on the way up, where there are levels of three; the last block of each may also double the size."""
     table: dict[str, str | tuple[str, ...]] = {}
     for block in range(12):
         level, place = divmod(block, 3)
-        going_up = f"up_blocks.{level}"
-        table |= under(f"output_blocks.{block}.0", f"{going_up}.resnets.{place}", _RESNET)
-        table |= under(f"output_blocks.{block}.1", f"{going_up}.attentions.{place}", _TRANSFORMER)
-        for last in (1, 2):  # With attention before it or without.
-            table |= {f"output_blocks.{block}.{last}.conv": f"{going_up}.upsamplers.0.conv"} if place == 2 else {}
-        going_down = f"down_blocks.{level}"
-        if place == 2:
-            table[f"input_blocks.{block + 1}.0.op"] = f"{going_down}.downsamplers.0.conv"
-        else:
-            table |= under(f"input_blocks.{block + 1}.0", f"{going_down}.resnets.{place}", _RESNET)
-            table |= under(f"input_blocks.{block + 1}.1", f"{going_down}.attentions.{place}", _TRANSFORMER)
+        source, target = f"output_blocks.{block}", f"up_blocks.{level}"
+        table |= under(f"{source}.0", f"{target}.resnets.{place}", _RESNET)
+        table |= under(f"{source}.1", f"{target}.attentions.{place}", _TRANSFORMER)
+        if place == 2:  # After an attention, or without one.
+            table |= {f"{source}.{number}.conv": f"{target}.upsamplers.0.conv" for number in (1, 2)}
     return table
 
 
@@ -55,7 +63,8 @@ UNET: Table = {
     **under("middle_block.0", "mid_block.resnets.0", _RESNET),
     **under("middle_block.1", "mid_block.attentions.0", _TRANSFORMER),
     **under("middle_block.2", "mid_block.resnets.1", _RESNET),
-    **_unet(),
+    **_down(),
+    **_up(),
 }
 
 CLASSES: Table = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Mapping
 
 import click
@@ -21,13 +19,6 @@ from adapters.cli.demo.data import DOMAINS
 
 _MARGIN = "   "
 _BLOCKS = " ▄▀█"  # Two pixels, one above the other: none, the lower one, the upper one, both.
-
-
-def make_console() -> Console:
-    """A console that neither wraps nor cuts lines where there is no terminal, and replaces what it cannot encode."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def heading(console: Console, title: str) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from adapters import Patch
+from adapters.cli.console import make_console
 from adapters.cli.demo import show, steps
 from adapters.cli.demo.data import DOMAINS, Digits, load_digits
 from adapters.cli.demo.destination import Destination
@@ -26,7 +27,7 @@ def tell(destination: Destination) -> None:
     Raises:
         click.ClickException: Something is not as the demo says.
     """
-    started, console = time.monotonic(), show.make_console()
+    started, console = time.monotonic(), make_console()
     with steps.one_thread():
         digits, model = load_digits(), load_model()
         before, size = Snapshot.of(model, digits.test_images), count(model)

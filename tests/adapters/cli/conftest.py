@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from tests.adapters.cli.files import kohya, style
 from tests.weights.conftest import hub, hub_home
 
-__all__ = ["hub", "hub_home"]
+__all__ = ["hub", "hub_home", "kohya", "style"]

@@ -15,6 +15,7 @@ from torch import nn
 
 import adapters
 from adapters.cli import main
+from adapters.cli.console import make_console
 from adapters.cli.demo import show, steps, story
 from adapters.cli.demo.data import DOMAINS, load_digits
 from adapters.cli.demo.destination import Folder
@@ -340,7 +341,7 @@ def test_a_mixed_batch_gives_each_row_what_its_patch_alone_gives() -> None:
 
 
 def test_a_narrow_terminal_cuts_trees_but_no_addresses(capsys: pytest.CaptureFixture[str]) -> None:
-    console = show.make_console()
+    console = make_console()
     console.width = 40
     show.tree(console, repr(load_model()))
     address = "https://huggingface.co/me/digits/commit/" + 40 * "0"

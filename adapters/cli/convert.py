@@ -1,0 +1,113 @@
+"""`fluxion convert`: an adapter in another format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+    import weights
+
+_FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(_FORMATS),
+    help="The format to write.  [default: in a folder peft, where that can hold the adapter, and else fluxion]",
+)
+@click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")
+@click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
+@click.option("--dtype", "kind", type=click.Choice(_DTYPES), help="The type of the numbers.  [default: as it is]")
+def convert(
+    source: str, destination: Path, form: str | None, base: str | None, component: str | None, kind: str | None
+) -> None:
+    """Write an adapter in another format.
+
+    SOURCE is a file, a folder, or a place on the Hub. DESTINATION is a new folder, or the name of a new .safetensors
+    file, which only lycoris, diffusers and fluxion have; lycoris has no folders.
+
+    Files of kohya's scripts have names of layers without dots, and others have those of an original model. For formats
+    with the names of the base model, --base says where that is: a file, a folder, also of a pipeline, or a place on
+    the Hub. Nothing but the headers of its files is read.
+
+    Of a file for several models --component converts what is for one. Of a file that does not say for which model it
+    is, it says so.
+
+    \b
+    Examples:
+      fluxion convert style.safetensors out --base someone/model
+      fluxion convert out half.safetensors --to diffusers --component unet --dtype float16
+    """
+    import torch
+
+    import weights
+    from adapters.patch import write_file
+
+    _check_new(destination)
+    adapter = weights.read_adapter(source)
+    if component is not None:
+        adapter = _of_component(source, adapter, component)
+    if base is not None:
+        from adapters.renaming import with_names_in
+
+        adapter = with_names_in(weights.open_parts(base), adapter)
+        adapter = replace(adapter, base_model=adapter.base_model or base)
+    elif adapter.flattened and form != "lycoris":
+        raise click.ClickException(
+            f"{source} does not say where the names of its layers have dots: give its base model with --base, or write"
+            " it --to lycoris."
+        )
+    if kind is not None:
+        adapter = _cast(adapter, getattr(torch, kind))
+    form = write_file(adapter, destination, form)
+    click.echo(f"{destination}: {len(adapter.layers):,} layers in {form} format, from {adapter.format}.")
+
+
+def _check_new(path: Path) -> None:
+    """See to it that nothing is written over."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
+
+
+def _of_component(source: str, adapter: weights.AdapterFile, name: str) -> weights.AdapterFile:
+    """What is for one model of a pipeline, or an adapter of which it is said now for which it is."""
+    if not adapter.components:
+        at = {path: f"{name}.{path}" if path else path for path in adapter.layers}
+        layers = {at[path]: layer for path, layer in adapter.layers.items()}
+        aliases = {at[path]: others for path, others in adapter.aliases.items()}
+        return replace(adapter, layers=layers, components=(name,), aliases=aliases)
+    layers = {path: layer for path, layer in adapter.layers.items() if adapter.component_of(path)[0] == name}
+    if not layers:
+        parts = ", ".join(adapter.components)
+        raise click.ClickException(f"{source} has nothing for {name!r}: its components are {parts}.")
+    counted = {name: adapter.counted[name]} if name in adapter.counted else {}
+    return replace(adapter, layers=layers, components=(name,), counted=counted)
+
+
+def _cast(adapter: weights.AdapterFile, to: dtype) -> weights.AdapterFile:
+    """An adapter with numbers of another type."""
+    layers = {
+        path: replace(layer, tensors=_all_cast(layer.tensors, to, f"layer {path!r}"))
+        for path, layer in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers, shared=_all_cast(adapter.shared, to, "what all layers share"))
+
+
+def _all_cast(tensors: Mapping[str, Tensor], to: dtype, where: str) -> dict[str, Tensor]:
+    cast = {name: tensor.to(to) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if tensor.is_floating_point() and tensor.isinf().sum() > tensors[name].isinf().sum():
+            raise click.ClickException(f"{where} has numbers in {name} that are too large for {to}: choose another.")
+    return cast

@@ -1,0 +1,65 @@
+"""Files with the names of a checkpoint, of which nothing but the names and the shapes of its tensors is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import weights
+from adapters.matching import find_layers
+from adapters.naming import with_names_of
+from adapters.patch import refuse
+from adapters.targets import layers
+
+
+def with_names_in(base: Mapping[str, weights.TensorFiles], file: weights.AdapterFile) -> weights.AdapterFile:
+    """A file with the dotted names that its layers have in a base model, whatever it called them before.
+
+    Args:
+        base: The tensors of the base model, or of each model of a pipeline by its name, as `weights.open_parts` has
+            them. None is read.
+        file: What has flattened names, or those of an original model.
+
+    Raises:
+        LayerMismatchError: It has layers that the base model does not have; the message lists them.
+    """
+    what = "The adapter is for another base model"
+    if len(file.components) > 1:
+        what += f", or for several: choose one out of {', '.join(file.components)}"
+    everything = layers(_skeleton(base))
+    whole = {"": file.layers[""]} if "" in file.layers else {}  # For the whole model, by whatever names.
+    file, problems = with_names_of(everything, file)
+    found, missing, more = find_layers(everything, file)
+    problems += more + [f"there is no layer {name}" for name in sorted(missing) if name]
+    refuse(what, problems)
+    renamed: dict[str, weights.LayerWeights] = {}
+    components: dict[str, None] = {}
+    for layer, name in found:
+        component = "" if "" not in base else file.component_of(name)[0]
+        path = f"{component}.{layer.path}" if component else layer.path
+        renamed[path] = file.layers[name]
+        components[component or path.partition(".")[0]] = None
+    known = (*base,) if "" not in base else file.components
+    return replace(
+        file,
+        layers={**whole, **renamed},
+        flattened=False,
+        components=tuple(name for name in known if name in components),
+        aliases={},
+    )
+
+
+def _skeleton(base: Mapping[str, weights.TensorFiles]) -> nn.Module:
+    """A module with the names and the shapes of tensors, and no values. Modules have dotted names in it: it is flat."""
+    root = nn.Module()
+    for component, tensors in base.items():
+        for name, slot in tensors.slots.items():
+            path, _, parameter = f"{component}.{name}".removeprefix(".").rpartition(".")
+            if path:
+                module = root._modules.setdefault(path, nn.Module())
+                shape = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+                module._parameters[parameter] = nn.Parameter(shape, requires_grad=False)  # type: ignore[union-attr]
+    return root

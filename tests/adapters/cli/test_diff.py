@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import weights
+from adapters.cli.diff import _distance
+from tests.adapters.cli.files import MINILM, document, done, fluxion, refused, serve, with_value
+from tests.weights.hub_server import HubServer
+
+LAYER = "encoder.layer.3.attention.self.value"
+
+
+def differences(a: object, b: object) -> list[dict[str, object]]:
+    result = fluxion("diff", a, b, "--json")
+    told = document("diff", a, b)
+    assert result.exit_code == (0 if told["same"] else 1)
+    assert told["same"] == (not told["differences"])
+    return told["differences"]
+
+
+def shown(a: object, b: object) -> str:
+    result = fluxion("diff", a, b)
+    assert (result.exit_code, result.stderr) == (1, "")
+    return result.stdout
+
+
+def test_the_same_in_another_format(style: Path, kohya: Path, tmp_path: Path) -> None:
+    own = weights.write_adapter(weights.read_adapter(style), tmp_path / "own.safetensors", "fluxion")
+    assert done("diff", style, own) == f"The same: the adapters {style} and {own}.\n"
+    for a, b in ((style, kohya), (kohya, style), (own, kohya)):
+        assert differences(a, b) == []
+
+
+def test_one_number(style: Path, tmp_path: Path) -> None:
+    other = with_value(style, tmp_path / "other", 0.5, LAYER)
+    (one,) = differences(style, other)
+    before = weights.read_adapter(style).layers[LAYER].tensors["lora_A"]
+    assert (one["name"], one["what"]) == (f"{LAYER} lora_A", "values")
+    assert one["largest"] == pytest.approx(0.5, rel=1e-5)
+    assert one["relative"] == pytest.approx(0.5 / before.double().norm().item(), rel=1e-5)
+    assert f"  {LAYER} lora_A" in shown(style, other)
+
+
+def test_methods_hyperparameters_shapes_and_layers(tmp_path: Path) -> None:
+    def layer(method: str, rank: int, alpha: float) -> weights.LayerWeights:
+        tensors = {"lora_A": torch.ones(rank, 4), "lora_B": torch.ones(4, rank)}
+        return weights.LayerWeights(method, {"rank": rank, "alpha": alpha}, tensors)
+
+    a = {"x": layer("lora", 2, 4.0), "y": layer("lora", 2, 4.0), "z": layer("lora", 2, 4.0)}
+    b = {"x": layer("lora", 3, 4.0), "y": layer("dora", 2, 4.0), "w.0": layer("lora", 2, 4.0)}
+    for name, layers in (("a", a), ("b", b)):
+        weights.write_adapter(weights.AdapterFile(layers), tmp_path / name, "fluxion")
+    found = {(one["name"], one["what"]): (one["a"], one["b"]) for one in differences(tmp_path / "a", tmp_path / "b")}
+    assert found == {
+        ("z", "only in A"): ("lora", ""),
+        ("w.0", "only in B"): ("", "lora"),
+        ("x", "rank"): ("2", "3"),
+        ("x lora_A", "shape"): ("2×4", "3×4"),
+        ("x lora_B", "shape"): ("4×2", "4×3"),
+        ("y", "method"): ("lora", "dora"),
+    }
+    text = shown(tmp_path / "a", tmp_path / "b")
+    assert "rank: 2 → 3" in text
+    assert "6 differences of the adapters" in text
+
+
+def test_those_that_differ_in_numbers_only_are_one_line(style: Path, tmp_path: Path) -> None:
+    done("convert", style, tmp_path / "half", "--dtype", "bfloat16")
+    text = shown(style, tmp_path / "half")
+    assert "type: float32 → bfloat16" in text
+    assert "  encoder.layer.0-5.attention.self.query lora_A (×6)" in text
+    assert "24 differences of the adapters" in text
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    tensors = dict(weights.open(MINILM))
+    weights.save(tensors, tmp_path / "same.safetensors")
+    assert differences(MINILM, tmp_path / "same.safetensors") == []
+    changed = {**tensors, "pooler.dense.bias": tensors["pooler.dense.bias"].half(), "more": torch.ones(2)}
+    del changed["pooler.dense.weight"]
+    weights.save(changed, tmp_path / "changed.safetensors")
+    found = {one["name"]: one["what"] for one in differences(MINILM, tmp_path / "changed.safetensors")}
+    assert found == {"pooler.dense.weight": "only in A", "more": "only in B", "pooler.dense.bias": "type"}
+    assert "differences of the checkpoints" in shown(MINILM, tmp_path / "changed.safetensors")
+
+
+def test_an_adapter_and_a_checkpoint(style: Path) -> None:
+    assert {one["what"] for one in differences(style, MINILM)} == {"only in A", "only in B"}
+
+
+def test_on_the_hub(hub: HubServer, style: Path) -> None:
+    serve(hub, "someone/style-lora", style)
+    serve(hub, "someone/model", MINILM)
+    assert differences("someone/style-lora", style) == []
+    assert differences("someone/model", MINILM) == []
+
+
+def test_code_2_where_there_is_nothing_to_compare(style: Path, tmp_path: Path) -> None:
+    assert "no such file" in refused("diff", tmp_path / "x.safetensors", style, code=2)
+    (tmp_path / "x.safetensors").write_bytes(b"{}")
+    assert "not a safetensors file" in refused("diff", style, tmp_path / "x.safetensors", code=2)
+    assert fluxion("diff", style).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ([1.0, math.nan, math.inf], [1.0, math.nan, math.inf], (0.0, 0.0)),
+        ([0.0], [-0.0], (0.0, 0.0)),
+        ([3.0, 4.0], [3.0, 5.0], (1.0, 0.2)),
+        ([1.0], [math.nan], (math.inf, math.inf)),
+        ([math.inf], [-math.inf], (math.inf, math.inf)),
+        ([0.0], [1.0], (1.0, math.inf)),
+        ([], [], (0.0, 0.0)),
+    ],
+)
+def test_distance(a: list[float], b: list[float], distance: tuple[float, float]) -> None:
+    assert _distance(torch.tensor(a), torch.tensor(b)) == distance
+
+
+def test_distance_of_other_types() -> None:
+    assert _distance(torch.tensor([2**60]), torch.tensor([2**60 + 1]))[0] == 1.0
+    assert _distance(torch.tensor([True]), torch.tensor([False])) == (1.0, 1.0)
+    assert _distance(torch.tensor([1 + 1j]), torch.tensor([1 + 2j]))[0] == 1.0
+    assert _distance(torch.tensor([1.0]).to(torch.float8_e4m3fn), torch.tensor([2.0]).to(torch.float8_e4m3fn))[0] == 1.0
+    assert _distance(torch.tensor(2.0), torch.tensor(2.0)) == (0.0, 0.0)
