@@ -209,8 +209,14 @@ def _of_input(layer: Layer, content: weights.LayerWeights) -> weights.LayerWeigh
         return content
     matrix = Matrix.of(layer.module, layer.parameter)
     turned = matrix is not None and matrix.kind == "convolution"
-    tensors = {name: -tensor if turned else tensor for name, tensor in content.tensors.items()}
+    tensors = {name: _negative(tensor) if turned else tensor for name, tensor in content.tensors.items()}
     return replace(content, hyperparameters=numbers, tensors=tensors)
+
+
+def _negative(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():  # Which is wrong anyway, as will be said.
+        return tensor
+    return -(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
 
 
 def _method(content: weights.LayerWeights) -> Method:

@@ -2,7 +2,7 @@
 
 The names are those that the writers give: PEFT, diffusers, kohya's scripts, LyCORIS, ComfyUI, ai-toolkit, OneTrainer,
 XLabs, Black Forest Labs, the trainer of Wan Fun, cloneofsimo/lora, torchtune, mlx-lm and llama.cpp. What becomes of a
-weight is written here as a closed form.
+weight is a closed form.
 """
 
 from __future__ import annotations
@@ -18,13 +18,29 @@ from typing import Any
 
 import gguf
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import weights
-
-Change = Callable[[Tensor], Tensor]
-Tensors = dict[str, Tensor]
-IN, OUT, RANK = 6, 8, 2
+from tests.weights.closed_forms import (
+    IN,
+    OUT,
+    RANK,
+    Change,
+    Method,
+    Tensors,
+    conv,
+    decomposed,
+    embedding,
+    linear,
+    methods,
+    no_bias,
+    norm,
+    on_inputs,
+    plus,
+    random,
+    series,
+    times,
+)
 
 
 @dataclass(frozen=True)
@@ -87,272 +103,39 @@ class Attention(nn.Module):
     """A module with others in it, of a class whose layers cloneofsimo's files count."""
 
 
-def linear() -> nn.Module:
-    return nn.Linear(IN, OUT)
-
-
-def conv() -> nn.Module:
-    return nn.Conv2d(IN, OUT, 3)
-
-
-def wide() -> nn.Module:
-    return nn.Linear(2 * IN, 2 * OUT)
-
-
-def wide_conv() -> nn.Module:
-    return nn.Conv2d(2 * IN, 2 * OUT, 3)
-
-
-def norm() -> nn.Module:
-    return nn.LayerNorm(OUT)
-
-
-def embedding() -> nn.Module:
-    return nn.Embedding(10, OUT)
-
-
-def no_bias() -> nn.Module:
-    return nn.Linear(IN, OUT, bias=False)
-
-
-@dataclass(frozen=True)
-class Method:
-    """The tensors of one layer by the ends of their names in LyCORIS' files, and what they do to its weight."""
-
-    key: str
-    make: Callable[[], nn.Module]
-    ends: Tensors
-    change: Change
-    scale: float | None = None
-    bias: Tensor | None = None
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape) * 0.4
-
-
-def times(a: Tensor, b: Tensor) -> Tensor:
-    """A product of matrices, of which convolutions are flattened ones."""
-    return a.flatten(1) @ b.flatten(1)
-
-
-def plus(delta: Tensor, scale: float = 1.0) -> Change:
-    return lambda weight: weight + scale * delta.reshape(weight.shape)
-
-
-def decomposed(delta: Tensor, lengths: Tensor, scale: float = 1.0) -> Change:
-    """The rows of the changed weight, of these lengths."""
-
-    def change(weight: Tensor) -> Tensor:
-        rows = weight.flatten(1) + scale * delta
-        return (lengths.view(-1, 1) * rows / rows.norm(dim=1, keepdim=True)).view_as(weight)
-
-    return change
-
-
-def cayley(q: Tensor) -> Tensor:
-    identity = torch.eye(q.shape[-1])
-    return (identity + q) @ torch.linalg.inv(identity - q)
-
-
-def on_rows(blocks: Tensor, bound: float = 0.0, rescale: Tensor | None = None) -> Change:
-    """Rows rotated in blocks, with the norm of all Q bounded, as LyCORIS and kohya's scripts have it."""
-    q = blocks - blocks.mT
-    if bound:
-        q = q * min(1.0, bound / float(q.norm()))
-    rotation = cayley(q)
-
-    def change(weight: Tensor) -> Tensor:
-        rows = weight.flatten(1).unflatten(0, (len(rotation), -1))
-        turned = torch.einsum("knm,kni->kmi", rotation, rows).flatten(0, 1)
-        return (turned if rescale is None else rescale.view(-1, 1) * turned).view_as(weight)
-
-    return change
-
-
-def series(upper: Tensor) -> Tensor:
-    """The rotations of PEFT and OneTrainer: I + 2 Q + 2 Q² + 2 Q³ + Q⁴."""
-    size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
-    q = torch.zeros(len(upper), size, size)
-    q[:, *torch.triu_indices(size, size, 1)] = upper
-    q = q - q.mT
-    return torch.eye(size) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
-
-
-def on_inputs(rotation: Tensor) -> Change:
-    """Columns rotated in blocks."""
-
-    def change(weight: Tensor) -> Tensor:
-        columns = weight.flatten(1).unflatten(1, (-1, rotation.shape[-1]))
-        return torch.einsum("ork,rkc->orc", columns, rotation.expand(columns.shape[1], -1, -1)).reshape(weight.shape)
-
-    return change
-
-
-def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Weights `(out, in, ...)` of a core `(r, r, ...)`, and of factors `(r, out)` and `(r, in)`."""
-    return torch.einsum("ij...,ip,jr->pr...", core, a, b).contiguous()
-
-
-def butterfly(blocks: Tensor) -> Change:
-    """Rows through two factors, in whose blocks pairs take turns that are 2 rows apart, and then 4."""
-    rotations = cayley(blocks - blocks.mT)
-
-    def change(weight: Tensor) -> Tensor:
-        for level, rotation in enumerate(rotations):
-            order = torch.arange(OUT).view(-1, 2, 2 * 2**level).mT.flatten()
-            turned = torch.einsum("kmn,kni->kmi", rotation, weight[order].unflatten(0, (2, 4)))
-            weight = torch.empty_like(weight).index_copy(0, order, turned.flatten(0, 1))
-        return weight
-
-    return change
-
-
-@cache
-def methods() -> dict[str, Method]:
-    """What LyCORIS, kohya's scripts, ComfyUI and OneTrainer can have of one layer."""
-    torch.manual_seed(0)
-    up, down, alpha = random(OUT, RANK), random(RANK, IN), torch.tensor(3.0)
-    lora = {"lora_up.weight": up, "lora_down.weight": down}
-    up4, down4 = random(OUT, RANK, 1, 1), random(RANK, IN, 3, 3)
-    lora4 = {"lora_up.weight": up4, "lora_down.weight": down4}
-    flat, core = random(RANK, IN, 1, 1), random(RANK, RANK, 3, 3)
-    tuckered = tucker(core, up.T, flat.flatten(1))
-    lengths, longer = torch.rand(OUT, 1) + 0.5, torch.rand(2 * OUT, 1) + 0.5
-    hada = {"hada_w1_a": random(OUT, RANK), "hada_w1_b": random(RANK, IN)}
-    hada |= {"hada_w2_a": random(OUT, RANK), "hada_w2_b": random(RANK, IN)}
-    hada_delta = (hada["hada_w1_a"] @ hada["hada_w1_b"]) * (hada["hada_w2_a"] @ hada["hada_w2_b"])
-    hada4 = {**hada, "hada_w1_b": random(RANK, IN * 9), "hada_w2_b": random(RANK, IN * 9)}
-    hada4_delta = (hada4["hada_w1_a"] @ hada4["hada_w1_b"]) * (hada4["hada_w2_a"] @ hada4["hada_w2_b"])
-    cores = {"hada_t1": random(RANK, RANK, 3, 3), "hada_t2": random(RANK, RANK, 3, 3)}
-    hada_t = {**hada, "hada_w1_a": random(RANK, OUT), "hada_w2_a": random(RANK, OUT), **cores}
-    hada_t_delta = tucker(cores["hada_t1"], hada_t["hada_w1_a"], hada["hada_w1_b"])
-    hada_t_delta = hada_t_delta * tucker(cores["hada_t2"], hada_t["hada_w2_a"], hada["hada_w2_b"])
-    w1, w2 = random(4, 3), random(4, 4)
-    w1_a, w1_b, w2_a, w2_b = random(4, 1), random(1, 3), random(4, 1), random(1, 4)
-    second, second4, core1 = {"lokr_w2_a": w2_a, "lokr_w2_b": w2_b}, random(4, 4, 3, 3), random(1, 1, 3, 3)
-    kron_t = {"lokr_w1": w1, "lokr_w2_a": random(1, 4), "lokr_w2_b": random(1, 4), "lokr_t2": core1}
-    kron_t_second, w1_4 = tucker(core1, kron_t["lokr_w2_a"], kron_t["lokr_w2_b"]), w1[..., None, None]
-    a1, a2, b1, b2 = random(IN, RANK), random(RANK, IN), random(OUT, RANK), random(RANK, IN)
-    glora = {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2}
-    blocks, rescale, four = random(2, 4, 4), torch.rand(OUT, 1) + 0.5, random(2, 2, 4, 4)
-    diff, diff_b = random(OUT, IN), random(OUT)
-    upper, upper4, shared = random(2, 3) * 0.3, random(IN * 9 // 3, 3) * 0.3, random(1, 3) * 0.3
-    scaled = torch.tensor(True)
-    w_in, w_out, set_weight = random(IN), random(OUT), random(OUT, IN)
-    return {
-        "lora": Method("lora", linear, {**lora, "alpha": alpha}, plus(up @ down, 1.5), 1.5),
-        "lora without alpha": Method("lora", linear, lora, plus(up @ down), 1.0),
-        "lora of a convolution": Method("lora", conv, {**lora4, "alpha": alpha}, plus(times(up4, down4), 1.5), 1.5),
-        "lora with a core": Method(
-            "lora",
-            conv,
-            {"lora_up.weight": up.view_as(up4), "lora_down.weight": flat, "lora_mid.weight": core, "alpha": alpha},
-            plus(tuckered, 1.5),
-            1.5,
-        ),
-        "dora": Method(
-            "dora", linear, {**lora, "dora_scale": lengths, "alpha": alpha}, decomposed(up @ down, lengths, 1.5), 1.5
-        ),
-        "dora of a convolution": Method(
-            "dora",
-            conv,
-            {**lora4, "dora_scale": lengths.view(OUT, 1, 1, 1)},
-            decomposed(times(up4, down4), lengths),
-            1.0,
-        ),
-        "loha": Method("loha", linear, {**hada, "alpha": alpha}, plus(hada_delta, 1.5), 1.5),
-        "loha of a convolution": Method("loha", conv, hada4, plus(hada4_delta), 1.0),
-        "loha with cores": Method("loha", conv, {**hada_t, "alpha": alpha}, plus(hada_t_delta, 1.5), 1.5),
-        "doha": Method("doha", linear, {**hada, "dora_scale": lengths}, decomposed(hada_delta, lengths), 1.0),
-        "lokr of two whole factors": Method(
-            "lokr", wide, {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(1e5)}, plus(torch.kron(w1, w2)), 1.0
-        ),
-        "lokr": Method(
-            "lokr", wide, {"lokr_w1": w1, **second, "alpha": alpha}, plus(torch.kron(w1, w2_a @ w2_b), 3.0), 3.0
-        ),
-        "lokr of four factors": Method(
-            "lokr",
-            wide,
-            {"lokr_w1_a": w1_a, "lokr_w1_b": w1_b, **second, "alpha": alpha},
-            plus(torch.kron(w1_a @ w1_b, w2_a @ w2_b), 3.0),
-            3.0,
-        ),
-        "lokr of a convolution": Method(
-            "lokr", wide_conv, {"lokr_w1": w1, "lokr_w2": second4}, plus(torch.kron(w1_4, second4)), 1.0
-        ),
-        "lokr with a core": Method(
-            "lokr", wide_conv, {**kron_t, "alpha": alpha}, plus(torch.kron(w1_4, kron_t_second), 3.0), 3.0
-        ),
-        "dokr": Method(
-            "dokr",
-            wide,
-            {"lokr_w1": w1, "lokr_w2": w2, "dora_scale": longer},
-            decomposed(torch.kron(w1, w2), longer),
-            1.0,
-        ),
-        "glora": Method(
-            "lycoris-glora",
-            linear,
-            {**glora, "alpha": alpha},
-            lambda weight: weight + 1.5 * (weight @ a1 @ a2 + b1 @ b2),
-            1.5,
-        ),
-        "diag-oft": Method("diag-oft", linear, {"oft_blocks": blocks}, on_rows(blocks)),
-        "diag-oft with a constraint": Method(
-            "diag-oft", conv, {"oft_blocks": blocks, "alpha": torch.tensor(0.05)}, on_rows(blocks, 0.05 * OUT)
-        ),
-        "diag-oft with factors": Method(
-            "diag-oft", linear, {"oft_blocks": blocks, "rescale": rescale}, on_rows(blocks, 0.0, rescale)
-        ),
-        "boft": Method("output-boft", linear, {"oft_blocks": four}, butterfly(four)),
-        "full": Method("full", linear, {"diff": diff, "diff_b": diff_b}, plus(diff), None, diff_b),
-        "norm": Method("full", norm, {"w_norm": w_out, "b_norm": diff_b}, plus(w_out), None, diff_b),
-        "ia3": Method(
-            "ia3",
-            linear,
-            {"weight": w_out, "on_input": torch.tensor(0)},
-            lambda weight: weight * (1 + w_out).view(-1, 1),
-        ),
-        "ia3 of the input": Method(
-            "ia3", linear, {"weight": w_in, "on_input": torch.tensor(1)}, lambda weight: weight * (1 + w_in)
-        ),
-        "set": Method("copy", linear, {"set_weight": set_weight}, lambda weight: set_weight),
-        "oft": Method("oft", linear, {"oft_R.weight": upper}, on_inputs(series(upper).mT)),
-        "oft of one block": Method("oft", linear, {"oft_R.weight": shared}, on_inputs(series(shared).mT)),
-        "oft of a convolution": Method("oft", conv, {"oft_R.weight": upper4}, on_inputs(series(upper4))),
-        "scaled oft": Method(
-            "oft",
-            linear,
-            {"oft_R.weight": upper, "oft_R.scaled_oft": scaled},
-            on_inputs(series(upper / (2 * math.sqrt(2))).mT),
-        ),
-    }  # fmt: skip
-
-
-def one(
-    form: str, method: Method, key: str, path: str, place: str, components: tuple[str, ...] = (), **options: Any
-) -> Case:
+def one(form: str, method: Method, place: str, key: str = "", path: str = "", **options: Any) -> Case:
     """A file with one layer.
 
     Args:
         form: The format.
         method: What is in it.
-        key: What the names of its tensors begin with.
-        path: That of the layer in the file.
-        place: That of the layer in the model.
-        components: Those that the file says.
+        place: The path of the layer in the model.
+        key: What the names of its tensors begin with, by default the same.
+        path: That of the layer in the file, by default the same, flattened where the format has it so.
         options: More of the case.
     """
+    component, _, inside = place.partition(".") if place.startswith(COMPONENTS) else ("", "", place)
+    path = path or (dotted(component, inside.replace(".", "_")) if form == "lycoris" else place)
     layers: dict[str, tuple[str, float | None]] = {path: (method.key, method.scale)}
     changes = {f"{place}.weight": method.change}
     if method.bias is not None:
         layers[f"{path}{'_' if form == 'lycoris' else '.'}bias"] = (method.key, None)
         changes[f"{place}.bias"] = plus(method.bias)
-    tensors = {f"{key}.{end}": tensor for end, tensor in method.ends.items()}
+    tensors = {f"{key or place}.{end}": tensor for end, tensor in method.ends.items()}
     tensors |= options.pop("tensors", {})
+    components = (path.partition(".")[0],) if path.startswith(COMPONENTS) else ()
     return Case(form, tensors, layers, {place: method.make}, changes, components, **options)
 
+
+def dotted(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+TEXT = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
+PIPELINE = ("unet.", "transformer.", "transformer_2.", "prior.", *TEXT)
+COMPONENTS = (*PIPELINE, "clip_l.", "clip_g.", "t5xxl.")
+EMBEDDINGS = {"bundle_emb.<s1>.clip_l": torch.ones(2, 4), "bundle_emb.<s1>.clip_g_out": torch.ones(2, 4)}
+WITH_EMBEDDINGS: Mapping[str, Any] = {"tensors": EMBEDDINGS, "others": tuple(EMBEDDINGS)}
 
 SPELLINGS = {
     "lora_up.weight": ("lora_up.weight", "lora_down.weight"),
@@ -405,191 +188,94 @@ COMFY = {
     "t5xxl": ("t5xxl", "text_encoder_3"),
     "": ("", ""),
 }
-EMBEDDINGS = {"bundle_emb.<s1>.clip_l": torch.ones(2, 4), "bundle_emb.<s1>.clip_g_out": torch.ones(2, 4)}
-
-
-def dotted(*names: str) -> str:
-    return ".".join(filter(None, names))
 
 
 def kohya_cases() -> Iterator[tuple[str, Case]]:
-    for name, method in methods().items():
+    known = methods()
+    for name, method in known.items():
         if method.key != "copy":
-            yield (
-                name,
-                one("lycoris", method, "lora_unet_down_0_to_q", "unet.down_0_to_q", "unet.down.0.to_q", ("unet",)),
-            )
+            yield name, one("lycoris", method, "unet.down.0.to_q", "lora_unet_down_0_to_q")
     for prefix, component in KOHYA.items():
-        method = methods()["diag-oft with a constraint" if prefix == "oft_unet" else "lora"]
-        path, place = dotted(component, "down_0_to_q"), dotted(component, "down.0.to_q")
-        yield prefix, one("lycoris", method, f"{prefix}_down_0_to_q", path, place, (component,) if component else ())
-    wan = one(
-        "lycoris",
-        methods()["lora"],
-        "lora_unet__blocks_0_self_attn_q",
-        "unet.blocks_0_self_attn_q",
-        "unet.blocks.0.self_attn.q",
-        ("unet",),
-    )
-    yield "Wan Fun", wan
-    # OneTrainer, whose embeddings are in the same file, and whose KOHYA does not flatten one kind of name.
-    legacy = {"tensors": EMBEDDINGS, "others": tuple(EMBEDDINGS)}
-    for name, prefix, component in (
-        ("LEGACY", "lora_transformer", "transformer"),
-        ("KOHYA", "lora_te1", "text_encoder"),
-    ):
-        case = one(
-            "lycoris",
-            methods()["dora"],
-            f"{prefix}_a_b",
-            f"{component}.a_b",
-            f"{component}.a.b",
-            (component,),
-            **legacy,
-        )
-        yield f"OneTrainer {name}", case
-    case = one("lycoris", methods()["scaled oft"], "lora_unet_a_b", "unet.a_b", "unet.a.b", ("unet",))
-    tensors = {
-        key.replace("a_b.oft_R.scaled", "a.b.oft_R.scaled").replace("unet_a.b", "unet.a.b"): t
-        for key, t in case.tensors.items()
-    }
-    yield "OneTrainer KOHYA scaled oft", replace(case, tensors=tensors)
+        method = known["diag-oft with a constraint" if prefix == "oft_unet" else "lora"]
+        yield prefix, one("lycoris", method, dotted(component, "down.0.to_q"), f"{prefix}_down_0_to_q")
+    # ai-toolkit
+    yield "old lokr", one("lycoris", known["lokr"], "transformer_blocks.0.to_q", "lycoris_transformer_blocks_0_to_q")
+    magnitude = spelled(known["dora"], "lora_up.weight", "magnitude")
+    yield "magnitude", one("lycoris", magnitude, "unet.a.b", "lora_unet_a_b")
+    # OneTrainer, whose KOHYA does not flatten one kind of name.
+    dora = known["dora"]
+    yield "OneTrainer LEGACY", one("lycoris", dora, "transformer.a.b", "lora_transformer_a_b", **WITH_EMBEDDINGS)
+    yield "OneTrainer KOHYA", one("lycoris", dora, "text_encoder.a.b", "lora_te1_a_b", **WITH_EMBEDDINGS)
+    scaled = dict(known["scaled oft"].ends)
+    as_it_was = {"lora_unet.a.b.oft_R.scaled_oft": scaled.pop("oft_R.scaled_oft")}
+    oft = replace(known["scaled oft"], ends=scaled)
+    yield "OneTrainer KOHYA oft", one("lycoris", oft, "unet.a.b", "lora_unet_a_b", tensors=as_it_was)
 
 
 def comfyui_cases() -> Iterator[tuple[str, Case]]:
-    for name, method in methods().items():
-        if not name.startswith("ia3"):
-            yield (
-                name,
-                one(
-                    "comfyui", method, "diffusion_model.down.0.to_q", "unet.down.0.to_q", "unet.down.0.to_q", ("unet",)
-                ),
-            )
-    ia3 = methods()["ia3"]
-    yield "ia3", one("comfyui", ia3, "diffusion_model.a.b", "unet.a.b", "unet.a.b", ("unet",))
+    known, at = methods(), "diffusion_model.a.b"
+    for name, method in known.items():
+        yield name, one("comfyui", method, "unet.a.b", at)
     for prefix, (component, place) in COMFY.items():
-        key, path = dotted(prefix, "down.0.to_q"), dotted(component, "down.0.to_q")
-        where = dotted(place, "down.0.to_q")
-        yield f"prefix {prefix}", one("comfyui", methods()["lora"], key, path, where, (component,) if component else ())
+        names = [dotted(front, "down.0.to_q") for front in (place, prefix, component)]
+        yield f"prefix {prefix}", one("comfyui", known["lora"], *names)
     for spelling in SPELLINGS:
-        lora, at = spelled(methods()["lora"], spelling), "diffusion_model.a.b"
-        yield spelling, one("comfyui", lora, at, "unet.a.b", "unet.a.b", ("unet",))
+        yield spelling, one("comfyui", spelled(known["lora"], spelling), "unet.a.b", at)
     # `<layer>_lora.up.weight` is for the layer before it.
-    lora = methods()["lora"]
-    oldest = replace(
-        lora,
-        ends={"up.weight": lora.ends["lora_up.weight"], "down.weight": lora.ends["lora_down.weight"]},
-        change=plus(lora.ends["lora_up.weight"] @ lora.ends["lora_down.weight"]),
-        scale=1.0,
-    )
-    yield "_lora.up.weight", one("comfyui", oldest, "diffusion_model.a.b_lora", "unet.a.b", "unet.a.b", ("unet",))
-    for lengths in LENGTHS:  # ai-toolkit has `magnitude`.
-        dora = spelled(methods()["dora"], "lora_B.weight", lengths)
-        yield f"dora {lengths}", one("comfyui", dora, "diffusion_model.a.b", "unet.a.b", "unet.a.b", ("unet",))
-    peft = spelled(methods()["lora without alpha"], "lora_B.weight")
-    yield (
-        "ai-toolkit",
-        one(
-            "comfyui",
-            peft,
-            "diffusion_model.double_blocks.0.img_attn.proj",
-            "unet.double_blocks.0.img_attn.proj",
-            "unet.double_blocks.0.img_attn.proj",
-            ("unet",),
-        ),
-    )
-    original = spelled(methods()["lora"], "lora_B.weight")
-    yield "OneTrainer ORIGINAL", one("comfyui", original, "a.b", "a.b", "a.b")
-    named = {"tensors": EMBEDDINGS, "others": tuple(EMBEDDINGS)}
-    yield (
-        "OneTrainer COMFY",
-        one(
-            "comfyui",
-            original,
-            "text_encoders.clip_l.transformer.a.b",
-            "clip_l.a.b",
-            "text_encoder.a.b",
-            ("clip_l",),
-            **named,
-        ),
-    )
+    plain = known["lora without alpha"]
+    oldest = replace(plain, ends={end.removeprefix("lora_"): tensor for end, tensor in plain.ends.items()})
+    yield "_lora.up.weight", one("comfyui", oldest, "unet.a.b", f"{at}_lora")
+    for lengths in LENGTHS:
+        yield f"dora {lengths}", one("comfyui", spelled(known["dora"], "lora_B.weight", lengths), "unet.a.b", at)
+    flux = "double_blocks.0.img_attn.proj"
+    yield "ai-toolkit", one("comfyui", spelled(plain, "lora_B.weight"), f"unet.{flux}", f"diffusion_model.{flux}")
+    original, encoder = spelled(known["lora"], "lora_B.weight"), "text_encoders.clip_l.transformer.a.b"
+    yield "OneTrainer ORIGINAL", one("comfyui", original, "a.b")
+    yield "OneTrainer COMFY", one("comfyui", original, "text_encoder.a.b", encoder, "clip_l.a.b", **WITH_EMBEDDINGS)
 
 
 def diffusers_cases() -> Iterator[tuple[str, Case]]:
-    plain = methods()["lora without alpha"]
-    for component in (
-        "unet",
-        "transformer",
-        "transformer_2",
-        "prior",
-        "text_encoder",
-        "text_encoder_2",
-        "text_encoder_3",
-    ):
+    known = methods()
+    plain = known["lora without alpha"]
+    for component in PIPELINE:
         for spelling in ("lora_B.weight", "lora.up.weight", "lora_linear_layer.up.weight"):
-            at = f"{component}.a.to_q" if not component.startswith("text") else f"{component}.a.fc1"
-            yield f"{component} {spelling}", one("diffusers", spelled(plain, spelling), at, at, at, (component,))
-    lora, dora = (spelled(methods()[name], "lora_B.weight", "lora_magnitude_vector") for name in ("lora", "dora"))
-    del_alpha = [replace(m, ends={e: t for e, t in m.ends.items() if e != "alpha"}) for m in (lora, dora)]
-    for name, method in zip(("lora", "dora"), del_alpha, strict=True):
-        method = replace(
-            method, ends={e: t.flatten() if e == "lora_magnitude_vector" else t for e, t in method.ends.items()}
-        )
-        table = {"unet.r": RANK, "unet.lora_alpha": 3, "unet.use_dora": name == "dora"}
-        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(table)}
-        yield (
-            f"{name} with metadata",
-            one("diffusers", method, "unet.a.b", "unet.a.b", "unet.a.b", ("unet",), metadata=metadata),
-        )
-    metadata = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 3})}
-    yield "with metadata for one", one("diffusers", del_alpha[0], "a.b", "a.b", "a.b", metadata=metadata)
-    yield "with an alpha", one("diffusers", lora, "unet.a.b", "unet.a.b", "unet.a.b", ("unet",))
-    up, down = plain.ends["lora_up.weight"], plain.ends["lora_down.weight"]
+            yield f"{component}{spelling}", one("diffusers", spelled(plain, spelling), f"{component}a.fc")
+    lora, dora = (spelled(known[name], "lora_B.weight", "lora_magnitude_vector") for name in ("lora", "dora"))
+    yield "with an alpha", one("diffusers", lora, "unet.a.b")
+    for name, method in (("lora", lora), ("dora", dora)):
+        # PEFT has alpha in the settings, and the lengths in one dimension.
+        ends = {end: tensor for end, tensor in method.ends.items() if end != "alpha"}
+        ends |= {end: ends[end].flatten() for end in ends if end == "lora_magnitude_vector"}
+        for component in ("", "unet."):
+            numbers = {"r": RANK, "lora_alpha": 3, "use_dora": name == "dora"}
+            table = json.dumps({f"{component}{key}": value for key, value in numbers.items()})
+            case = one("diffusers", replace(method, ends=ends), f"{component}a.b")
+            yield f"{name} with metadata {component}", replace(case, metadata={"lora_adapter_metadata": table})
     for front in ("", "unet."):
-        tensors: Tensors = {}
-        for name in ("to_q", "to_out"):
-            stem = f"{front}down.0.attn1.processor.{name}_lora"
-            tensors |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
-        paths = {f"{front}down.0.attn1.{name}" for name in ("to_q", "to_out.0")}
+        names = {"to_q": "to_q", "to_out.0": "to_out"}
+        processors = {f"{front}a.attn1.{to}": f"{front}a.attn1.processor.{name}_lora" for to, name in names.items()}
         yield (
             f"processors {front}",
             Case(
                 "diffusers",
-                tensors,
-                dict.fromkeys(paths, ("lora", 1.0)),
-                dict.fromkeys(paths, linear),
-                {f"{path}.weight": plain.change for path in paths},
+                {
+                    f"{stem}.{end.removeprefix('lora_')}": t
+                    for stem in processors.values()
+                    for end, t in plain.ends.items()
+                },
+                dict.fromkeys(processors, ("lora", 1.0)),
+                dict.fromkeys(processors, linear),
+                {f"{path}.weight": plain.change for path in processors},
                 ("unet",) if front else (),
             ),
         )
-    text = one(
-        "diffusers",
-        spelled(plain, "lora_linear_layer.up.weight"),
-        "text_encoder.layers.0.self_attn.to_q",
-        "text_encoder.layers.0.self_attn.q_proj",
-        "text_encoder.layers.0.self_attn.q_proj",
-        ("text_encoder",),
-    )
-    yield "old text encoder", text
+    stem = "text_encoder.layers.0.self_attn"
+    old = spelled(plain, "lora_linear_layer.up.weight")
+    yield "old text encoder", one("diffusers", old, f"{stem}.q_proj", f"{stem}.to_q")
     folded = spelled(plain, "lora_B.weight")
-    yield (
-        "OneTrainer DIFFUSERS",
-        one(
-            "diffusers",
-            folded,
-            "transformer.a.b",
-            "transformer.a.b",
-            "transformer.a.b",
-            ("transformer",),
-            tensors=EMBEDDINGS,
-            others=tuple(EMBEDDINGS),
-        ),
-    )
+    yield "OneTrainer DIFFUSERS", one("diffusers", folded, "transformer.a.b", **WITH_EMBEDDINGS)
     for name in ("loha", "lokr", "scaled oft"):
-        yield (
-            f"OneTrainer DIFFUSERS {name}",
-            one("diffusers", methods()[name], "unet.a.b", "unet.a.b", "unet.a.b", ("unet",)),
-        )
+        yield f"OneTrainer DIFFUSERS {name}", one("diffusers", known[name], "unet.a.b")
 
 
 def peft_cases() -> Iterator[tuple[str, Case]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import random
@@ -125,7 +126,7 @@ def replaced(rng: random.Random, value: Any) -> Any:
     if isinstance(value, list) and value and rng.random() < 0.7:
         at = rng.randrange(len(value))
         return [*value[:at], replaced(rng, value[at]), *value[at + 1 :]]
-    return rng.choice([*ODD, deep(1, 300)]) if rng.random() < 0.9 else deep(value, rng.randrange(1, 900))
+    return rng.choice([*ODD, deep(1, 150)]) if rng.random() < 0.9 else deep(value, rng.randrange(1, 150))
 
 
 def change_tensor(rng: random.Random, draft: Draft) -> None:
@@ -154,7 +155,7 @@ def change_metadata(rng: random.Random, draft: Draft) -> None:
     key = rng.choice([*draft.metadata, *known])
     try:
         value = json.loads(str(draft.metadata.get(key, "{}")))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = {}
     changed: Any = json.dumps(replaced(rng, value)) if rng.random() < 0.8 else rng.choice(BOMBS)
     draft.metadata[key] = changed if rng.random() < 0.95 else rng.choice(ODD)
@@ -174,7 +175,7 @@ def header_of(draft: Draft) -> tuple[dict[str, Any], bytes]:
     parts: list[bytes] = []
     at = 0
     for name, tensor in draft.tensors.items():
-        plain = tensor.contiguous()
+        plain = tensor.clone(memory_format=torch.contiguous_format)
         part = bytes(plain.reshape(-1).view(torch.uint8).tolist()) if plain.numel() else b""
         header[name] = {"dtype": NAMES[plain.dtype], "shape": [*plain.shape], "data_offsets": [at, at + len(part)]}
         at += len(part)
@@ -186,13 +187,15 @@ def change_header(rng: random.Random, header: dict[str, Any]) -> None:
     name = rng.choice(sorted(header)) if header else "x"
     slot = header.get(name)
     if not isinstance(slot, dict) or rng.random() < 0.2:
-        header[rng.choice([name, *KEYS])] = rng.choice([*ODD, slot])
+        header[rng.choice([name, *KEYS])] = copy.deepcopy(rng.choice([*ODD, slot]))
     elif rng.random() < 0.3:
         slot["shape"] = [rng.choice(NUMBERS) for _ in range(rng.choice([0, 1, 2, 3, 70]))]
     elif rng.random() < 0.5:
         slot["data_offsets"] = [rng.choice(NUMBERS) for _ in range(rng.choice([0, 1, 2, 2, 2, 3]))]
     else:
-        slot[rng.choice(["dtype", "shape", "more", "data_offsets"])] = rng.choice([*ODD, *NAMES.values()])
+        slot[rng.choice(["dtype", "shape", "more", "data_offsets"])] = copy.deepcopy(
+            rng.choice([*ODD, *NAMES.values()])
+        )
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:

@@ -1,0 +1,63 @@
+"""Malformed files, some thousands of them each time: a typed error or an adapter, in bounded time and memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapters
+import weights
+from tests.weights.corpus import corpus
+from tests.weights.fuzz import bounded, run
+
+
+def test_nothing_but_typed_errors_and_adapters() -> None:
+    counts, faults = run(3000)
+    assert not faults, f"file {faults[0][0]} of seed 0: {faults[0][1]}"
+    assert counts["FileFormatError"] > 1500 and counts["read and loaded"] > 100 and counts["SourceNotFoundError"]
+
+
+# What it has found
+
+
+def test_settings_that_have_no_end(tmp_path: Path) -> None:
+    path = corpus()["peft lora"].write(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adapter_config.json").symlink_to("/dev/zero")
+    with bounded(), pytest.raises(weights.FileFormatError, match="it has more than 50,000,000 bytes"):
+        weights.read_adapter(path)
+
+
+def test_an_index_that_has_no_end(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").symlink_to("/dev/zero")
+    with bounded(), pytest.raises(weights.FileFormatError, match="is not an index of safetensors shards"):
+        weights.open(tmp_path)
+
+
+def test_a_rotation_that_is_one_number(tmp_path: Path) -> None:
+    tensors = {"lora_unet_x.oft_R.weight": torch.tensor(1.0)}
+    with pytest.raises(weights.FileFormatError, match=r"an oft_R \(\), which is none of blocks"):
+        weights.read_adapter(weights.save(tensors, tmp_path / "file.safetensors"))
+
+
+def test_a_rotation_in_numbers_that_cannot_be_negated(tmp_path: Path) -> None:
+    case = corpus()["comfyui oft of a convolution"]
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in case.tensors.items()}
+    model = case.model()
+    assert adapters.load(model, replace(case, tensors=tensors).write(tmp_path)).merge() is None
+
+
+@pytest.mark.parametrize("target", ["../file.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
+def test_an_index_that_leads_out_of_its_folder(target: str, tmp_path: Path) -> None:
+    case = corpus()["lycoris lora"]
+    case.write(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    index = {"weight_map": dict.fromkeys(case.tensors, target)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(weights.FileFormatError, match="which is not the name of a file beside it"):
+        weights.open(folder)
