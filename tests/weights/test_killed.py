@@ -26,22 +26,27 @@ for value in (1.0, 2.0):
 KILLED = """
 seen = set()
 random.seed(0)
-for _ in range(80):
+start = time.perf_counter()
+weights.write_adapter(adapter(1.0), folder)
+taken = time.perf_counter() - start
+for number in range(400):
+    if number >= 40 and len(seen) == 2:
+        break
     child = os.fork()
     if child == 0:
         while True:
             for value in (1.0, 2.0):
                 weights.write_adapter(adapter(value), folder)
-    time.sleep(random.uniform(0.0, 0.02))
+    time.sleep(random.uniform(0.0, 4 * taken))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     now = contents()
     for name, content in now.items():
-        if name != "README.md":
-            seen.add(name + str([version[name] for version in versions].index(content)))
+        assert content in [version[name] for version in versions], name
+    seen.add(now["adapter_model.safetensors"])
     assert now.keys() == versions[0].keys()
 assert any(path.name.endswith(".tmp") for path in folder.iterdir()), "no save was cut off"
-print(sorted(seen))
+assert len(seen) == 2
 """
 
 FULL = """
@@ -68,9 +73,7 @@ def run(script: str, folder: Path) -> str:
 
 
 def test_kill_9_leaves_each_file_old_or_new(tmp_path: Path) -> None:
-    seen = run(KILLED, tmp_path)
-    for version in "01":
-        assert f"adapter_model.safetensors{version}" in seen
+    run(KILLED, tmp_path)
 
 
 def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
