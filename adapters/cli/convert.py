@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import weights
 
 _FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
+_OTHERS = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth")
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -29,9 +30,16 @@ _DTYPES = ("float16", "bfloat16", "float32")
 )
 @click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")
 @click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
+@click.option("--pickle", is_flag=True, help="Read a file as torch.save writes it, where there is no other.")
 @click.option("--dtype", "kind", type=click.Choice(_DTYPES), help="The type of the numbers.  [default: as it is]")
 def convert(
-    source: str, destination: Path, form: str | None, base: str | None, component: str | None, kind: str | None
+    source: str,
+    destination: Path,
+    form: str | None,
+    base: str | None,
+    component: str | None,
+    pickle: bool,
+    kind: str | None,
 ) -> None:
     """Write an adapter in another format.
 
@@ -56,7 +64,7 @@ def convert(
     from adapters.patch import write_file
 
     _check_new(destination)
-    adapter = weights.read_adapter(source)
+    adapter = weights.read_adapter(source, pickle=pickle)
     if component is not None:
         adapter = _of_component(source, adapter, component)
     if base is not None and not adapter.counted:
@@ -76,7 +84,9 @@ def convert(
 
 
 def _check_new(path: Path) -> None:
-    """See to it that nothing is written over."""
+    """See to it that nothing is written over, and no folder is called like a file."""
+    if path.suffix in _OTHERS:
+        raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
 

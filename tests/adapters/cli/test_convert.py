@@ -196,3 +196,19 @@ def test_flattened_names_are_never_written_as_if_they_were_not(kohya: Path, tmp_
     with pytest.raises(weights.FileFormatError, match="flattened"):
         weights.write_adapter(adapter, tmp_path / "out", "fluxion")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_on_request(style: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "adapter_config.json").write_bytes((style / "adapter_config.json").read_bytes())
+    torch.save(dict(weights.open(style)), old / "adapter_model.bin")
+    assert "pickle=True" in refused("convert", old, tmp_path / "out")
+    done("convert", old, tmp_path / "out", "--pickle")
+    assert_same(style, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.bin", "adapter_config.json"])
+def test_a_destination_that_is_called_like_another_file(style: Path, tmp_path: Path, name: str) -> None:
+    assert "only .safetensors are written" in refused("convert", style, tmp_path / name)
+    assert not (tmp_path / name).exists()
