@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weights.header import Slot
+
+_LONGEST = 500  # letters
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 
@@ -24,8 +34,25 @@ def make_console() -> Console:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print a document for other programs."""
-    click.echo(json.dumps(document, indent=2, allow_nan=False, default=str))
+    """Print a document for other programs. JSON has no infinity and no NaN: these are texts in it."""
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inside) for name, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inside) for inside in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on terminals, at the standard error, and what to call after each of so many steps."""
+    console = Console(stderr=True, markup=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)
 
 
 def facts(console: Console, rows: Mapping[str, str]) -> None:
@@ -35,7 +62,7 @@ def facts(console: Console, rows: Mapping[str, str]) -> None:
     grid.add_column(overflow="fold")
     for name, text in rows.items():
         if text:
-            grid.add_row(name, plain(text))
+            grid.add_row(name, short(text))
     console.print(grid)
 
 
@@ -63,12 +90,27 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def short(text: str) -> str:
+    """What a text from a file begins with."""
+    return plain(text[:_LONGEST])
+
+
 def megabytes(count: int) -> str:
     """`90.9 MB`."""
     for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= least:
             return f"{count / least:,.1f} {unit}"
     return f"{count} bytes"
+
+
+def type_of(tensor: Tensor | Slot) -> str:
+    """`float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def types(count: Mapping[str, int]) -> str:
+    """The type, or how many numbers there are of each of several."""
+    return ", ".join(f"{number:,} {name}" if len(count) > 1 else name for name, number in count.items())
 
 
 def shape_of(shape: Iterable[int]) -> str:

@@ -25,7 +25,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
     "--to",
     "form",
     type=click.Choice(_FORMATS),
-    help="The format to write.  [default: in a folder peft, where that can hold the adapter, and else fluxion]",
+    help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
 )
 @click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")
 @click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
@@ -38,17 +38,17 @@ def convert(
     SOURCE is a file, a folder, or a place on the Hub. DESTINATION is a new folder, or the name of a new .safetensors
     file, which only lycoris, diffusers and fluxion have; lycoris has no folders.
 
-    Files of kohya's scripts have names of layers without dots, and others have those of an original model. For formats
-    with the names of the base model, --base says where that is: a file, a folder, also of a pipeline, or a place on
-    the Hub. Nothing but the headers of its files is read.
+    Files of kohya's scripts have names of layers without dots, and some files have those of an original model. To get
+    the names of the base model, say with --base where that is: a file, a folder, also of a pipeline, or a place on the
+    Hub. Nothing but the headers of its files is read.
 
-    Of a file for several models --component converts what is for one. Of a file that does not say for which model it
-    is, it says so.
+    --component takes the part for one model out of a file for several. If the file does not say for which model it is,
+    --component says so. What training wrote into the metadata is kept by lycoris only.
 
     \b
     Examples:
       fluxion convert style.safetensors out --base someone/model
-      fluxion convert out half.safetensors --to diffusers --component unet --dtype float16
+      fluxion convert out half.safetensors --dtype float16
     """
     import torch
 
@@ -59,7 +59,7 @@ def convert(
     adapter = weights.read_adapter(source)
     if component is not None:
         adapter = _of_component(source, adapter, component)
-    if base is not None:
+    if base is not None and not adapter.counted:
         from adapters.renaming import with_names_in
 
         adapter = with_names_in(weights.open_parts(base), adapter)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import as_json, make_console, plain, print_json, shape_of
+from adapters.cli.console import as_json, make_console, plain, print_json, progress, shape_of, type_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,7 @@ def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
     kind, found = _compared(a, b)
     differences = list(found)
     if as_json:
-        listed = [_listed(one) for one in differences]
+        listed = [asdict(one) for one in differences]
         print_json({"a": a, "b": b, "kind": kind, "same": not differences, "differences": listed})
     else:
         _show(a, b, kind, differences)
@@ -90,14 +90,7 @@ def _compared(a: str, b: str) -> tuple[str, Iterator[Difference]]:
     try:
         return "adapters", _of_adapters(weights.read_adapter(a), weights.read_adapter(b))
     except weights.FileFormatError:
-        from adapters.cli.checkpoint import Checkpoint
-
-        one, other = Checkpoint.open(a), Checkpoint.open(b)
-        slots = [
-            {name: (str(slot.dtype), slot.shape) for name, slot in checkpoint.slots.items()}
-            for checkpoint in (one, other)
-        ]
-        return "checkpoints", _of_tensors(slots[0], slots[1], one.read, other.read)
+        return "checkpoints", _of_checkpoints(a, b)
 
 
 # What is different
@@ -128,6 +121,22 @@ def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[st
     }
 
 
+def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
+    from adapters.cli.checkpoint import Checkpoint
+
+    one, other = Checkpoint.open(a), Checkpoint.open(b)
+    kinds, other_kinds = (
+        {name: (type_of(slot), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
+    )
+    with progress("Comparing", len(kinds.keys() & other_kinds.keys())) as step:
+
+        def read(name: str) -> Tensor:
+            step()
+            return one.read(name)
+
+        yield from _of_tensors(kinds, other_kinds, read, other.read)
+
+
 def _of_layers(name: str, a: weights.LayerWeights, b: weights.LayerWeights) -> Iterator[Difference]:
     if a.method != b.method:
         yield Difference(name, "method", a.method, b.method)
@@ -148,10 +157,14 @@ def _numbers(layer: weights.LayerWeights) -> dict[str, Any]:
 
 
 def _of_mappings(prefix: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[Difference]:
-    kinds = [{prefix + name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()} for tensors in (a, b)]
-    return _of_tensors(
-        kinds[0], kinds[1], lambda name: a[name.removeprefix(prefix)], lambda name: b[name.removeprefix(prefix)]
+    kinds, other_kinds = (
+        {prefix + name: (type_of(tensor), tuple(tensor.shape)) for name, tensor in some.items()} for some in (a, b)
     )
+
+    def reader(tensors: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        return lambda name: tensors[name.removeprefix(prefix)]
+
+    return _of_tensors(kinds, other_kinds, reader(a), reader(b))
 
 
 _Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -161,7 +174,7 @@ def _of_tensors(
     a: _Kinds, b: _Kinds, read_a: Callable[[str], Tensor], read_b: Callable[[str], Tensor]
 ) -> Iterator[Difference]:
     """The differences of tensors, given their types and shapes; of the tensors two are in memory at a time."""
-    yield from _only(a, b, lambda kind: f"{shape_of(kind[1])} {_plain_type(kind[0])}")
+    yield from _only(a, b, lambda kind: f"{shape_of(kind[1])} {kind[0]}")
     for name, (dtype, shape) in a.items():
         if name not in b:
             continue
@@ -171,7 +184,7 @@ def _of_tensors(
             continue
         largest, relative = _distance(read_a(name), read_b(name))
         if dtype != other_type:
-            yield Difference(name, "type", _plain_type(dtype), _plain_type(other_type), largest, relative)
+            yield Difference(name, "type", dtype, other_type, largest, relative)
         elif largest:
             yield Difference(name, "values", "", "", largest, relative)
 
@@ -182,10 +195,6 @@ def _only(a: Mapping[str, Any], b: Mapping[str, Any], told: Callable[[Any], str]
     yield from (Difference(name, "only in B", b=told(b[name])) for name in b if name not in a)
 
 
-def _plain_type(dtype: str) -> str:
-    return dtype.removeprefix("torch.")
-
-
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """The largest difference of two numbers, and the length of the difference by that of A; 0 where all are the same.
 
@@ -193,6 +202,8 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """
     import torch
 
+    if a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)):
+        return 0.0, 0.0
     largest = squares = length = 0.0
     for one, other in zip(a.flatten().split(_AT_ONCE), b.flatten().split(_AT_ONCE), strict=True):
         whole = one.dtype == other.dtype == torch.int64  # Large ones are not exact as what the others become.
@@ -200,7 +211,7 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
         exact = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
         one, other = one.to(exact), other.to(exact)
         same = (one == other) | (one.isnan() & other.isnan())
-        gap = (one - other).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf).maximum(apart)
+        gap = (one - other).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).maximum(apart)
         largest = max(largest, float(gap.max())) if gap.numel() else largest
         squares += float(gap.square().sum())
         length += float(one.abs().nan_to_num(nan=0.0, posinf=0.0).square().sum())
@@ -210,11 +221,6 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 # What is said of them
-
-
-def _listed(one: Difference) -> dict[str, Any]:
-    """As JSON can hold it, which has no infinity."""
-    return {name: "inf" if value == math.inf else value for name, value in asdict(one).items()}
 
 
 def _show(a: str, b: str, kind: str, differences: list[Difference]) -> None:

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import as_json, columns, facts, make_console, megabytes, plain, print_json, shape_of
+from adapters.cli.console import (
+    as_json,
+    columns,
+    facts,
+    make_console,
+    megabytes,
+    plain,
+    print_json,
+    shape_of,
+    short,
+    type_of,
+    types,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +34,6 @@ if TYPE_CHECKING:
 _MOST_VALUES = 3  # of a hyperparameter that are no numbers
 _MOST_TAGS = 8
 _TAGS = "ss_tag_frequency"  # How often kohya's scripts have met each tag, by folder.
-_LONGEST = 500  # letters of an entry
 
 
 @click.command()
@@ -71,10 +82,7 @@ def _document(source: str, adapter: weights.AdapterFile) -> dict[str, Any]:
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        for name, tensor in tensors.items()
-    }
+    return {name: {"dtype": type_of(tensor), "shape": list(tensor.shape)} for name, tensor in tensors.items()}
 
 
 def _tensors(adapter: weights.AdapterFile) -> Iterator[Tensor]:
@@ -87,7 +95,7 @@ def _dtypes(adapter: weights.AdapterFile) -> dict[str, int]:
     """How many numbers there are of each type."""
     count: Counter[str] = Counter()
     for tensor in _tensors(adapter):
-        count[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        count[type_of(tensor)] += tensor.numel()
     return dict(count.most_common())
 
 
@@ -96,7 +104,6 @@ def _dtypes(adapter: weights.AdapterFile) -> dict[str, int]:
 
 def _show(console: Console, source: str, adapter: weights.AdapterFile) -> None:
     dtypes, size = _dtypes(adapter), sum(tensor.nbytes for tensor in _tensors(adapter))
-    kinds = next(iter(dtypes), "") if len(dtypes) == 1 else ", ".join(f"{n:,} {kind}" for kind, n in dtypes.items())
     console.print(plain(source), style="bold", soft_wrap=True)
     facts(
         console,
@@ -106,7 +113,7 @@ def _show(console: Console, source: str, adapter: weights.AdapterFile) -> None:
             "task": adapter.task or "",
             "components": ", ".join(adapter.components),
             "layers": f"{len(adapter.layers):,}",
-            "parameters": f"{sum(dtypes.values()):,} ({kinds}), {megabytes(size)}",
+            "parameters": f"{sum(dtypes.values()):,} ({types(dtypes)}), {megabytes(size)}",
             "names": _of_names(adapter),
         },
     )
@@ -118,7 +125,7 @@ def _show(console: Console, source: str, adapter: weights.AdapterFile) -> None:
         console,
         "Other tensors",
         {
-            name: f"{what}, {shape_of(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            name: f"{what}, {shape_of(tensor.shape)} {type_of(tensor)}"
             for what, tensors in besides.items()
             for name, tensor in tensors.items()
         },
@@ -141,16 +148,19 @@ def _show_methods(console: Console, adapter: weights.AdapterFile) -> None:
         names = dict.fromkeys(name for layer in own for name in layer.hyperparameters)
         numbers = {name: _span(layer.hyperparameters.get(name) for layer in own) for name in names}
         told = ", ".join(f"{name} {value}" for name, value in numbers.items())
-        table.add_row(plain(method), f"{len(own):,}", f"{count:,}", plain(told))
+        table.add_row(plain(method), f"{len(own):,}", f"{count:,}", short(told))
     console.print(table)
 
 
 def _span(values: Iterable[Any]) -> str:
     """`8`, `4 to 16` for numbers that differ, or some of the values."""
-    found = list(dict.fromkeys(values))
-    if all(type(value) in (int, float) for value in found):
+    from weights.formats.found import is_number
+
+    found = list({str(value): value for value in values}.values())
+    if all(map(is_number, found)):
         return " to ".join(dict.fromkeys((f"{min(found):g}", f"{max(found):g}")))
-    told = ["yes" if value is True else "no" if value is False else str(value) for value in found[:_MOST_VALUES]]
+    words = {"True": "yes", "False": "no"}
+    told = [words.get(str(value), str(value)) for value in found[:_MOST_VALUES]]
     return " or ".join(told) + (" or others" if len(found) > _MOST_VALUES else "")
 
 
@@ -175,7 +185,7 @@ def _show_entries(console: Console, title: str, entries: Mapping[str, str]) -> N
     if entries:
         console.print(f"\n{title}", style="bold")
     for name, text in entries.items():
-        console.print(f"  {plain(name)}  {plain(text[:_LONGEST])}", no_wrap=True, overflow="ellipsis")
+        console.print(f"  {short(name)}  {short(text)}", no_wrap=True, overflow="ellipsis")
 
 
 def _entries(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -13,15 +13,15 @@ _AT_ONCE = 1 << 20  # bytes
 
 @click.command()
 @click.argument("source")
-@click.argument("destination", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", metavar="REVISION", help="A branch, a tag or a commit.  [default: the main branch]")
 def pull(source: str, destination: Path | None, revision: str | None) -> None:
     """Download from the Hub, check, and print where it is.
 
     SOURCE is user/repo, user/repo@revision, user/repo:folder/file, an hf:// URL or the address of a page. What comes is
-    safetensors and texts, never a pickle, and each file is checked against its published hash. It stays in the Hub's
-    cache, from where it is copied into the folder DESTINATION if that is given. There, files of the same names are
-    replaced, all or none.
+    safetensors and texts, no pickle unless it is named, and each file is checked against its published hash. It stays
+    in the Hub's cache, from where it is copied into the folder DESTINATION if that is given. There, files of the same
+    names are replaced, all or none.
 
     \b
     Example:
@@ -29,6 +29,8 @@ def pull(source: str, destination: Path | None, revision: str | None) -> None:
     """
     import weights
 
+    if destination is not None and destination.is_file():
+        raise click.ClickException(f"{destination} is a file: give the name of a folder.")
     path = weights.download(source, revision=revision, allow_patterns=_FILES)
     if destination is not None:
         path = _copied(path, destination)

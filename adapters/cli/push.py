@@ -16,7 +16,7 @@ _CARD = "README.md"
 
 
 @click.command()
-@click.argument("source", metavar="FOLDER_OR_FILE", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", metavar="FOLDER_OR_FILE", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--revision", metavar="BRANCH", help="The branch to commit to.  [default: the main branch]")
@@ -38,7 +38,9 @@ def push(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Publish an adapter on the Hub, in one commit, and print its address.
+    """Publish an adapter on the Hub in one commit.
+
+    Prints the address of the commit.
 
     A folder is published without its hidden files. An adapter without a model card, such as a lone file, gets one; a
     card that is there gets the license and the tags. Nothing is changed on this machine. The repository and the branch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import as_json, columns, make_console, megabytes, plain, print_json, shape_of
+from adapters.cli.console import as_json, columns, make_console, megabytes, plain, print_json, shape_of, type_of, types
 
 if TYPE_CHECKING:
     from weights.header import Slot
@@ -37,28 +37,22 @@ def tree(source: str, depth: int | None, as_json: bool) -> None:
     from adapters.cli.checkpoint import Checkpoint
 
     slots = Checkpoint.open(source).slots
-    count = sum(math.prod(slot.shape) for slot in slots.values())
     size = sum(slot.stop - slot.start for slot in slots.values())
-    kinds: Counter[str] = Counter()
+    counter: Counter[str] = Counter()
     for slot in slots.values():
-        kinds[_kind(slot)] += math.prod(slot.shape)
+        counter[type_of(slot)] += math.prod(slot.shape)
+    kinds, count = dict(counter.most_common()), counter.total()
     if as_json:
-        tensors = {name: {"dtype": _kind(slot), "shape": list(slot.shape)} for name, slot in slots.items()}
-        print_json({"source": source, "parameters": count, "bytes": size, "dtypes": dict(kinds), "tensors": tensors})
+        tensors = {name: {"dtype": type_of(slot), "shape": list(slot.shape)} for name, slot in slots.items()}
+        print_json({"source": source, "parameters": count, "bytes": size, "dtypes": kinds, "tensors": tensors})
         return
     console = make_console()
     console.print(plain(source), style="bold", soft_wrap=True)
-    told = next(iter(kinds), "") if len(kinds) == 1 else ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
-    console.print(f"{len(slots):,} tensors, {count:,} parameters ({told}), {megabytes(size)}\n")
+    console.print(f"{len(slots):,} tensors, {count:,} parameters ({types(kinds)}), {megabytes(size)}\n")
     table = columns("module", "tensors", "parameters", right=("parameters",), cut=("module", "tensors"))
-    usual = max(kinds, key=lambda kind: kinds[kind], default="")
-    for row in _rows(Module.of(slots), depth, usual):
+    for row in _rows(Module.of(slots), depth, usual=next(iter(kinds), "")):
         table.add_row(*row)
     console.print(table)
-
-
-def _kind(slot: Slot) -> str:
-    return str(slot.dtype).removeprefix("torch.")
 
 
 @dataclass
@@ -104,7 +98,7 @@ class Module:
             module = found[run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}"] = self.inside[run[0]]
             module.times = len(run)
         self.inside = found
-        tensors = ((name, _kind(slot), slot.shape) for name, slot in sorted(self.tensors.items()))
+        tensors = ((name, type_of(slot), slot.shape) for name, slot in sorted(self.tensors.items()))
         return tuple(tensors), tuple((name, alike[name]) for name in names)
 
 
@@ -148,7 +142,8 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
 def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[str, str, str]]:
     """The lines of a module: its name, two of its own tensors in each, and how many parameters it has."""
     named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", _natural(item[0])))
-    told = [f"{own} {shape_of(slot.shape)}{'' if _kind(slot) == usual else f' {_kind(slot)}'}" for own, slot in named]
+    kinds = {own: "" if type_of(slot) == usual else f" {type_of(slot)}" for own, slot in named}
+    told = [f"{own} {shape_of(slot.shape)}{kinds[own]}" for own, slot in named]
     times = f"{module.times:,} × " if module.times > 1 else ""
     yield name, ", ".join(told[:2]), f"{times}{module.parameters:,}"
     for start in range(2, len(told), 2):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 import weights
 from adapters.cli.diff import _distance
-from tests.adapters.cli.files import MINILM, document, done, fluxion, refused, serve, with_value
+from tests.adapters.cli.files import MINILM, done, fluxion, refused, serve, with_value
 from tests.weights.hub_server import HubServer
 
 LAYER = "encoder.layer.3.attention.self.value"
@@ -16,7 +17,7 @@ LAYER = "encoder.layer.3.attention.self.value"
 
 def differences(a: object, b: object) -> list[dict[str, object]]:
     result = fluxion("diff", a, b, "--json")
-    told = document("diff", a, b)
+    told = json.loads(result.stdout)
     assert result.exit_code == (0 if told["same"] else 1)
     assert told["same"] == (not told["differences"])
     return told["differences"]
@@ -85,7 +86,6 @@ def test_checkpoints(tmp_path: Path) -> None:
     weights.save(changed, tmp_path / "changed.safetensors")
     found = {one["name"]: one["what"] for one in differences(MINILM, tmp_path / "changed.safetensors")}
     assert found == {"pooler.dense.weight": "only in A", "more": "only in B", "pooler.dense.bias": "type"}
-    assert "differences of the checkpoints" in shown(MINILM, tmp_path / "changed.safetensors")
 
 
 def test_an_adapter_and_a_checkpoint(style: Path) -> None:

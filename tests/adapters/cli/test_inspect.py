@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,17 @@ def test_on_the_hub(hub: HubServer, style: Path, kohya: Path) -> None:
     serve(hub, "someone/kohya", kohya)
     assert "someone/style-lora" in done("inspect", "someone/style-lora")
     assert document("inspect", "someone/kohya:kohya.safetensors")["format"] == "lycoris"
+
+
+def test_a_file_that_says_absurd_things(tmp_path: Path) -> None:
+    layers = {"a": {"method": "\x1b[2J", "hyperparameters": {"rank": 10**400, "alpha": math.nan, "more": {"x": [1]}}}}
+    about = json.dumps({"version": 1, "base_model": "x\n" * 1000, "layers": layers})
+    path = weights.save({"a/lora_A": torch.ones(1)}, tmp_path / "x.safetensors", {"fluxion_adapter": about})
+    shown = done("inspect", path)
+    assert "\x1b" not in shown
+    assert "alpha nan" in shown
+    numbers = document("inspect", path)["layers"]["a"]["hyperparameters"]
+    assert numbers == {"rank": 10**400, "alpha": "nan", "more": {"x": [1]}}
 
 
 @pytest.mark.parametrize("source", [MINILM, "nothing.safetensors"])

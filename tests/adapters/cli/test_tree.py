@@ -84,10 +84,11 @@ def test_shards_and_a_pipeline(tmp_path: Path) -> None:
     sharded(part, {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(4)})
     assert document("tree", part)["parameters"] == 10
     text = tmp_path / "pipe" / "text_encoder"
-    for variant in ("model.safetensors", "model.fp16.safetensors"):
-        weights.save({"c.weight": torch.zeros(5)}, text / variant)
+    for variant, dtype in (("model.safetensors", torch.float32), ("model.fp16.safetensors", torch.float16)):
+        weights.save({"c.weight": torch.zeros(5, dtype=dtype)}, text / variant)
     told = document("tree", tmp_path / "pipe")
     assert set(told["tensors"]) == {"unet.a.weight", "unet.b.weight", "text_encoder.c.weight"}
+    assert told["dtypes"] == {"float32": 15}
     weights.save({"whole": torch.zeros(1)}, tmp_path / "pipe" / "all.safetensors")
     assert set(document("tree", tmp_path / "pipe")["tensors"]) == {"whole"}
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
