@@ -71,7 +71,10 @@ def _read(source: str | PathLike[str], path: Path) -> AdapterFile:
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        return replace(FORMATS[recognised[0]].read(found), format=recognised[0])
+        adapter = FORMATS[recognised[0]].read(found)
+        if not adapter.layers:
+            raise FileFormatError(f"{source} has no layers with an adapter in it; fetch or save it again.")
+        return replace(adapter, format=recognised[0])
     if found.file is not None:
         found.open()  # It may not be sound.
     raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")

@@ -38,6 +38,13 @@ def test_an_index_that_has_no_end(tmp_path: Path) -> None:
         weights.open(tmp_path)
 
 
+@pytest.mark.parametrize("tensors", [{}, {"bundle_emb.x.clip_l": torch.ones(2)}])
+def test_settings_without_tensors(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = weights.save(tensors, tmp_path / "file.safetensors", {"lora_adapter_metadata": ""})
+    with pytest.raises(weights.FileFormatError, match="has no layers with an adapter in it"):
+        weights.read_adapter(path)
+
+
 def test_a_rotation_that_is_one_number(tmp_path: Path) -> None:
     tensors = {"lora_unet_x.oft_R.weight": torch.tensor(1.0)}
     with pytest.raises(weights.FileFormatError, match=r"an oft_R \(\), which is none of blocks"):
