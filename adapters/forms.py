@@ -124,22 +124,34 @@ def _finer(x: Tensor, branch: Branch) -> torch.dtype:
     return torch.promote_types(x.dtype, branch.dtype or x.dtype)
 
 
-def row_norms(weight: Tensor) -> Tensor:
-    """The length of each row of a matrix, `(outputs,)`, with the experts in front for a stack."""
-    return torch.linalg.vector_norm(weight, dim=-1)
+def norms(weight: Tensor, inputs: int = 0) -> Tensor:
+    """The length of each row of a matrix, `(outputs,)`; or if inputs are counted, that of the columns of each of them.
+
+    Args:
+        weight: The matrix, with the experts in front for a stack. An input of a convolution has a column for each
+            position of the kernel.
+        inputs: How many inputs there are, 0 for the rows.
+    """
+    if not inputs:
+        return torch.linalg.vector_norm(weight, dim=-1)
+    return torch.linalg.vector_norm(weight.unflatten(-1, (inputs, -1)), dim=(-3, -1))
 
 
-def decomposed(direction: Tensor, magnitude: Tensor) -> Tensor:
-    """A matrix with the direction of each row, at another length (DoRA, arXiv:2402.09353).
+def decomposed(direction: Tensor, magnitude: Tensor, on_inputs: bool = False) -> Tensor:
+    """A matrix with the direction of each row, or the columns of each input, at another length.
 
-    The lengths that the rows have are constants to the gradient, as the paper proposes in 4.3. A row of zeros, which
-    has no direction, stays as it is.
+    That is DoRA, arXiv:2402.09353. The lengths that there are are constants to the gradient, as it proposes in 4.3.
+    Zeros, which have no direction, stay as they are.
 
     Args:
         direction: The matrix, `(outputs, inputs)`, with the experts in front for a stack.
-        magnitude: The lengths, `(outputs,)`, with the experts in front for a stack.
+        magnitude: The lengths, `(outputs,)` or `(inputs,)`, with the experts in front for a stack.
+        on_inputs: Whether they are those of the inputs.
     """
-    norms = row_norms(direction).detach()
-    zero = norms == 0
-    factors = torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norms))
-    return direction * factors.unsqueeze(-1)
+    inputs = magnitude.shape[-1] if on_inputs else 0
+    lengths = norms(direction, inputs).detach()
+    zero = lengths == 0
+    factors = torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, lengths))
+    if not on_inputs:
+        return direction * factors.unsqueeze(-1)
+    return direction * factors.repeat_interleave(direction.shape[-1] // inputs, dim=-1).unsqueeze(-2)

@@ -64,7 +64,7 @@ def take_rows(layer: LayerWeights, rows: Sequence[range], of: int) -> LayerWeigh
     own = _OWN_ROWS.get(layer.method, _Rows(frozenset()))
     by_row = own.by_row & tensors.keys()
     # A start that is made from the weight is another one for each part.
-    if not by_row or tensors.keys() - own.by_row - own.common or "init" in hyperparameters:
+    if not by_row or tensors.keys() - own.by_row - own.common or _is_of_all_rows(hyperparameters):
         raise ValueError(f"{layer.method} with {', '.join(sorted(tensors))}, whose rows cannot be told apart")
     size = _rows_of_block(layer)
     for name in by_row:
@@ -81,6 +81,11 @@ def take_rows(layer: LayerWeights, rows: Sequence[range], of: int) -> LayerWeigh
         for name, tensor in tensors.items()
     }
     return LayerWeights(layer.method, hyperparameters, taken)
+
+
+def _is_of_all_rows(hyperparameters: Mapping[str, Hyperparameter]) -> bool:
+    """Whether what becomes of one row depends on the others: by a start, or by lengths of inputs."""
+    return "init" in hyperparameters or bool(hyperparameters.get("on_inputs"))
 
 
 def _rows_of_block(layer: LayerWeights) -> int:

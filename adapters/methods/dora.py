@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
-from adapters.forms import decomposed, row_norms
+from adapters.forms import decomposed, norms
 from adapters.layers import Matrix
 from adapters.method import Method, Site, need, refuse_dropout
 from adapters.methods.lora import LoRA
+from adapters.methods.tucker import channels
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class DoRA(LoRA):
         rank: As in `LoRA`, like `alpha`, `rslora` and `init`.
         dropout: For files that have it: it can be kept, but not trained with.
         bias: There is none.
+        on_inputs: Train the lengths of the columns of each input instead, as LyCORIS does for `wd_on_out=False`, and
+            OneTrainer.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -31,6 +34,8 @@ class DoRA(LoRA):
     paper = "arXiv:2402.09353"
     formula = "m V / ‖V‖ for each row, with V = W + s B A"
     additive = False
+
+    on_inputs: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,19 +47,22 @@ class DoRA(LoRA):
     def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
         branch = super().build(site, shared)
         branch.matrix = site.matrix
-        branch.register_parameter("lora_magnitude_vector", nn.Parameter(site.empty(*site.shape[:-1])))
+        *stack, outputs, _ = site.shape
+        count = channels(site) if self.on_inputs else outputs
+        branch.register_parameter("lora_magnitude_vector", nn.Parameter(site.empty(*stack, count)))
         if not branch.lora_magnitude_vector.is_meta:
             self.settle(branch, site.weight)
         return branch
 
     def settle(self, branch: Branch, weight: Tensor) -> None:
-        """The lengths are those of the rows as they start."""
+        """The lengths are those that there are at the start."""
         with torch.no_grad():
             start = weight + self.delta(branch.values(weight.dtype))
-            branch.lora_magnitude_vector.copy_(row_norms(start))
+            lengths = branch.lora_magnitude_vector
+            lengths.copy_(norms(start, lengths.shape[-1] if self.on_inputs else 0))
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
-        return decomposed(weight + self.delta(t), t.lora_magnitude_vector)
+        return decomposed(weight + self.delta(t), t.lora_magnitude_vector, self.on_inputs)
 
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
         return Method.change(self, weight, t, scale)
@@ -64,7 +72,7 @@ class DoRA(LoRA):
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         tensors = super().file_tensors(branch)
-        if branch.matrix.kind == "convolution":  # As the weight of B, the other way round.
+        if branch.matrix.kind == "convolution":  # As outputs have them, or inputs.
             ones = (1,) * (tensors["lora_B"].ndim - 2)
             tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].view(1, -1, *ones)
         return tensors

@@ -81,6 +81,18 @@ def decomposed(delta: Tensor, lengths: Tensor, scale: float = 1.0) -> Change:
     return change
 
 
+def decomposed_on_inputs(delta: Tensor, lengths: Tensor, scale: float = 1.0) -> Change:
+    """The columns of each input of the changed weight, of these lengths."""
+
+    def change(weight: Tensor) -> Tensor:
+        changed = weight + (scale * delta).view_as(weight)
+        others = [dim for dim in range(weight.ndim) if dim != 1]
+        shape = (1, -1, *(1 for _ in others[1:]))
+        return lengths.view(shape) * changed / changed.square().sum(others, keepdim=True).sqrt()
+
+    return change
+
+
 def cayley(q: Tensor) -> Tensor:
     identity = torch.eye(q.shape[-1])
     return (identity + q) @ torch.linalg.inv(identity - q)
@@ -150,6 +162,7 @@ def methods() -> dict[str, Method]:
     flat, core = random(RANK, IN, 1, 1), random(RANK, RANK, 3, 3)
     tuckered = tucker(core, up.T, flat.flatten(1))
     lengths, longer = torch.rand(OUT, 1) + 0.5, torch.rand(2 * OUT, 1) + 0.5
+    of_inputs = torch.rand(1, IN) + 0.5
     hada = {"hada_w1_a": random(OUT, RANK), "hada_w1_b": random(RANK, IN)}
     hada |= {"hada_w2_a": random(OUT, RANK), "hada_w2_b": random(RANK, IN)}
     hada_delta = (hada["hada_w1_a"] @ hada["hada_w1_b"]) * (hada["hada_w2_a"] @ hada["hada_w2_b"])
@@ -191,6 +204,23 @@ def methods() -> dict[str, Method]:
             {**lora4, "dora_scale": lengths.view(OUT, 1, 1, 1)},
             decomposed(times(up4, down4), lengths),
             1.0,
+        ),
+        "dora of inputs": Method(
+            "dora",
+            linear,
+            {**lora, "dora_scale": of_inputs, "alpha": alpha},
+            decomposed_on_inputs(up @ down, of_inputs, 1.5),
+            1.5,
+        ),
+        "dora of inputs of a convolution": Method(
+            "dora",
+            conv,
+            {**lora4, "dora_scale": of_inputs.view(1, IN, 1, 1)},
+            decomposed_on_inputs(times(up4, down4), of_inputs),
+            1.0,
+        ),
+        "doha of inputs": Method(
+            "doha", linear, {**hada, "dora_scale": of_inputs}, decomposed_on_inputs(hada_delta, of_inputs), 1.0
         ),
         "loha": Method("loha", linear, {**hada, "alpha": alpha}, plus(hada_delta, 1.5), 1.5),
         "loha of a convolution": Method("loha", conv, hada4, plus(hada4_delta), 1.0),

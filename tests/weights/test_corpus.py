@@ -75,7 +75,6 @@ def test_what_is_no_change_of_a_weight_is_refused(tmp_path: Path) -> None:
     refused(
         lora, {f"{at}.reshape_weight": torch.tensor([9, 9])}, "a reshape_weight: it makes the weight larger", tmp_path
     )
-    refused(lora, {f"{at}.dora_scale": torch.ones(1, 6)}, r"a dora_scale \(1, 6\), for the inputs", tmp_path)
     refused(upper, {f"{at}.oft_R.weight": torch.ones(2, 4)}, r"an oft_R \(2, 4\), which is none of blocks", tmp_path)
     refused(upper, {f"{at}.oft_R.weight": torch.ones(2, 0)}, r"an oft_R \(2, 0\)", tmp_path)
     refused(upper, {f"{at}.dora_scale": torch.ones(8, 1)}, "no method that is known here", tmp_path)

@@ -238,9 +238,17 @@ def test_the_lengths_of_a_decomposed_weight_are_those_of_its_rows(tmp_path: Path
 
 
 @pytest.mark.parametrize("shapes", [LORA, LOHA, LOKR])
-def test_lengths_of_columns_are_refused(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_lengths_may_be_those_of_the_inputs(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     path = file(tmp_path, {"lycoris_fc": {**shapes, "dora_scale": (1, 4)}})
-    with pytest.raises(weights.FileFormatError, match=r"a dora_scale \(1, 4\), for the inputs"):
+    layer = only(path)
+    assert layer.hyperparameters["on_inputs"] is True
+    again = write({"fc": layer}, tmp_path / "again.safetensors")
+    assert torch.equal(again["lycoris_fc.dora_scale"], weights.open(path)["lycoris_fc.dora_scale"])
+    for format in ("peft", "diffusers", "mlx"):  # Which have those of outputs only, or none at all.
+        with pytest.raises(weights.FileFormatError):
+            weights.write_adapter(weights.AdapterFile({"fc": layer}), tmp_path / "out", format)
+    path = file(tmp_path, {"lycoris_fc": {**shapes, "dora_scale": (5, 4)}})
+    with pytest.raises(weights.FileFormatError, match=r"\(5, 4\), neither for the outputs nor for the inputs"):
         weights.read_adapter(path)
 
 

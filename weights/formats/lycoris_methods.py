@@ -130,37 +130,40 @@ def _read_biased(tensors: Tensors, alpha: float | None) -> Read:
 def _read_dora(tensors: Tensors, alpha: float | None) -> Read:
     hyperparameters, factors = _read_lora(tensors, alpha)
     lengths = tensors["lora_magnitude_vector"]
-    _need_rows(lengths)
-    return hyperparameters, {**factors, "lora_magnitude_vector": _lengths(lengths, factors["lora_A"], first=1)}
+    hyperparameters |= _side(lengths)
+    shaped = lengths.flatten() if factors["lora_A"].ndim == 2 else _shaped(lengths, factors["lora_A"], axis=1)
+    return hyperparameters, {**factors, "lora_magnitude_vector": shaped}
 
 
-def _of_rows(read: Callable[[Tensors, float | None], Read]) -> Callable[[Tensors, float | None], Read]:
+def _decomposed(read: Callable[[Tensors, float | None], Read]) -> Callable[[Tensors, float | None], Read]:
     """For a method whose weight is decomposed."""
 
     def read_decomposed(tensors: Tensors, alpha: float | None) -> Read:
-        _need_rows(tensors["dora_scale"])
-        return read(tensors, alpha)
+        hyperparameters, found = read(tensors, alpha)
+        return {**hyperparameters, **_side(tensors["dora_scale"])}, found
 
     return read_decomposed
 
 
-def _need_rows(lengths: Tensor) -> None:
-    """LyCORIS can also decompose the columns of a weight: then the lengths are in the second dimension."""
-    if lengths.numel() != lengths.shape[0]:
-        raise ValueError(f"a dora_scale {tuple(lengths.shape)}, for the inputs: only one for the outputs is supported")
+def _side(lengths: Tensor) -> dict[str, Hyperparameter]:
+    """Whether lengths are those of the columns of a weight: then they are in the second dimension."""
+    if lengths.numel() == lengths.shape[0]:
+        return {}
+    if lengths.ndim < 2 or lengths.numel() != lengths.shape[1]:
+        raise ValueError(f"a dora_scale {tuple(lengths.shape)}, neither for the outputs nor for the inputs")
+    return {"on_inputs": True}
 
 
 def _write_dora(layer: LayerWeights) -> Written:
     tensors, alpha = _write_lora(layer)
-    lengths = layer.tensors["lora_magnitude_vector"]
-    return {**tensors, "lora_magnitude_vector": _lengths(lengths, layer.tensors["lora_A"], first=0)}, alpha
+    axis = int(bool(layer.hyperparameters.get("on_inputs")))
+    lengths = _shaped(layer.tensors["lora_magnitude_vector"], layer.tensors["lora_A"], axis)
+    return {**tensors, "lora_magnitude_vector": lengths}, alpha
 
 
-def _lengths(lengths: Tensor, like: Tensor, first: int) -> Tensor:
-    """Those of the rows of a weight, with dimensions of size 1 around them. PEFT has none for a linear layer."""
-    if like.ndim == 2:
-        return lengths.flatten() if first else lengths.view(-1, 1)
-    return lengths.view(*[1] * first, -1, *[1] * (like.ndim - 1 - first))
+def _shaped(lengths: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Lengths in one dimension of as many as a weight has, the others of size 1."""
+    return lengths.reshape([-1 if dimension == axis else 1 for dimension in range(like.ndim)])
 
 
 def _read_loha(tensors: Tensors, alpha: float | None) -> Read:
@@ -312,9 +315,9 @@ GRAMMARS: tuple[Grammar, ...] = (
         write=write_none,
     ),
     Grammar("loha", sets=_HADA_SETS, read=_read_loha, write=_write_loha),
-    Grammar("doha", sets=[names | _SCALE for names in _HADA_SETS], read=_of_rows(_read_loha), write=_write_loha),
+    Grammar("doha", sets=[names | _SCALE for names in _HADA_SETS], read=_decomposed(_read_loha), write=_write_loha),
     Grammar("lokr", sets=_KRON_SETS, read=_read_lokr, write=_write_lokr),
-    Grammar("dokr", sets=[names | _SCALE for names in _KRON_SETS], read=_of_rows(_read_lokr), write=_write_lokr),
+    Grammar("dokr", sets=[names | _SCALE for names in _KRON_SETS], read=_decomposed(_read_lokr), write=_write_lokr),
     Grammar(
         "lycoris-glora",
         sets=(frozenset({"a1", "a2", "b1", "b2"}),),

@@ -31,7 +31,7 @@ NAME = "mlx-lm"
 
 _LENGTHS = "lora_magnitude_vector"
 _ENDS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": _LENGTHS}
-_NUMBERS = {"rank", "alpha", "dropout", "rslora", "bias"}
+_NUMBERS = {"rank", "alpha", "dropout", "rslora", "bias", "on_inputs"}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_RANK = 2**31
 
@@ -196,7 +196,7 @@ def _unfit(where: str, layer: LayerWeights) -> str | None:
     numbers = layer.hyperparameters
     if layer.method not in METHODS:
         return f"the method {layer.method!r}, which is none of lora and dora"
-    if numbers.get("bias", False) is not False or not numbers.keys() <= _NUMBERS:
+    if any(numbers.get(name, False) is not False for name in ("bias", "on_inputs")) or not numbers.keys() <= _NUMBERS:
         return f"more than mlx-lm knows, in {', '.join(map(str, numbers))}"
     if not all(is_number(numbers.get(name, 0)) for name in ("alpha", "dropout")):
         return "an alpha or a dropout that is no number"

@@ -97,6 +97,15 @@ def _lora_problem(layer: LayerWeights) -> str | None:
     return f"lora_A {a} and lora_B {b}, which do not fit each other and rank {rank}"
 
 
+def _dora_problem(layer: LayerWeights) -> str | None:
+    """What is wrong with A and B, or what PEFT does not have."""
+    return (
+        "lengths of the inputs, where PEFT has those of outputs"
+        if layer.hyperparameters.get("on_inputs")
+        else (_lora_problem(layer))
+    )
+
+
 def _lora_layer(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Hyperparameter]:
     """The start that PEFT subtracts from the weight, and the rank where several patterns match."""
     found: dict[str, Hyperparameter] = {}
@@ -572,7 +581,7 @@ GRAMMARS: tuple[Grammar, ...] = (
         optional=frozenset(_LORA_ENDS),
         fixed={"use_dora": (True,), "init_lora_weights": _LORA_STARTS},
         inert=_LORA_INERT,
-        check=_lora_problem,
+        check=_dora_problem,
         of_layer=_lora_layer,
     ),
     Grammar(
