@@ -13,9 +13,9 @@ from weights.errors import FileFormatError, HubError, SourceNotFoundError
 from weights.header import Header, Stamp, parse_header, read_header
 from weights.hub import Snapshot
 from weights.hub_path import HubPath
+from weights.local import read_small
 
 _FIRST_PART = 1 << 16  # bytes; holds most headers whole
-_LARGEST_CONTENT = 100_000_000  # bytes, far beyond the index of any model
 
 
 class TensorFile(Protocol):
@@ -76,11 +76,8 @@ class LocalFolder:
             return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
 
     def content(self, name: str) -> bytes:
-        with _reading(self.path / name), (self.path / name).open("rb") as file:
-            content = file.read(_LARGEST_CONTENT + 1)
-        if len(content) > _LARGEST_CONTENT:
-            raise FileFormatError(f"{self.path / name} has more than {_LARGEST_CONTENT:,} bytes; check what it is.")
-        return content
+        with _reading(self.path / name):
+            return read_small(self.path / name)
 
     def file(self, name: str) -> TensorFile:
         path = self.path / name

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from weights.errors import FileFormatError, SourceNotFoundError
+from weights.local import check_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -96,6 +97,7 @@ def read_header(path: Path) -> tuple[Header, Stamp]:
         SourceNotFoundError: The file does not exist or cannot be opened.
         FileFormatError: It is not a sound safetensors file; the message says what it looks like, or what is wrong.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             stamp = Stamp.of(file)

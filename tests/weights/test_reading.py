@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,15 @@ def test_a_patch_is_named_after_its_source(
     adapters.inject(model, adapters.LoRA(rank=2), name="x").save_pretrained(tmp_path / "old", format="peft")
     monkeypatch.chdir(tmp_path)
     assert adapters.load(model, source).name == name
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "model.safetensors.index.json"])
+def test_a_pipe_is_no_file(model: nn.Sequential, tmp_path: Path, name: str) -> None:
+    """Nobody ever writes to it, and opening it would wait for that."""
+    adapters.inject(model, adapters.LoRA(rank=2)).save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    reading = weights.open if name.endswith("index.json") else weights.read_adapter
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(weights.WeightsError, match=re.escape(name)):
+            reading(source)

@@ -11,9 +11,9 @@ from typing import Any, TypeGuard
 from weights.errors import WeightsError
 from weights.files import TensorFiles, open_tensors
 from weights.formats.keys import stems
+from weights.local import read_small
 
 CONFIG = "adapter_config.json"
-_LARGEST_CONFIG = 50_000_000  # bytes, far beyond that of any adapter
 _LARGEST_NUMBER = 2**100  # so that products of a few are still finite
 
 
@@ -66,12 +66,8 @@ class Found:
 
 
 def read_json(path: Path) -> Any:
-    """What is in a file of JSON; raises an OSError, a ValueError or a RecursionError where that cannot be said."""
-    with path.open("rb") as file:  # Which may be a link to what has no end.
-        content = file.read(_LARGEST_CONFIG + 1)
-    if len(content) > _LARGEST_CONFIG:
-        raise ValueError(f"it has more than {_LARGEST_CONFIG:,} bytes")
-    return json.loads(content.decode())
+    """What is in a file of JSON; raises an OSError, a ValueError or a RecursionError where it cannot be said."""
+    return json.loads(read_small(path).decode())
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -200,6 +200,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The settings in `path`."""
     try:
         fields = read_json(path)
+    except FileFormatError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not readable as JSON: {error}; fetch or save it again.") from error
     if not isinstance(fields, dict):
