@@ -50,6 +50,11 @@ def test_what_is_published_comes_back_byte_for_byte(hub: HubServer, folder: Path
     assert set(weights.open("me/style")) == set(weights.open(folder))
 
 
+def test_one_pattern_is_no_row_of_letters(hub: HubServer) -> None:
+    hub.add("someone/old", {"config.json": b"{}", "model.bin": b"pickle"})
+    assert contents(weights.download("someone/old", allow_patterns="*.json")) == {"config.json": b"{}"}
+
+
 def test_the_token_is_not_sent_to_where_large_files_are(hub: HubServer, folder: Path) -> None:
     serve(hub, folder, private=True)
     weights.download("me/style", token=WRITER)
