@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from adapters.cli.console import plain, replace_what_cannot_be_encoded
 from adapters.cli.convert import convert
 from adapters.cli.demo.command import demo
 from adapters.cli.diff import diff
@@ -21,15 +22,18 @@ class Commands(click.Group):
     """Commands that end expected errors in one clear line, and Ctrl-C with the shell's code for it."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        replace_what_cannot_be_encoded()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Aborted!", err=True)
             ctx.exit(130)
+        except BrokenPipeError:  # Who reads has enough; click ends quietly.
+            raise
         except Exception as error:
             if isinstance(error, _expected_errors()):
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
-                raise failure(" ".join(str(error).split())) from error
+                raise failure(plain(" ".join(str(error).split()))) from error
             raise
 
 
