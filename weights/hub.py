@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +92,7 @@ class Snapshot:
     place: HubPath
     commit: str
     files: Mapping[str, HubFile]
-    token: str | None
+    token: str | None = field(repr=False)
     reached: bool
 
     @classmethod

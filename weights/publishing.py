@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +95,7 @@ class _Target:
 
     repo_id: str
     revision: str | None
-    token: str
+    token: str = field(repr=False)
     made: str = ""
 
     def prepare(self, *, private: bool | None, create_pr: bool) -> ModelInfo:

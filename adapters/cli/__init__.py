@@ -15,7 +15,7 @@ from adapters.cli.pull import pull
 from adapters.cli.push import push
 from adapters.cli.tree import tree
 
-# What a command needs beyond click it imports when it runs: asking for --help must not wait for torch.
+# What a command needs beyond this package, which brings torch, it imports when it runs.
 
 
 class Commands(click.Group):

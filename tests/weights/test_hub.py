@@ -16,6 +16,9 @@ from huggingface_hub import constants
 import weights
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import WRITER, File, HubServer, Repo
+from weights.folders import HubFolder
+from weights.hub import Snapshot
+from weights.hub_path import HubPath
 
 
 @pytest.fixture
@@ -182,6 +185,17 @@ def test_what_the_hub_refuses_is_one_clear_error(
     with pytest.raises(error, match=match) as caught:
         weights.download(name)
     assert "\n" not in str(caught.value)
+
+
+def test_no_secret_is_shown(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(hub, folder)
+    snapshot = Snapshot.of(HubPath("me/style"), WRITER)
+    assert WRITER not in repr(snapshot)
+    assert WRITER not in repr(HubFolder(snapshot, ""))
+    point_client_at("http://user:secret@127.0.0.1:9", monkeypatch)
+    with pytest.raises(weights.HubConnectionError, match=r"at http://127\.0\.0\.1:9 cannot") as caught:
+        weights.download("me/other")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_hub_that_refuses_connections_fails_fast(
