@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # huggingface_hub is imported inside the functions: it takes 0.3 s, and most work is on local files.
 
-_SAFE_FILES = ("*.safetensors", "*.json", "*.md", "*.txt", "*.model")
+SAFE_FILES = ("*.safetensors", "*.json", "*.md", "*.txt", "*.model")
 _TIMEOUT = 10.0  # seconds
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -33,7 +33,7 @@ def download(
     *,
     revision: str | None = None,
     token: str | None = None,
-    allow_patterns: Sequence[str] | None = None,
+    allow_patterns: str | Sequence[str] | None = None,
 ) -> Path:
     """Download a repository's files into the Hub's cache and check each against its published hash.
 
@@ -44,8 +44,8 @@ def download(
         repo_id: `"user/repo"`, `"user/repo@revision"`, `"user/repo:folder"`, an `hf://` URL, or the address of a page.
         revision: Branch, tag or commit; by default the main branch.
         token: The Hub token; by default the one `hf auth login` has stored.
-        allow_patterns: Globs of the files wanted; by default tensors in safetensors, and texts. Never a pickle
-            unless it is asked for here, or by its name.
+        allow_patterns: A glob of the files wanted, or several; by default tensors in safetensors, and texts. Never a
+            pickle unless it is asked for here, or by its name.
 
     Returns:
         The folder of the snapshot, or the file or folder in it that was asked for.
@@ -57,7 +57,7 @@ def download(
     place = HubPath.parse(repo_id, revision)
     if place is None:
         raise HubError(f"{repo_id!r} is not a repository id; write it as user/repo.")
-    patterns = list(allow_patterns or _SAFE_FILES)
+    patterns = [allow_patterns] if isinstance(allow_patterns, str) else list(allow_patterns or SAFE_FILES)
     snapshot = Snapshot.of(place, token)
     if place.path in snapshot.files:
         wanted = [place.path]
@@ -92,7 +92,7 @@ class Snapshot:
     place: HubPath
     commit: str
     files: Mapping[str, HubFile]
-    token: str | None
+    token: str | None = field(repr=False)
     reached: bool
 
     @classmethod

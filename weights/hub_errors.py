@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,8 +45,7 @@ def _known(error: BaseException, repo_id: str, token: str | None) -> WeightsErro
     match error:
         case errors.GatedRepoError():
             return HubAccessError(
-                f"{repo_id} is gated; accept its terms at {constants.ENDPOINT}/{repo_id}, then run `hf auth login`"
-                " or pass token=."
+                f"{repo_id} is gated; accept its terms at {_site()}/{repo_id}, then run `hf auth login` or pass token=."
             )
         case errors.RepositoryNotFoundError():
             return HubAccessError(
@@ -66,7 +66,7 @@ def _known(error: BaseException, repo_id: str, token: str | None) -> WeightsErro
             return HubConnectionError(f"{repo_id}: the connection to the Hub was lost; try again.")
         case httpx2.TransportError():
             return HubConnectionError(
-                f"{repo_id} is no local path, and the Hub at {constants.ENDPOINT} cannot be reached; check the path,"
+                f"{repo_id} is no local path, and the Hub at {_site()} cannot be reached; check the path,"
                 " the network and HF_ENDPOINT."
             )
         case OSError(errno=int()):
@@ -75,6 +75,13 @@ def _known(error: BaseException, repo_id: str, token: str | None) -> WeightsErro
         case OSError() if "Consistency check failed" in str(error):
             return HubConnectionError(f"{repo_id}: a file came with another length than published; try again.")
     return None
+
+
+def _site() -> str:
+    """The address of the Hub, without the name and the password that may be in it."""
+    from huggingface_hub import constants
+
+    return re.sub(r"//[^/]*@", "//", constants.ENDPOINT)
 
 
 def _refusal(status: int, message: str, repo_id: str) -> HubError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from weights.formats.found import CONFIG
 
 FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_lora_weights.bin")
 _ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
+_MOST_TIMES = 8  # as many bytes as the file has; tensors in it may share theirs
 
 
 @contextmanager
@@ -53,7 +55,12 @@ def _pickle(path: Path) -> Path | None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
+        if is_zipfile(path):
+            with ZipFile(path) as archive:  # torch.save compresses nothing.
+                _check_size(path, sum(entry.file_size for entry in archive.infolist()), 1)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileFormatError:
+        raise
     except OSError as error:
         raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; check the path.") from error
     except Exception as error:  # The unpickler raises whatever the bytes make it raise.
@@ -64,4 +71,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
         raise FileFormatError(f"{path} holds more than tensors by name; get it as safetensors.")
+    _check_size(path, sum(tensor.numel() * tensor.dtype.itemsize for tensor in content.values()), _MOST_TIMES)
     return content
+
+
+def _check_size(path: Path, size: int, times: int) -> None:
+    """Refuse a small file that would fill the memory."""
+    if size > times * path.stat().st_size:
+        raise FileFormatError(f"{path} is a small file of {size:,} bytes of tensors; get it as safetensors.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +95,7 @@ class _Target:
 
     repo_id: str
     revision: str | None
-    token: str
+    token: str = field(repr=False)
     made: str = ""
 
     def prepare(self, *, private: bool | None, create_pr: bool) -> ModelInfo:
@@ -201,21 +201,22 @@ def _state(repo_id: str, revision: str | None, token: str | None) -> str:
 
 def _settings_of(name: str) -> str:
     """The file without which PEFT's file of tensors says nothing, if `name` is one."""
-    return (
-        name.replace("adapter_model.safetensors", "adapter_config.json") if "adapter_model.safetensors" in name else ""
-    )
+    folder, _, own = name.rpartition("/")
+    return f"{folder}/adapter_config.json".removeprefix("/") if own == "adapter_model.safetensors" else ""
 
 
-def _publishable(folder: Path) -> dict[str, Path]:
-    """The files of `folder` by their names in the repository, checked."""
-    if not folder.is_dir():
-        raise SourceNotFoundError(f"{folder} is not a folder; save the adapter into one first.")
+def files_in(folder: Path) -> dict[str, Path]:
+    """The files of a folder that are not hidden, by their names in the repository.
+
+    Raises:
+        FileFormatError: One has a name that not every system allows, or is a link to anything but another one.
+    """
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
+        if _is_hidden(name):
             continue
-        if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(folder.resolve())):
+        if path.is_symlink() and not (path.is_file() and _is_among(path.resolve(), folder.resolve())):
             raise FileFormatError(
                 f"{path} is a link to no file in the folder; put the file itself there, or remove it."
             )
@@ -223,6 +224,22 @@ def _publishable(folder: Path) -> dict[str, Path]:
             if not is_inside(name.as_posix()):
                 raise FileFormatError(f"{str(path)!r} has a name that not every system allows; give it another.")
             files[name.as_posix()] = path
+    return files
+
+
+def _is_among(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(folder) and not _is_hidden(path.relative_to(folder))
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _publishable(folder: Path) -> dict[str, Path]:
+    """The files of `folder` by their names in the repository, checked."""
+    if not folder.is_dir():
+        raise SourceNotFoundError(f"{folder} is not a folder; save the adapter into one first.")
+    files = files_in(folder)
     tensors = [path for path in files.values() if path.suffix == ".safetensors"]
     missing = [what for what, there in {_CARD: _CARD in files, "a safetensors file": tensors}.items() if not there]
     missing += [name for name in map(_settings_of, files) if name and name not in files]

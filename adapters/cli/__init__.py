@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from adapters.cli.console import plain, replace_what_cannot_be_encoded
 from adapters.cli.convert import convert
 from adapters.cli.demo.command import demo
 from adapters.cli.diff import diff
@@ -14,22 +15,25 @@ from adapters.cli.pull import pull
 from adapters.cli.push import push
 from adapters.cli.tree import tree
 
-# What a command needs beyond click it imports when it runs: asking for --help must not wait for torch.
+# What a command needs beyond this package, which brings torch, it imports when it runs.
 
 
 class Commands(click.Group):
     """Commands that end expected errors in one clear line, and Ctrl-C with the shell's code for it."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        replace_what_cannot_be_encoded()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Aborted!", err=True)
             ctx.exit(130)
+        except BrokenPipeError:  # Who reads has enough; click ends quietly.
+            raise
         except Exception as error:
             if isinstance(error, _expected_errors()):
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
-                raise failure(" ".join(str(error).split())) from error
+                raise failure(plain(" ".join(str(error).split()))) from error
             raise
 
 

@@ -29,13 +29,16 @@ class Checkpoint:
     @cached_property
     def slots(self) -> Mapping[str, Slot]:
         """The type and the shape of each tensor."""
-        return {
-            f"{part}.{name}".removeprefix("."): slot
-            for part, tensors in self.parts.items()
-            for name, slot in tensors.slots.items()
-        }
+        return {name: self.parts[part].slots[own] for name, (part, own) in self._places.items()}
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
-        part, _, rest = ("", "", name) if "" in self.parts else name.partition(".")
-        return self.parts[part][rest]
+        part, own = self._places[name]
+        return self.parts[part][own]
+
+    @cached_property
+    def _places(self) -> Mapping[str, tuple[str, str]]:
+        """The model of each tensor, and the name in it."""
+        return {
+            f"{part}.{own}".removeprefix("."): (part, own) for part, tensors in self.parts.items() for own in tensors
+        }

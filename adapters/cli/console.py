@@ -26,10 +26,14 @@ _LONGEST = 500  # letters
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 
 
-def make_console() -> Console:
-    """A console that neither wraps nor cuts lines where there is no terminal, and replaces what it cannot encode."""
+def replace_what_cannot_be_encoded() -> None:
+    """See to it that no letter which the output has no code for ends a command. Names of files keep odd bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding.lower() == "utf-8" else "replace")
+
+
+def make_console() -> Console:
+    """A console that neither wraps nor cuts lines where there is no terminal."""
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 

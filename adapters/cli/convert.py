@@ -118,6 +118,11 @@ def _cast(adapter: weights.AdapterFile, to: dtype) -> weights.AdapterFile:
 def _all_cast(tensors: Mapping[str, Tensor], to: dtype, where: str) -> dict[str, Tensor]:
     cast = {name: tensor.to(to) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     for name, tensor in cast.items():
-        if tensor.is_floating_point() and tensor.isinf().sum() > tensors[name].isinf().sum():
+        if _infinities(tensor) > _infinities(tensors[name]):
             raise click.ClickException(f"{where} has numbers in {name} that are too large for {to}: choose another.")
     return cast
+
+
+def _infinities(tensor: Tensor) -> int:
+    # torch cannot tell for all types of eight bits
+    return int((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isinf().sum())

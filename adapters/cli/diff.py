@@ -206,7 +206,8 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     largest = squares = length = 0.0
     for one, other in zip(a.flatten().split(_AT_ONCE), b.flatten().split(_AT_ONCE), strict=True):
-        whole = one.dtype == other.dtype == torch.int64  # Large ones are not exact as what the others become.
+        # Large ones are not exact as what the others become.
+        whole = one.dtype == other.dtype and one.dtype in (torch.int64, torch.uint64)
         apart = (one != other).double() if whole else torch.zeros((), dtype=torch.float64)
         exact = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
         one, other = one.to(exact), other.to(exact)
@@ -260,7 +261,7 @@ def _grouped(differences: list[Difference]) -> list[tuple[Difference, int]]:
     """One for all whose names differ in numbers only, with the largest of their measures, and how many they are."""
     groups: dict[object, list[Difference]] = {}
     for one in differences:
-        groups.setdefault((_NUMBER.sub("#", one.name), one.what, one.a, one.b), []).append(one)
+        groups.setdefault((*_NUMBER.split(one.name), one.what, one.a, one.b), []).append(one)
     return [(_together(group), len(group)) for group in groups.values()]
 
 

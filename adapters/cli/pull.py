@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-_FILES = ("*.safetensors", "*.json", "*.md", "*.txt", "*.model")
 _AT_ONCE = 1 << 20  # bytes
 
 
@@ -31,7 +30,7 @@ def pull(source: str, destination: Path | None, revision: str | None) -> None:
 
     if destination is not None and destination.is_file():
         raise click.ClickException(f"{destination} is a file: give the name of a folder.")
-    path = weights.download(source, revision=revision, allow_patterns=_FILES)
+    path = weights.download(source, revision=revision)
     if destination is not None:
         path = _copied(path, destination)
     click.echo(path)
@@ -42,12 +41,13 @@ def _copied(path: Path, destination: Path) -> Path:
     from fnmatch import fnmatch
 
     from weights.atomic import write_files
+    from weights.hub import SAFE_FILES
 
     if path.is_file():
         write_files({destination / path.name: _chunks(path)})
         return destination / path.name
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    wanted = [file for file in files if any(fnmatch(file.name, pattern) for pattern in _FILES)]
+    wanted = [file for file in files if any(fnmatch(file.name, pattern) for pattern in SAFE_FILES)]
     write_files({destination / file.relative_to(path): _chunks(file) for file in wanted})
     return destination
 

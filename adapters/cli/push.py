@@ -72,6 +72,8 @@ def push(
 @contextmanager
 def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
     """A folder to publish: what is given, or a copy for a while that has a model card with the license and the tags."""
+    from weights.publishing import files_in
+
     has_card = (source / _CARD).is_file()
     if has_card and not license and not tags:
         yield source
@@ -83,14 +85,12 @@ def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[st
 
         adapter = weights.read_adapter(source)
         card = weights.model_card(adapter, str(adapter.format), repo_id=repo_id, license=license, tags=tags)
+    files = files_in(source) if source.is_dir() else _belonging(source, str(adapter.format))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "adapter"
-        if source.is_dir():
-            shutil.copytree(source, folder, symlinks=True)
-        else:
-            folder.mkdir()
-            for path in _belonging(source, str(adapter.format)):
-                shutil.copy(path, folder)
+        for name, path in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
         (folder / _CARD).write_text(card, encoding="utf-8")
         yield folder
 
@@ -110,8 +110,9 @@ def _with_fields(path: Path, license: str | None, tags: Sequence[str]) -> str:
     return str(card)
 
 
-def _belonging(file: Path, format: str) -> set[Path]:
-    """A file of an adapter, and those beside it without which the format says nothing."""
+def _belonging(file: Path, format: str) -> dict[str, Path]:
+    """A file of an adapter, and those beside it without which the format says nothing, by name."""
     from weights.formats import FORMATS
 
-    return {file, *(path for name in FORMATS[format].FILES if (path := file.with_name(name)).is_file())}
+    beside = (path for name in FORMATS[format].FILES if (path := file.with_name(name)).is_file())
+    return {path.name: path for path in (file, *beside)}

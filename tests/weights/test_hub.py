@@ -16,6 +16,9 @@ from huggingface_hub import constants
 import weights
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import WRITER, File, HubServer, Repo
+from weights.folders import HubFolder
+from weights.hub import Snapshot
+from weights.hub_path import HubPath
 
 
 @pytest.fixture
@@ -48,6 +51,11 @@ def test_what_is_published_comes_back_byte_for_byte(hub: HubServer, folder: Path
     assert contents(weights.download(f"me/style@{sha}")) == contents(folder)
     assert weights.read_adapter("me/style").layers["block.fc"].hyperparameters["rank"] == 2
     assert set(weights.open("me/style")) == set(weights.open(folder))
+
+
+def test_one_pattern_is_no_row_of_letters(hub: HubServer) -> None:
+    hub.add("someone/old", {"config.json": b"{}", "model.bin": b"pickle"})
+    assert contents(weights.download("someone/old", allow_patterns="*.json")) == {"config.json": b"{}"}
 
 
 def test_the_token_is_not_sent_to_where_large_files_are(hub: HubServer, folder: Path) -> None:
@@ -177,6 +185,17 @@ def test_what_the_hub_refuses_is_one_clear_error(
     with pytest.raises(error, match=match) as caught:
         weights.download(name)
     assert "\n" not in str(caught.value)
+
+
+def test_no_secret_is_shown(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(hub, folder)
+    snapshot = Snapshot.of(HubPath("me/style"), WRITER)
+    assert WRITER not in repr(snapshot)
+    assert WRITER not in repr(HubFolder(snapshot, ""))
+    point_client_at("http://user:secret@127.0.0.1:9", monkeypatch)
+    with pytest.raises(weights.HubConnectionError, match=r"at http://127\.0\.0\.1:9 cannot") as caught:
+        weights.download("me/other")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_hub_that_refuses_connections_fails_fast(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,9 @@ def test_a_pickle_is_not_published(hub: HubServer, folder: Path, name: str) -> N
 
 def test_what_a_link_outside_leads_to_is_not_published(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
+    (folder / ".env").write_text("secret")
     link = folder / "notes.txt"
-    for target in (tmp_path / "secret", tmp_path, folder / "nothing"):
+    for target in (tmp_path / "secret", tmp_path, folder / "nothing", folder / ".env"):
         link.symlink_to(target)
         with pytest.raises(weights.FileFormatError, match=r"notes\.txt is a link"):
             weights.publish(folder, "me/style", token=WRITER)
@@ -100,6 +102,16 @@ def test_what_a_link_outside_leads_to_is_not_published(hub: HubServer, folder: P
     link.symlink_to("README.md")
     weights.publish(folder, "me/style", token=WRITER)
     assert files_of(hub.repos["me/style"])["notes.txt"] == (folder / "README.md").read_bytes()
+
+
+def test_only_the_name_that_peft_knows_needs_its_settings(hub: HubServer, folder: Path) -> None:
+    tensors = folder / "adapter_model.safetensors"
+    shutil.copy(tensors, folder / "my_adapter_model.safetensors")
+    weights.publish(folder, "me/style", token=WRITER)
+    (folder / "deep").mkdir()
+    shutil.copy(tensors, folder / "deep")
+    with pytest.raises(weights.SourceNotFoundError, match=r"lacks deep/adapter_config\.json;"):
+        weights.publish(folder, "me/style", token=WRITER)
 
 
 @pytest.mark.parametrize(

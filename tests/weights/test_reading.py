@@ -7,6 +7,7 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import peft
 import pytest
@@ -76,6 +77,19 @@ def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path: Path, content: An
         with pytest.raises(weights.FileFormatError, match=match):
             weights.read_adapter(source, pickle=True)
     assert not touched.exists()
+
+
+def test_a_small_pickle_of_much_is_refused(tmp_path: Path) -> None:
+    path, packed = tmp_path / "adapter_model.bin", tmp_path / "packed.bin"
+    torch.save({"fc.lora_A.weight": torch.zeros(1).expand(4, 10**12)}, path)
+    with pytest.raises(weights.FileFormatError, match="is a small file of 16,000,000,000,000 bytes"):
+        weights.read_adapter(path, pickle=True, max_bytes=1_000_000)
+    torch.save({"fc.lora_A.weight": torch.zeros(4, 100_000)}, path)
+    with ZipFile(path) as archive, ZipFile(packed, "w", ZIP_DEFLATED) as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    with pytest.raises(weights.FileFormatError, match="is a small file of 1,60"):
+        weights.read_adapter(packed, pickle=True, max_bytes=1_000_000)
 
 
 def test_several_pickles_are_not_guessed_at(pickled: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import fluxion as fl
 import weights
 from adapters.cli import Commands, main
 from fluxion.errors import ChainError
+from tests.weights.hub_server import HubServer
 
 
 def test_the_installed_command_says_its_version() -> None:
@@ -70,3 +72,38 @@ def test_a_fault_of_the_program_is_not_hidden() -> None:
 def test_ctrl_c_ends_with_the_code_of_the_shell() -> None:
     done = CliRunner().invoke(failing(KeyboardInterrupt()), ["fail"])
     assert (done.exit_code, done.stderr) == (130, "Aborted!\n")
+
+
+def test_an_error_says_nothing_that_a_terminal_would_obey() -> None:
+    done = CliRunner().invoke(failing(weights.HubError("No \x1b[31mlayer\x07.")), ["fail"])
+    assert done.stderr == "Error: No  [31mlayer .\n"
+
+
+def installed(*arguments: object, **settings: str) -> subprocess.Popen[bytes]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("fluxion"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(adapters.__file__).parents[1]), **settings},
+    )
+
+
+def test_a_reader_who_has_enough_hears_nothing(style: Path) -> None:
+    running = installed("tree", style, "--json")
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.close()
+    assert (running.stderr.read(), running.wait()) == (b"", 1)
+
+
+def test_letters_without_a_code_are_replaced(style: Path, tmp_path: Path) -> None:
+    out, error = installed("convert", style, tmp_path / "…", PYTHONIOENCODING="latin-1").communicate()
+    assert (out.partition(b": ")[0], error) == (f"{tmp_path}/?".encode(), b"")
+
+
+def test_the_name_of_a_file_keeps_its_bytes(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("someone/texts", {"config.json": b"{}"})
+    odd = os.fsencode(tmp_path) + b"/\xff"
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONIOENCODING": "utf-8:strict"}
+    out, _ = installed("pull", "someone/texts", os.fsdecode(odd), **settings).communicate()
+    assert out == odd + b"\n"

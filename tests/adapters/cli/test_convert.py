@@ -212,3 +212,13 @@ def test_a_pickle_on_request(style: Path, tmp_path: Path) -> None:
 def test_a_destination_that_is_called_like_another_file(style: Path, tmp_path: Path, name: str) -> None:
     assert "only .safetensors are written" in refused("convert", style, tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_numbers_of_eight_bits_become_others(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = {"lora_A": torch.ones(2, 4).to(kind), "lora_B": torch.ones(4, 2).to(kind)}
+    layers = {"fc": weights.LayerWeights("lora", {"rank": 2, "alpha": 2.0}, tensors)}
+    weights.write_adapter(weights.AdapterFile(layers), tmp_path / "eight")
+    done("convert", tmp_path / "eight", tmp_path / "out", "--dtype", "float16")
+    (layer,) = weights.read_adapter(tmp_path / "out").layers.values()
+    assert torch.equal(layer.tensors["lora_A"], torch.ones(2, 4, dtype=torch.float16))

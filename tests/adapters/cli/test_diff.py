@@ -128,3 +128,30 @@ def test_distance_of_other_types() -> None:
     assert _distance(torch.tensor([1 + 1j]), torch.tensor([1 + 2j]))[0] == 1.0
     assert _distance(torch.tensor([1.0]).to(torch.float8_e4m3fn), torch.tensor([2.0]).to(torch.float8_e4m3fn))[0] == 1.0
     assert _distance(torch.tensor(2.0), torch.tensor(2.0)) == (0.0, 0.0)
+
+
+def test_a_pipeline_of_models_with_dots_in_their_names(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        for part in ("unet.v2", "vae"):
+            (tmp_path / name / part).mkdir(parents=True)
+            content = {"conv.weight": torch.full((2,), value if part == "unet.v2" else 0.0)}
+            weights.save(content, tmp_path / name / part / "model.safetensors")
+    (one,) = differences(tmp_path / "a", tmp_path / "b")
+    assert (one["name"], one["largest"]) == ("unet.v2.conv.weight", 1.0)
+
+
+def test_a_name_with_the_sign_for_a_number(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        content = {key: torch.full((2,), float(name == "b")) for key in ("x.#.w", "x.0.w", "x.1.w")}
+        weights.save(content, tmp_path / f"{name}.safetensors")
+    lines = shown(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert "  x.#.w " in lines
+    assert "  x.0-1.w (×2) " in lines
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_large_whole_numbers_that_differ_by_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    for number in (2**62, 2**62 + 1):
+        weights.save({"x": torch.tensor([number], dtype=dtype)}, tmp_path / f"{number}.safetensors")
+    (one,) = differences(*sorted(tmp_path.iterdir()))
+    assert (one["what"], one["largest"]) == ("values", 1.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -104,3 +105,27 @@ def test_what_must_not_be_published(hub: HubServer, out: Path, style: Path, monk
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in refused("push", style, "me/style")
     assert hub.commits_posted == 0
+
+
+def test_no_link_of_the_folder_is_written_through(hub: HubServer, out: Path, tmp_path: Path) -> None:
+    mine = (out / "README.md").rename(tmp_path / "mine.md")
+    (out / "README.md").symlink_to(mine)
+    before = mine.read_bytes()
+    assert f"{out / 'README.md'} is a link" in refused("push", out, "me/style", "--license", "mit")
+    assert mine.read_bytes() == before
+    mine.unlink()
+    assert f"{out / 'README.md'} is a link" in refused("push", out, "me/style")
+    assert not mine.exists()
+
+
+def test_a_copy_with_a_new_card_has_what_the_folder_has(hub: HubServer, out: Path) -> None:
+    (out / "deep").mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "deep" / "more.txt").symlink_to(out / "notes.txt")
+    (out / ".hidden").symlink_to("/nothing")
+    (out / "README.md").chmod(0o400)
+    os.mkfifo(out / "pipe")
+    done("push", out, "me/style", "--license", "mit")
+    files = published(hub, "me/style")
+    assert files["deep/more.txt"] == files["notes.txt"] == b"mine"
+    assert set(files) == set(contents(out))
