@@ -27,6 +27,7 @@ from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
+from fluxion.module import shallow_copy
 
 _numbers = itertools.count()
 # The nodes in a model keep its patches alive, and a patch may keep its model alive: neither may be kept from here.
@@ -687,6 +688,9 @@ def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
 def tied_to(branch: Branch) -> Branch:
     """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
     twin = branch.structural_copy()
+    for key, module in twin._modules.items():
+        if not (module._parameters or module._modules):
+            twin._modules[key] = shallow_copy(module)  # The layers may be in different modes.
     twin.tied = True
     return twin
 
