@@ -29,7 +29,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     """
 
     # The branches that are merged and how strongly; by the name of a weight, what it is without any, or the outcome
-    # where the layer cannot hold it as a parameter.
+    # where the layer cannot hold it as a parameter. A structural copy, which has the same layer, has the same tables.
     _merged: Active
     _own: dict[str, Tensor | None]
     _computed: dict[str, Tensor | None]
@@ -78,6 +78,11 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """The path of the layer in the model, as its patches know it."""
         return next(place.path for branch in self.branches for place in branch.patch.places if place.branch is branch)
 
+    def _post_structural_copy(self, source: Adapter[nn.Module]) -> None:
+        super()._post_structural_copy(source)
+        shared = {name: vars(source)[name] for name in ("_merged", "_own", "_computed")}
+        self.__dict__.update(shared)
+
     def _show_only_tag(self) -> bool:
         return True
 
@@ -120,7 +125,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         merged = self._merged
         if not merged:
             weights = self._weights(active[:inside]) if inside else {}
-        elif active[: len(merged)] == merged and inside <= len(merged):
+        elif _uses(active[: len(merged)]) == _uses(merged) and inside <= len(merged):
             weights, inside = self._computed, len(merged)
         else:
             weights = self._weights(active[:inside])
@@ -169,7 +174,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             return weight.detach().as_subclass(RowWeight)
         if weight is not None and any(not branch.names for branch, _ in chosen):
             return weight.detach().as_subclass(NoWeight)
-        if isinstance(chosen, Rows) or chosen == self._merged:
+        if isinstance(chosen, Rows) or _uses(chosen) == _uses(self._merged):
             return self._computed.get(name, weight)
         return self._weights(chosen).get(name, weight)
 
@@ -202,8 +207,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """
         own = {**{name: self.own_weight(name) for name in self._names(self._merged)}, **(own or {})}
         own = {**{name: self.own_weight(name) for name in self._names(branches)}, **own}
-        order = self.branches
-        branches = sorted(branches, key=lambda item: order.index(item[0]))
+        order = {_use(branch): place for place, branch in enumerate(self.branches)}
+        branches = sorted(branches, key=lambda item: order.get(_use(item[0]), len(order)))
         outcome = self.folded(own, branches, made)
         for name, weight in own.items():
             table = self._computed
@@ -214,7 +219,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         for name in outcome:  # A weight that is computed from others stays so, and the outcome is used instead.
             stored = is_stored(self.base, name)
             (self._own if stored else self._computed)[name] = own[name] if stored else outcome[name]
-        self._merged = branches
+        self._merged[:] = branches
 
     @staticmethod
     def _names(branches: Active) -> list[str]:
@@ -328,6 +333,15 @@ def nodes(model: nn.Module) -> list[Adapted]:
             children = children[:1]
         stack += [child for child in reversed(children) if child is not None]
     return found
+
+
+def _use(branch: Branch) -> object:
+    """Equal for a branch and its structural copies: of one patch, a weight has one."""
+    return branch.patch, branch.parameter
+
+
+def _uses(active: Active) -> list[object]:
+    return [(_use(branch), scale) for branch, scale in active]
 
 
 class ByName(dict[str, Any]):

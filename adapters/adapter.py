@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from torch import nn
@@ -13,6 +13,7 @@ import fluxion as fl
 from adapters.errors import PatchStateError, TargetError
 
 T = TypeVar("T", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)
 Slot = tuple[nn.Module, str]
 """A place in a model: a module, and the key of one of its children."""
 
@@ -150,8 +151,18 @@ class Adapter(Generic[T]):
 
 def find_slots(root: nn.Module, module: nn.Module) -> list[Slot]:
     """Every place of a module below `root`."""
-    parents = {id(parent): parent for _, parent in fl.walk(root, lambda found, _: found is module)}
-    return [(parent, key) for parent in parents.values() for key, child in parent._modules.items() if child is module]
+    return find_all_slots(root, [module])[module]
+
+
+def find_all_slots(root: nn.Module, modules: Collection[M]) -> dict[M, list[Slot]]:
+    """Every place of each of some modules below `root`, in one walk."""
+    found: dict[M, list[Slot]] = {module: [] for module in modules}
+    parents = dict.fromkeys(parent for _, parent in fl.walk(root, lambda child, _: child in found, recurse=True))
+    for parent in parents:
+        for key, child in parent._modules.items():
+            if child in found:
+                found[child].append((parent, key))
+    return found
 
 
 def fill_slots(slots: list[Slot], module: nn.Module, link: bool = True) -> None:

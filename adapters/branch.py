@@ -91,8 +91,7 @@ class Branch(fl.Chain):
         """A branch of the same structure with other parameters, given by name: far quicker than making one anew."""
         clone = self.structural_copy()
         for key, module in clone._modules.items():
-            if module._parameters:
-                clone._modules[key] = shallow_copy(module)
+            clone._modules[key] = shallow_copy(module)  # One without parameters still has a mode, as a dropout.
         for name, value in values.items():
             key, _, own = name.rpartition(".")
             table = (clone._modules[key] if key else clone)._parameters

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import weights
 from adapters.branch import Branch
 from adapters.errors import AdapterError, LayerMismatchError, TargetError
-from adapters.layers import Matrix, buffers
+from adapters.layers import Matrix, buffers, is_narrow
 from adapters.matching import find_layers
 from adapters.method import Method, Site
 from adapters.methods import METHODS
@@ -216,7 +216,7 @@ def _of_input(layer: Layer, content: weights.LayerWeights) -> weights.LayerWeigh
 def _negative(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():  # Which is wrong anyway, as will be said.
         return tensor
-    return -(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return -(tensor.float() if is_narrow(tensor.dtype) else tensor)
 
 
 def _method(content: weights.LayerWeights) -> Method:

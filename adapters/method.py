@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapters.branch import Branch, Tensors
 from adapters.errors import AdapterError, TargetError
-from adapters.layers import Matrix, read_weight, widened
+from adapters.layers import Matrix, is_narrow, read_weight, widened
 
 if TYPE_CHECKING:
     from adapters.targets import Layer
@@ -59,7 +59,7 @@ class Site:
             layer: The layer and the name of the weight.
             method: Says what the weight is as a matrix.
             device: Where the tensors go.
-            dtype: Their dtype.
+            dtype: Their dtype; by default single precision for a layer that is stored in 8 bits.
             own: Whether the branch is from a file: for the layer's own weight, whatever other patches do at the
                 moment, and with values of its own.
         """
@@ -71,13 +71,15 @@ class Site:
         weight = read_weight(module, parameter) if method.mergeable else next(module.parameters(), None)
         if dtype is None and weight is not None and not (weight.is_floating_point() or weight.is_complex()):
             raise TargetError(f"{layer.path} has a weight of {weight.dtype}, no dtype to train in: pass dtype=.")
+        if dtype is None and weight is not None:
+            dtype = torch.float32 if is_narrow(weight.dtype) else weight.dtype
         return cls(
             layer.path,
             module,
             parameter,
             cast(Matrix, method.matrix(module, parameter)),
             torch.device(device or ("cpu" if weight is None else weight.device)),
-            dtype or (torch.get_default_dtype() if weight is None else weight.dtype),
+            dtype or torch.get_default_dtype(),
             read,
             own,
         )

@@ -12,24 +12,26 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 import weights
 from adapters.adapted import Adapted, Made, nodes
-from adapters.adapter import Slot, WeakSlots, find_slots
+from adapters.adapter import Slot, WeakSlots, find_all_slots
 from adapters.branch import Branch
 from adapters.choice import finite
 from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
-from adapters.targets import Layer, Pattern, Patterns, as_rules, select, structure
+from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
+from fluxion.module import shallow_copy
 
 _numbers = itertools.count()
-_known: WeakKeyDictionary[nn.Module, dict[str, Patch]] = WeakKeyDictionary()
+# The nodes in a model keep its patches alive, and a patch may keep its model alive: neither may be kept from here.
+_known: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Patch]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -152,9 +154,14 @@ class Patch:
         """The model this patch was made for.
 
         Raises:
-            PatchStateError: It is gone.
+            PatchStateError: It is gone, or not known yet.
         """
-        model = None if self._model is None else self._model()
+        if self._model is None:
+            raise PatchStateError(
+                f"The patch {self.name!r} was copied, and it is not known yet with which model: call adapters.patches"
+                " with that first, or if it is in several models, with the pipeline or the table of them."
+            )
+        model = self._model()
         if model is None:
             raise PatchStateError(f"The model of the patch {self.name!r} is gone.")
         return model
@@ -256,10 +263,16 @@ class Patch:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None, "_models": None}
 
-    def _settle(self, model: nn.Module) -> None:
-        """Make a model its own, for the patch of a copied model: where its adapters are, and which came along."""
+    def _settle(self, model: nn.Module, here: Collection[Adapted]) -> None:
+        """Make a model its own if all of its adapters are here, for the patch of a copy: of the model, or a part."""
+        places = [place for place in self.places if place.node is not None]
+        if any(place.node not in here for place in places):
+            return
         self._model, self._models = weakref.ref(model), model if isinstance(model, Models) else None
-        self.places = [place for place in self.places if place.node is not None]
+        self.places = places
+        paths = {(layer.module, layer.parameter): layer.path for layer in layers(model)}
+        for place in places:
+            place.path = paths[cast(Adapted, place.node).base, place.branch.parameter]
 
     def __str__(self) -> str:
         rows = [("path", "method", "parameters")]
@@ -305,13 +318,7 @@ class Patch:
         return self
 
     def _freeze(self, model: nn.Module) -> None:
-        here = nodes(model)
-        ours = {id(parameter) for node in here for branch in node.branches for parameter in branch.parameters()}
-        # The weights that merged ones stand in for are base parameters too.
-        base = {
-            id(p): p for p in (*model.parameters(), *(p for node in here for p in node.kept())) if id(p) not in ours
-        }
-        self._frozen = [parameter for parameter in base.values() if parameter.requires_grad]
+        self._frozen = [parameter for parameter in _base_parameters(model).values() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
@@ -322,23 +329,24 @@ class Patch:
             PatchStateError: It is not injected.
         """
         self._require_injected()
+        model = self.model
         if self.merged:
             self.unmerge()
-        self._leave()
+        self._leave(model)
 
-    def _leave(self) -> None:
-        model = self.model
+    def _leave(self, model: nn.Module) -> None:
         for place in self.places:
             place.detach()
         self._number = -1
         _known.clear()
-        # What it froze thaws, unless another patch still wants the base frozen: then that one sees to it.
-        heir = next((patch for patch in patches(model).values() if patch._freezes), None)
-        if heir is not None:
-            heir._frozen += self._frozen
-        else:
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
+        # What it froze thaws, unless another patch still wants it frozen: then that one sees to it.
+        frozen = {id(parameter): parameter for parameter in self._frozen}
+        for heir in patches(model).values():
+            if heir._freezes and frozen:
+                base = _base_parameters((heir._model and heir._model()) or model)
+                heir._frozen += [frozen.pop(key) for key in base.keys() & frozen.keys()]
+        for parameter in frozen.values():
+            parameter.requires_grad_(True)
         self._frozen = []
 
     # In and out of the weights
@@ -384,6 +392,7 @@ class Patch:
         """
         self._require_injected()
         self._require_mergeable()
+        model = self.model
         for node, branches in self._nodes():
             if not all(is_stored(node.base, name) for branch in branches for name in branch.names):
                 raise PatchStateError(
@@ -403,9 +412,9 @@ class Patch:
                     old = own[branches[0].parameter] if own[name] is None else own[name]
                     if weight is not None:
                         replaced.setdefault(id(old), []).append(weight)
-        for patch in patches(self.model).values():
+        for patch in patches(model).values():
             patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
-        self._leave()
+        self._leave(model)
 
     def _nodes(self) -> Iterator[tuple[Adapted, list[Branch]]]:
         """Each node with its branches of this patch."""
@@ -624,16 +633,25 @@ def patches(model: Model) -> dict[str, Patch]:
     model = as_module(model)
     found = _known.get(model)
     if found is None:
-        unique: dict[int, Patch] = {}
-        for node in nodes(model):
-            if not node.slots:  # A copy: it learns where it is.
-                node._outside = WeakSlots(find_slots(model, node))
-            unique.update({id(branch.patch): branch.patch for branch in node.branches})
+        here = dict.fromkeys(nodes(model))
+        copies = [node for node in here if not node.slots]  # They learn where they are.
+        for node, slots in find_all_slots(model, copies).items():
+            node._outside = WeakSlots(slots)
+        unique = {id(branch.patch): branch.patch for node in here for branch in node.branches}
         for patch in unique.values():
             if patch._model is None:
-                patch._settle(model)
-        _known[model] = found = {p.name: p for p in sorted(unique.values(), key=lambda patch: patch._number)}
-    return dict(found)
+                patch._settle(model, here)
+        ordered = sorted(unique.values(), key=lambda patch: patch._number)
+        _known[model] = found = WeakValueDictionary((patch.name, patch) for patch in ordered)
+    return dict(found.items())
+
+
+def _base_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The parameters of the base model by id, with those that merged ones stand in for."""
+    here = nodes(model)
+    added = {id(parameter) for node in here for branch in node.branches for parameter in branch.parameters()}
+    held = (*model.parameters(), *(parameter for node in here for parameter in node.kept()))
+    return {id(parameter): parameter for parameter in held if id(parameter) not in added}
 
 
 def find(model: Model, name: str) -> Patch:
@@ -670,6 +688,9 @@ def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
 def tied_to(branch: Branch) -> Branch:
     """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
     twin = branch.structural_copy()
+    for key, module in twin._modules.items():
+        if not (module._parameters or module._modules):
+            twin._modules[key] = shallow_copy(module)  # The layers may be in different modes.
     twin.tied = True
     return twin
 

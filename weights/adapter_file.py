@@ -38,7 +38,7 @@ class AdapterFile:
             for the whole model is empty.
         base_model: The Hub id or path of the base model, where it is known.
         base_structure: A fingerprint of the names and shapes of the base model's weights, where it is known.
-        metadata: The text metadata of the safetensors header.
+        metadata: The text metadata of the safetensors header, without what a format says of itself there.
         shared: Tensors that all layers have in common, by name.
         task: What the model is for, in PEFT's words, such as `"CAUSAL_LM"`, where it is known.
         flattened: Whether the paths have `_` in place of every `.`, except after the name of a component.

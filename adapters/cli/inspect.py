@@ -191,7 +191,7 @@ def _show_entries(console: Console, title: str, entries: Mapping[str, str]) -> N
 def _entries(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The entries of the metadata, of which what is said elsewhere is left out and the tags are counted."""
     for name, text in sorted(metadata.items()):
-        if name not in ("format", "fluxion_adapter", "lora_adapter_metadata"):
+        if name != "format":
             yield name, (_tags(text) if name == _TAGS else "") or text
 
 

@@ -173,6 +173,28 @@ def linear_base(patch: adapters.Patch, linear: fl.Linear, x: Tensor) -> Tensor:
     return output
 
 
+@torch.no_grad()
+def test_a_structural_copy_knows_what_is_merged_into_the_layers_it_shares(chain: fl.Chain) -> None:
+    first, second = (adapters.inject(chain, adapters.LoRA(rank=1), name=name) for name in ("first", "second"))
+    for patch in (first, second):
+        perturb(patch)
+    early, x = chain.structural_copy(), torch.randn(1, 2)
+    expected = chain(x)
+    first.merge()
+    late = chain.structural_copy()
+    for clone in (early, late):
+        torch.testing.assert_close(clone(x), expected)
+        clone.load_state_dict(clone.state_dict())
+    torch.testing.assert_close(chain(x), expected)
+    with adapters.use(early, "second"):
+        alone = early(x)
+    first.unmerge()
+    for clone in (early, late):
+        assert torch.equal(clone(x), expected)
+        with adapters.use(chain, "second"):
+            torch.testing.assert_close(clone(x), alone)
+
+
 def test_structural_copies_have_adapters_of_their_own(chain: fl.Chain) -> None:
     linear = chain.Chain.Linear
     adapter = Doubled(linear).inject(chain)

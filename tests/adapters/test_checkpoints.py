@@ -20,6 +20,7 @@ import adapters
 from adapters import LoRA, Patch
 from tests.adapters.models import Case, perturb, snapshot
 from tests.adapters.pretrained import build
+from tests.fluxion.test_scaling import count_calls
 
 LORA = LoRA(rank=2, alpha=4)
 
@@ -201,6 +202,16 @@ def test_a_copy_stands_alone(name: str) -> None:
         assert snapshot(case.model) == before
         if not merged:
             patch.merge()
+
+
+def test_the_patches_of_a_copy_are_found_in_linear_time() -> None:
+    def count(size: int) -> int:
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(size)))
+        adapters.inject(model, LORA)
+        clone = copy.deepcopy(model)
+        return count_calls(lambda: adapters.patches(clone))
+
+    assert count(100) < 2.5 * count(50)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,11 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
 import adapters
 import weights
-from adapters import IA3, OFT, LayerMismatchError, LoRA, Method, PatchNameError
+from adapters import IA3, OFT, DoRA, LayerMismatchError, LoRA, Method, PatchNameError
 from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
 from tests.weights.conftest import hub, hub_home  # noqa: F401
 from tests.weights.hub_server import WRITER, HubServer
@@ -130,6 +131,33 @@ def test_what_peft_saves_is_loaded_here(tmp_path: Path) -> None:
     adapters.load(model, tmp_path)
     torch.testing.assert_close(model(x), theirs(x))
     assert not torch.allclose(model(x), net()(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), IA3()])
+def test_adapters_of_weights_stored_in_8_bits_are_not_rounded(method: Method, tmp_path: Path) -> None:
+    """As diffusers stores them: each layer is in single precision while it runs."""
+    stored = torch.float8_e4m3fn
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(stored))
+    x = torch.randn(4, 6)
+    patch = adapters.inject(model, method)
+    perturb(patch)
+    expected = model(x)
+    patch.save_pretrained(tmp_path)
+    patch.eject()
+    apply_layerwise_casting(model, storage_dtype=stored, compute_dtype=torch.float32, skip_modules_pattern=None)
+    assert model[0].weight.dtype is stored
+    adapters.inject(model, method).eject()
+    patch = adapters.load(model, tmp_path)
+    assert {parameter.dtype for parameter in patch.parameters()} == {torch.float32}
+    if not isinstance(method, DoRA):  # Which changes the weight itself, in the dtype that this has.
+        torch.testing.assert_close(model(x), expected)
+    patch.merge()
+    torch.testing.assert_close(model(x), expected, atol=0.2, rtol=0.2)
+    patch.eject()
+    assert model[0].weight.dtype is stored
 
 
 def test_a_file_for_another_model_changes_nothing(tmp_path: Path) -> None:

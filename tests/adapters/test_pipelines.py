@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import adapters
 import weights
-from adapters import AdapterError, LoRA, TargetError
+from adapters import AdapterError, LoRA, PatchStateError, TargetError
 from adapters.models import as_module
 from tests.adapters.models import perturb, snapshot
 from tests.adapters.pipeline import Pipeline, pipeline
@@ -121,6 +123,67 @@ def test_nothing_is_kept_alive() -> None:
     del patch, models
     gc.collect()
     assert together() is first() is None
+
+
+def test_asking_for_patches_keeps_nothing_alive() -> None:
+    models = table()
+    adapters.inject(models, LoRA(rank=1))
+    assert list(adapters.patches(models)) == ["default"]
+    first = weakref.ref(models["unet"])
+    del models
+    gc.collect()
+    assert first() is None
+
+
+@pytest.mark.parametrize("together_first", [True, False])
+def test_each_model_is_frozen_while_a_patch_of_its_own_wants_it(together_first: bool) -> None:
+    models = {**table(), "vae": nn.Sequential(nn.Linear(4, 4))}
+    parts = [(name, models[name]) for name in ("unet", "text_encoder")]
+    weight = {name: model[0].weight for name, model in models.items()}
+    if together_first:
+        together = adapters.inject(models, LoRA(rank=1))
+    alone = {name: adapters.inject(model, LoRA(rank=1), name=name) for name, model in parts}
+    if not together_first:
+        together = adapters.inject(models, LoRA(rank=1))
+    assert not any(parameter.requires_grad for parameter in weight.values())
+    together.eject()
+    assert [name for name, parameter in weight.items() if parameter.requires_grad] == ["vae"]
+    alone["unet"].eject()
+    assert [name for name, parameter in weight.items() if parameter.requires_grad] == ["unet", "vae"]
+    alone["text_encoder"].eject()
+    assert all(parameter.requires_grad for parameter in weight.values())
+
+
+def test_a_patch_copied_with_one_of_its_models_is_in_that() -> None:
+    models = table()
+    perturb(adapters.inject(models, LoRA(rank=2), name="style"))
+    for copied in (copy.deepcopy(models["unet"]), pickle.loads(pickle.dumps(models["unet"]))):
+        patch, changed = adapters.patches(copied)["style"], copied(X)
+        assert list(patch.targets) == ["0", "1"] == list(patch.adapter_file().layers)
+        assert patch.model is copied
+        file = patch.adapter_file()
+        patch.eject()
+        adapters.load(copied, file)
+        assert torch.equal(copied(X), changed)
+
+
+def test_a_patch_copied_with_all_of_its_models_is_in_all() -> None:
+    """Asked for with one of them, it is not taken for one of that alone."""
+    models = table()
+    perturb(adapters.inject(models, LoRA(rank=2), name="style"))
+    copied = copy.deepcopy(models)
+    patch = adapters.patches(copied["unet"])["style"]
+    patch.merge()
+    changed = outputs(copied)
+    for call in (patch.eject, patch.merge_and_eject, patch.adapter_file):
+        with pytest.raises(PatchStateError, match="with the pipeline or the table"):
+            call()
+    assert patch.merged
+    assert all(torch.equal(out, changed[name]) for name, out in outputs(copied).items())
+    assert adapters.patches(copied) == {"style": patch}
+    assert list(patch.adapter_file().layers) == ["unet.0", "unet.1", "text_encoder.0"]
+    patch.eject()
+    assert not any(isinstance(module, adapters.Adapted) for model in copied.values() for module in model.modules())
 
 
 def test_a_pipeline_of_diffusers(tmp_path: Path) -> None:

@@ -283,3 +283,21 @@ def test_groups_of_parameters_have_rates_of_their_own() -> None:
         for old, new in zip(before[letter], group, strict=True):
             assert new.grad is not None
             torch.testing.assert_close(new.detach(), old - rates[letter] * new.grad)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_layer_drops_inputs_in_its_own_mode(tied: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if tied:
+        model[1].weight = model[0].weight
+    patch = adapters.inject(model, LoRA(rank=2, dropout=0.5))
+    for source in (patch, None):
+        if source is None:
+            patch.save_pretrained(tmp_path)
+            patch.eject()
+            adapters.load(model, tmp_path, trainable=True)
+        for modes in ((True, False), (False, True)):
+            for layer, mode in zip(model, modes, strict=True):
+                layer.train(mode)
+            dropouts = [[m.training for m in layer.modules() if isinstance(m, nn.Dropout)] for layer in model]
+            assert dropouts == [[mode] for mode in modes]

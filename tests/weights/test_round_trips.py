@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -114,3 +115,22 @@ def test_files_without_an_alpha(first: str, second: str, tmp_path: Path) -> None
     adapters.load(model, out).merge_and_eject()
     scale = 4 if first == "peft" else 1
     torch.testing.assert_close(model.fc.weight, before + scale * up @ down, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), product(HELD, repeat=2))
+def test_converted_without_a_model(first: str, second: str, tmp_path: Path) -> None:
+    """What a format says of itself in a file is not in the file of another format."""
+    model = net(torch.float32)
+    patch = adapters.inject(model, LoRA(rank=2, alpha=4), ["fc", "out"])
+    perturb(patch)
+    paths = [
+        tmp_path / (f"{step}.safetensors" if form == "lycoris" else step)
+        for step, form in zip("ab", (first, second), strict=True)
+    ]
+    source = weights.read_adapter(patch.save_pretrained(paths[0], format=first))
+    if source.flattened:
+        source = replace(source, flattened=False)  # As no name here has a dot.
+    again = weights.read_adapter(weights.write_adapter(source, paths[1], format=second))
+    assert again.format == second
+    for path, layer in source.layers.items():
+        assert all(torch.equal(tensor, again.layers[path].tensors[name]) for name, tensor in layer.tensors.items())

@@ -19,7 +19,7 @@ from torch import Tensor
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.files import encode
 from weights.formats import keyed, peft
-from weights.formats.found import Found
+from weights.formats.found import Found, without
 from weights.formats.output import write_file
 from weights.formats.peft_besides import PREFIX
 
@@ -74,7 +74,12 @@ def read(found: Found) -> AdapterFile:
         told |= keys.keys()
     plain = keyed.read(found, where, NAME, components=COMPONENTS, own=told)
     components = {path.partition(".")[0] for path in layers}.intersection(COMPONENTS).union(plain.components)
-    return replace(plain, layers={**layers, **plain.layers}, components=tuple(sorted(components)))
+    return replace(
+        plain,
+        layers={**layers, **plain.layers},
+        metadata=without(file.metadata, _ENTRY),
+        components=tuple(sorted(components)),
+    )
 
 
 def write(adapter: AdapterFile, path: Path) -> None:

@@ -70,6 +70,11 @@ def read_json(path: Path) -> Any:
     return json.loads(read_small(path).decode())
 
 
+def without(metadata: Mapping[str, str], entry: str) -> dict[str, str]:
+    """Metadata without what a format says of itself, which in a file of another format would be wrong."""
+    return {name: text for name, text in metadata.items() if name != entry}
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value in settings is a number to calculate with."""
     return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # type: ignore[arg-type]

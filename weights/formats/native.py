@@ -17,7 +17,7 @@ from torch import Tensor
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.errors import FileFormatError
 from weights.files import encode, open_tensors
-from weights.formats.found import Found
+from weights.formats.found import Found, without
 from weights.formats.output import write_file
 
 TENSORS = "adapter.safetensors"
@@ -63,7 +63,8 @@ def read(found: Found) -> AdapterFile:
         else:
             raise FileFormatError(f"{file} has a tensor {key!r} of no layer that it describes; fetch or save it again.")
     content = {where: LayerWeights(*about, named[where]) for where, about in described.items()}
-    return AdapterFile(content, base, tensors.metadata, shared, components=components, base_structure=structure)
+    metadata = without(tensors.metadata, _ENTRY)
+    return AdapterFile(content, base, metadata, shared, components=components, base_structure=structure)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
