@@ -73,8 +73,8 @@ class AdapterFile:
         return (first, rest) if rest and first in self.components else ("", path)
 
     def part(self, component: str) -> AdapterFile:
-        """What is for one component, with the paths inside it."""
+        """What is for one component, with the paths inside it, and without what is for no layer of any."""
         places = {path: self.component_of(path) for path in self.layers}
         layers = {rest: self.layers[path] for path, (first, rest) in places.items() if first == component}
         counted = {"": self.counted[component]} if component in self.counted else {}
-        return replace(self, layers=layers, components=(), counted=counted)
+        return replace(self, layers=layers, components=(), counted=counted, others={} if component else self.others)

@@ -197,6 +197,13 @@ def test_a_model_that_is_one_of_several_has_to_be_told(tmp_path: Path) -> None:
         adapters.load(Pipeline().text_encoder, path)
     with pytest.raises(LayerMismatchError, match=r"nothing for 'vae': its components are text_enc.*, unet"):
         adapters.load(Pipeline(), path, component="vae")
+    # What is for no layer is of no account to who wants a part.
+    embeddings = weights.save(
+        {**weights.open(path), "bundle_emb.x.clip_l": torch.ones(1, 4)}, tmp_path / "emb.safetensors"
+    )
+    with pytest.raises(LayerMismatchError, match="bundle_emb"):
+        adapters.load(Pipeline(), embeddings)
+    assert list(adapters.load(Pipeline().unet, embeddings, component="unet").targets) == ["mid_block.0.fc"]
     # A file for one model needs no word.
     adapters.load(Pipeline().unet, file(tmp_path, {"lora_unet_to_q": LORA}))
 
