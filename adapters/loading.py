@@ -51,7 +51,7 @@ def load(
             default everything, in a model that has the others by their names, or from a file that is for one.
         revision: Branch, tag or commit, for a repository on the Hub.
         strict: Raise when the file has layers that the model does not have, or tensors for no layer, such as the
-            embeddings of new tokens. Otherwise they are left out.
+            embeddings of new tokens. Otherwise they are left out, and named in `Patch.skipped`.
         trainable: Leave the tensors trainable and freeze the base.
 
     Raises:
@@ -93,7 +93,9 @@ def load(
     for place in places:
         for _, parameter in place.branch.named_weights():
             parameter.requires_grad_(trainable)
-    return Patch(name, model, places, scale, freezes=trainable).inject()
+    patch = Patch(name, model, places, scale, freezes=trainable)
+    patch.skipped = (*sorted(missing), *file.others)
+    return patch.inject()
 
 
 def _copied(file: weights.AdapterFile) -> weights.AdapterFile:

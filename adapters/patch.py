@@ -116,6 +116,8 @@ class Patch:
         enabled: Whether it acts where `adapters.use` does not say otherwise. Setting it takes the same time for any
             model.
         places: The layers it adapts, and its branch at each.
+        skipped: What `load(..., strict=False)` has left out of a file: layers that the model does not have, and tensors
+            for no layer, by their names in the file.
         errors: By path, how far `combine` is off what it stands for, where it made the patch: the relative error of
             the update, in the Frobenius norm.
     """
@@ -124,6 +126,7 @@ class Patch:
         self.name = name
         self._scale = finite(scale, f"The scale of {name!r}")
         self.enabled = True
+        self.skipped: tuple[str, ...] = ()
         self.errors: dict[str, float] = {}
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._models = model if isinstance(model, Models) else None  # Nothing else keeps it.

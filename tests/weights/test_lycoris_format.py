@@ -147,7 +147,9 @@ def test_layers_that_the_model_does_not_have_are_listed(tmp_path: Path) -> None:
         adapters.load(model, path, strict=False)
     assert snapshot(model) == before
     path = file(tmp_path, {"lycoris_to_q": LORA, "lycoris_mid_block_1_fc": LORA})
-    assert list(adapters.load(model, path, strict=False).targets) == ["to_q"]
+    patch = adapters.load(model, path, strict=False)
+    assert list(patch.targets) == ["to_q"]
+    assert patch.skipped == ("mid_block_1_fc",)
 
 
 # Files for several models
