@@ -22,11 +22,12 @@ from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.models import Model, as_module
 from adapters.naming import with_names_of
-from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to
+from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to, without_collections
 from adapters.rotary import in_halves
 from adapters.targets import Layer, layers, select, structure
 
 
+@without_collections()
 def load(
     model: Model,
     source: str | PathLike[str] | weights.AdapterFile,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import itertools
 import tempfile
 import weakref
@@ -607,9 +608,10 @@ def inject(
     for value in rules.values():
         if not isinstance(value, Method):
             raise AdapterError(f"{value!r} is no method: pass one with its numbers, such as LoRA(rank=8).")
-    with _seeded(seed):
-        places = _new_places(select(model, rules, exclude), device, dtype)
-    return Patch(name, model, places, scale, freeze_base).inject()
+    with without_collections():
+        with _seeded(seed):
+            places = _new_places(select(model, rules, exclude), device, dtype)
+        return Patch(name, model, places, scale, freeze_base).inject()
 
 
 def _new_places(
@@ -749,6 +751,18 @@ def _task(model: nn.Module) -> str | None:
     """What a transformers model is for, by the end of its class's name."""
     name = type(model).__name__
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """In this block Python does not look for cycles: what it would look through are the many objects made here."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
