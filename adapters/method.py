@@ -73,12 +73,14 @@ class Site:
             raise TargetError(f"{layer.path} has a weight of {weight.dtype}, no dtype to train in: pass dtype=.")
         if dtype is None and weight is not None:
             dtype = torch.float32 if is_narrow(weight.dtype) else weight.dtype
+        # What a file has is not lost to a model whose weights come later.
+        absent = weight is None or (own and weight.is_meta)
         return cls(
             layer.path,
             module,
             parameter,
             cast(Matrix, method.matrix(module, parameter)),
-            torch.device(device or ("cpu" if weight is None else weight.device)),
+            torch.device(device or ("cpu" if absent else cast(Tensor, weight).device)),
             dtype or torch.get_default_dtype(),
             read,
             own,

@@ -29,10 +29,11 @@ class Decomposed(Additive):
     on_inputs: bool = False
 
     def tensors(self, site: Site) -> dict[str, Tensor]:
-        lengths = norms(site.weight, channels(site) if self.on_inputs else 0)
-        shape = (1, -1) if self.on_inputs else (-1, 1)
-        lengths = lengths.view(*shape, *(1 for _ in site.kernel))
-        return {**super().tensors(site), "dora_scale": lengths.to(site.device, site.dtype)}
+        shape = (1, channels(site)) if self.on_inputs else (site.shape[0], 1)
+        lengths = site.empty(*shape, *(1 for _ in site.kernel))
+        if not site.blank:
+            lengths.copy_(norms(site.weight, shape[1] if self.on_inputs else 0).view_as(lengths))
+        return {**super().tensors(site), "dora_scale": lengths}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return decomposed(super().update(weight, t), t.dora_scale.flatten(), self.on_inputs)

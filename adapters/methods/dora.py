@@ -50,7 +50,7 @@ class DoRA(LoRA):
         *stack, outputs, _ = site.shape
         count = channels(site) if self.on_inputs else outputs
         branch.register_parameter("lora_magnitude_vector", nn.Parameter(site.empty(*stack, count)))
-        if not branch.lora_magnitude_vector.is_meta:
+        if not (branch.lora_magnitude_vector.is_meta or site.blank):
             self.settle(branch, site.weight)
         return branch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,27 @@ def test_checkpointed_training(method: Method, case: tuple[nn.Module, Tensor], r
             tensor.grad = None
     for one, other in zip(*gradients, strict=True):
         assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_a_file_is_kept_for_weights_that_come_later(
+    method: Method, case: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    model, x = case
+    patch = adapters.inject(model, method)
+    perturb(patch)
+    expected = model(x)
+    path = patch.save_pretrained(tmp_path / "file.safetensors", format="fluxion")
+    patch.eject()
+    state = model.state_dict()
+    empty = copy.deepcopy(model).to("meta")
+    if isinstance(method, DeLoRA):  # Which keeps the lengths that the weight has.
+        with pytest.raises(adapters.AdapterError, match="meta tensor"):
+            adapters.load(empty, path)
+        return
+    loaded = adapters.load(empty, path)
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+    empty.load_state_dict(state, assign=True, strict=False)
+    assert torch.equal(empty(x), expected)
 
 
 def test_meta_device(method: Method, case: tuple[nn.Module, Tensor]) -> None:
