@@ -240,6 +240,15 @@ def attempt(model: nn.Module, path: Path) -> None:
     assert snapshot(model) == before
 
 
+def store(
+    folder: Path, form: str, name: str, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    """Write what `sound` gives, or what has become of it."""
+    weights.save(tensors, folder / name, metadata)
+    if form == "peft":
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(("form", "key"), CASES)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
@@ -247,9 +256,7 @@ def test_a_typed_error_or_a_patch_that_runs(form: str, key: str, data: st.DataOb
     name, tensors, config, metadata = data.draw(broken(form, key))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        weights.save(tensors, path / name, metadata)
-        if form == "peft":
-            (path / "adapter_config.json").write_text(json.dumps(config))
+        store(path, form, name, tensors, config, metadata)
         attempt(model_of(key), path / name)
 
 
@@ -260,9 +267,7 @@ def test_damaged_bytes(form: str, key: str, data: st.DataObject) -> None:
     name, tensors, config, metadata = sound(form, key)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        weights.save(tensors, path / name, metadata)
-        if form == "peft":
-            (path / "adapter_config.json").write_text(json.dumps(config))
+        store(path, form, name, tensors, config, metadata)
         victim = path / data.draw(st.sampled_from(sorted(file.name for file in path.iterdir())))
         content = bytearray(victim.read_bytes())
         at = data.draw(st.integers(0, min(len(content) - 1, 4000)))
@@ -284,9 +289,7 @@ def test_what_no_file_can_hold_is_not_written(form: str, key: str, data: st.Data
     name, tensors, config, metadata = sound(form, key)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        weights.save(tensors, path / name, metadata)
-        if form == "peft":
-            (path / "adapter_config.json").write_text(json.dumps(config))
+        store(path, form, name, tensors, config, metadata)
         file = weights.read_adapter(path / name)
         where = data.draw(st.sampled_from(sorted(file.layers)))
         layer = file.layers[where]
