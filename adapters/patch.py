@@ -29,6 +29,8 @@ from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
 from fluxion.module import shallow_copy
+from weights.card import CARD
+from weights.errors import listed
 
 _numbers = itertools.count()
 # The nodes in a model keep its patches alive, and a patch may keep its model alive: neither may be kept from here.
@@ -543,7 +545,7 @@ class Patch:
             alone = [f"{repo_id.rpartition('/')[2]}.safetensors"] if format == "lycoris" else []
             format = write_file(file, Path(folder, *alone), format)
             card = weights.model_card(file, format, repo_id=repo_id, license=license, tags=tags)
-            Path(folder, "README.md").write_text(card, encoding="utf-8")
+            Path(folder, CARD).write_text(card, encoding="utf-8")
             return weights.publish(
                 folder,
                 repo_id,
@@ -711,9 +713,7 @@ def check_name(model: nn.Module, name: str) -> None:
 def refuse(what: str, problems: Sequence[str]) -> None:
     """Raise one LayerMismatchError for all problems, if there are any."""
     if problems:
-        shown = "; ".join(problems[:5])
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise LayerMismatchError(f"{what}: {shown}{more}.")
+        raise LayerMismatchError(f"{what}: {listed(problems)}.")
 
 
 def write_file(file: weights.AdapterFile, path: Path, format: str | None) -> str:

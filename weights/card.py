@@ -13,6 +13,7 @@ from weights.errors import FileFormatError
 from weights.hub_path import is_repo_id
 from weights.layer_tree import drawn
 
+CARD = "README.md"
 _LIBRARY = "fluxion-adapters"
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",

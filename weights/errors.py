@@ -1,5 +1,9 @@
 """What can go wrong with files and with the Hub. Every message names the offending thing and the fix."""
 
+from collections.abc import Sequence
+
+_MOST_SHOWN = 5
+
 
 class WeightsError(Exception):
     """Base of every error this package raises on purpose."""
@@ -31,3 +35,9 @@ class HubConflictError(HubError):
 
 class HubConnectionError(HubError):
     """The Hub cannot be reached."""
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems in one sentence: the first few of them, and how many more there are."""
+    more = len(problems) - _MOST_SHOWN
+    return "; ".join([*problems[:_MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])])

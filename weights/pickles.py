@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.files import save
-from weights.formats.found import CONFIG
+from weights.sources import CONFIG
 
 FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_lora_weights.bin")
 _ENDINGS = (".bin", ".ckpt", ".pt", ".pth")

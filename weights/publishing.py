@@ -9,19 +9,19 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weights.card import check_card
+from weights.card import CARD, check_card
 from weights.errors import FileFormatError, HubAccessError, HubConnectionError, HubError, SourceNotFoundError
 from weights.header import read_header
 from weights.hub import HubFile, Snapshot, fits, head, published_files, stored_token
 from weights.hub_errors import hub_errors
 from weights.hub_path import HubPath, is_inside
+from weights.sources import CONFIG
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 # huggingface_hub is imported inside the functions: it takes 0.3 s, and most work is on local files.
 
-_CARD = "README.md"
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -169,13 +169,13 @@ def _plan(files: Mapping[str, Path], repo_id: str, revision: str | None, token: 
     """What a dry run says."""
     sizes = {name: f"{path.stat().st_size:,} bytes" for name, path in files.items()}
     width = max(map(len, sizes))
-    state, card = _state(repo_id, revision, token), files[_CARD].read_text(encoding="utf-8")
+    state, card = _state(repo_id, revision, token), files[CARD].read_text(encoding="utf-8")
     return "\n".join(
         [
             f"Would publish {len(files)} files to {repo_id}, {revision or 'main'} ({state}):",
             *(f"  {name:<{width}}  {size}" for name, size in sizes.items()),
             "",
-            f"{_CARD}:",
+            f"{CARD}:",
             card,
         ]
     )
@@ -202,7 +202,7 @@ def _state(repo_id: str, revision: str | None, token: str | None) -> str:
 def _settings_of(name: str) -> str:
     """The file without which PEFT's file of tensors says nothing, if `name` is one."""
     folder, _, own = name.rpartition("/")
-    return f"{folder}/adapter_config.json".removeprefix("/") if own == "adapter_model.safetensors" else ""
+    return f"{folder}/{CONFIG}".removeprefix("/") if own == "adapter_model.safetensors" else ""
 
 
 def files_in(folder: Path) -> dict[str, Path]:
@@ -241,7 +241,7 @@ def _publishable(folder: Path) -> dict[str, Path]:
         raise SourceNotFoundError(f"{folder} is not a folder; save the adapter into one first.")
     files = files_in(folder)
     tensors = [path for path in files.values() if path.suffix == ".safetensors"]
-    missing = [what for what, there in {_CARD: _CARD in files, "a safetensors file": tensors}.items() if not there]
+    missing = [what for what, there in {CARD: CARD in files, "a safetensors file": tensors}.items() if not there]
     missing += [name for name in map(_settings_of, files) if name and name not in files]
     if missing:
         raise SourceNotFoundError(f"{folder} lacks {', '.join(missing)}; save the adapter into it first.")
@@ -252,5 +252,5 @@ def _publishable(folder: Path) -> dict[str, Path]:
             raise FileFormatError(f"{path} is empty; save it again or remove it.")
     for path in tensors:
         read_header(path)
-    check_card(files[_CARD])
+    check_card(files[CARD])
     return files

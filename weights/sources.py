@@ -16,7 +16,7 @@ TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt")
 _BASE_MODEL = re.compile(r"(diffusion_pytorch_)?model\b.*|.*-\d{5}-of-\d{5}")  # of the name, without the ending
-_SETTINGS = "adapter_config.json"  # belongs to the tensors beside it
+CONFIG = "adapter_config.json"  # belongs to the tensors beside it
 
 
 def find(source: str | PathLike[str], revision: str | None) -> Path | HubPath:
@@ -66,7 +66,7 @@ def locate(
     path = place.path
     if path in snapshot.files or all(file.endswith(".json") for file in wanted):
         path = path if path in snapshot.files else _only_adapter(place, inside, patterns)
-        settings = snapshot.inside(path.rpartition("/")[0]).get(_SETTINGS)
+        settings = snapshot.inside(path.rpartition("/")[0]).get(CONFIG)
         wanted = [path, *([settings] if settings else [])]
     _check_size(source, sum(snapshot.files[path].size for path in wanted), max_bytes)
     return snapshot.fetch(wanted) / path

@@ -11,8 +11,7 @@ from pathlib import Path
 import click
 
 from adapters.cli.console import as_json, print_json
-
-_CARD = "README.md"
+from weights.card import CARD
 
 
 @click.command()
@@ -72,17 +71,16 @@ def push(
 @contextmanager
 def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
     """A folder to publish: what is given, or a copy for a while that has a model card with the license and the tags."""
+    import weights
     from weights.publishing import files_in
 
-    has_card = (source / _CARD).is_file()
+    has_card = (source / CARD).is_file()
     if has_card and not license and not tags:
         yield source
         return
     if has_card:
-        card = _with_fields(source / _CARD, license, tags)
+        card = _with_fields(source / CARD, license, tags)
     else:
-        import weights
-
         adapter = weights.read_adapter(source)
         card = weights.model_card(adapter, str(adapter.format), repo_id=repo_id, license=license, tags=tags)
     files = files_in(source) if source.is_dir() else _belonging(source, str(adapter.format))
@@ -91,7 +89,7 @@ def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[st
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        (folder / _CARD).write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
         yield folder
 
 

@@ -12,8 +12,8 @@ from weights.errors import WeightsError
 from weights.files import TensorFiles, open_tensors
 from weights.formats.keys import stems
 from weights.local import read_small
+from weights.sources import CONFIG
 
-CONFIG = "adapter_config.json"
 _LARGEST_NUMBER = 2**100  # so that products of a few are still finite
 
 

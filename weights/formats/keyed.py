@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.errors import FileFormatError
+from weights.errors import FileFormatError, listed
 from weights.formats.found import Found
 from weights.formats.keys import ALPHA, BIASES, LARGER, split
 from weights.formats.lycoris_methods import GRAMMARS
@@ -81,8 +81,7 @@ def is_other(key: str) -> bool:
 def refuse(path: Path, name: str, problems: list[str]) -> None:
     """Raise one FileFormatError for all problems, if there are any."""
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise FileFormatError(f"{path} does not work as a {name} file: {'; '.join(problems[:5])}{more}.")
+        raise FileFormatError(f"{path} does not work as a {name} file: {listed(problems)}.")
 
 
 def _layer(found: Mapping[str, Tensor]) -> LayerWeights:

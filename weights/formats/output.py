@@ -7,9 +7,8 @@ from pathlib import Path
 
 from weights.adapter_file import AdapterFile
 from weights.atomic import write_files
-from weights.card import model_card
+from weights.card import CARD, model_card
 
-CARD = "README.md"
 Chunks = Iterable[bytes | memoryview]
 
 

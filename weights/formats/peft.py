@@ -19,15 +19,16 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.errors import FileFormatError, SourceNotFoundError
+from weights.errors import FileFormatError, SourceNotFoundError, listed
 from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
 from weights.formats import torchtune
-from weights.formats.found import CONFIG, Found, read_json
+from weights.formats.found import Found, read_json
 from weights.formats.output import Chunks, write_folder
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
+from weights.sources import CONFIG
 
 TENSORS = "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS)
@@ -418,5 +419,4 @@ def _refuse(path: Path, problems: Iterable[str]) -> None:
     """Raise one FileFormatError for all problems, if there are any."""
     found = list(problems)
     if found:
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        raise FileFormatError(f"{path} does not work as a PEFT adapter: {'; '.join(found[:5])}{more}.")
+        raise FileFormatError(f"{path} does not work as a PEFT adapter: {listed(found)}.")

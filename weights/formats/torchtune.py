@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.formats.found import CONFIG, Found, is_number
+from weights.formats.found import Found, is_number
 from weights.formats.keyed import refuse
+from weights.sources import CONFIG
 
 FILES = (CONFIG,)
 NAME = "torchtune"
