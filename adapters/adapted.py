@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import fluxion as fl
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, WeakSlots
 from adapters.branch import Branch
 from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
 from adapters.layers import is_plain, is_stored, read_weight, substitute, widened, with_parameters, with_weights
+from fluxion.module import Late, Template
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
@@ -34,18 +36,27 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     _own: dict[str, Tensor | None]
     _computed: dict[str, Tensor | None]
 
+    _load_state_dict_post_hooks = Late(lambda node: OrderedDict({-1: _finish_loading}))
+
     _tag = "ADAPTED"
     _may_repeat = True  # A shared layer is adapted once, by one node in all of its places.
 
     __call__ = nn.Module.__call__  # It provides no context, so a call of it is not a call of a tree.
 
     def __init__(self, layer: nn.Module) -> None:
-        with self.setup_adapter(layer):
-            super().__init__(layer)
-        self.register_load_state_dict_post_hook(_finish_loading)  # type: ignore[no-untyped-call]
-        # Past nn.Module.__setattr__, which takes longer than all the rest.
+        # A model may get thousands of these: what the constructors make takes ten times as long as copies of it.
+        _EMPTY.fill(self.__dict__)
         tables = {table: ByName(layer, table) for table in ("_parameters", "_buffers")}
-        self.__dict__.update(tables, training=layer.training, _merged=[], _own={}, _computed={})
+        self.__dict__.update(
+            tables,
+            training=layer.training,
+            _modules={type(layer).__name__: layer},
+            _target=[layer],
+            _outside=_NOWHERE,
+            _merged=[],
+            _own={},
+            _computed={},
+        )
 
     @property
     def base(self) -> nn.Module:
@@ -56,6 +67,9 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def inner(self) -> nn.Module:
         """The layer, inside of the adapters that were injected below this node."""
         return next(iter(self._modules.values()))
+
+    def _heir(self) -> nn.Module:
+        return self.base if self.inner is self.base else super()._heir()
 
     def _with(self, layer: nn.Module) -> nn.Module:
         """What is inside of this node, with another layer."""
@@ -72,6 +86,12 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             name += "_"
         self._modules[name] = branch  # Past the checks of what it is, and for what else has that name.
         branch._set_parent(self)
+
+    def release(self, branch: Branch) -> None:
+        """Take a branch out."""
+        modules = self._modules
+        del modules[next(key for key, child in modules.items() if child is branch)]
+        branch._set_parent(None)
 
     @property
     def path(self) -> str:
@@ -317,9 +337,12 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         )
 
 
-def nodes(model: nn.Module) -> list[Adapted]:
-    """The nodes in a model in order, each once. What patches have added is not looked through."""
-    found: list[Adapted] = []
+_EMPTY = Template(fl.Chain())
+_NOWHERE = WeakSlots()
+
+
+def base_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model in order, each once, nodes among them. What patches have added is not looked through."""
     seen: set[int] = set()
     stack = [model]
     while stack:
@@ -327,12 +350,15 @@ def nodes(model: nn.Module) -> list[Adapted]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        children = list(module._modules.values())
-        if isinstance(module, Adapted):
-            found.append(module)
-            children = children[:1]
-        stack += [child for child in reversed(children) if child is not None]
-    return found
+        yield module
+        if children := module._modules:
+            below = [child for child in children.values() if child is not None]
+            stack += below[:1] if isinstance(module, Adapted) else reversed(below)
+
+
+def nodes(model: nn.Module) -> list[Adapted]:
+    """The nodes in a model in order, each once. What patches have added is not looked through."""
+    return [module for module in base_modules(model) if isinstance(module, Adapted)]
 
 
 def _use(branch: Branch) -> object:
@@ -349,6 +375,8 @@ class ByName(dict[str, Any]):
 
     Listed there are none: the layer lists its own.
     """
+
+    __slots__ = ("layer", "table")
 
     def __init__(self, layer: nn.Module, table: str) -> None:
         self.layer, self.table = layer, table

@@ -21,6 +21,8 @@ Slot = tuple[nn.Module, str]
 class WeakSlots:
     """Slots whose modules are not kept alive. A copy or a pickle of it is empty: a copied model has other slots."""
 
+    __slots__ = ("_slots",)
+
     def __init__(self, slots: Iterable[Slot] = ()) -> None:
         self._slots = [(weakref.ref(parent), key) for parent, key in slots]
 
@@ -69,10 +71,12 @@ class Adapter(Generic[T]):
     @property
     def slots(self) -> list[Slot]:
         """Where this adapter is: each module that holds it, and the key it has there. Empty when it is ejected."""
-        node = cast(fl.Chain, self)
-        slots = [(parent, key) for parent, key in self._outside if parent._modules.get(key) is node]
+        node, known = cast(fl.Chain, self), list(self._outside)
+        slots = [(parent, key) for parent, key in known if parent._modules.get(key) is node]
         if not slots and (chain := node.parent) is not None:  # It was moved.
             slots = [(chain, chain.key_of(node))]
+        if len(slots) != len(known) or slots != known:
+            self.__dict__["_outside"] = WeakSlots(slots)
         return slots
 
     def inject(self, parent: nn.Module | None = None) -> Self:
@@ -93,18 +97,18 @@ class Adapter(Generic[T]):
         slots = find_slots(parent, self.target)
         if not slots:
             raise TargetError(f"{type(self.target).__name__} is not below {type(parent).__name__}: pass its parent.")
-        return self._occupy(slots)
-
-    def _occupy(self, slots: list[Slot]) -> Self:
-        """Take these slots, which hold the target."""
-        node = cast(fl.Chain, self)
         if self.slots:
             raise PatchStateError(f"{type(self).__name__} is injected already: eject it first.")
-        self.__dict__["_outside"] = WeakSlots(slots)
+        self._occupy(slots, WeakSlots(slots))
+        return self
+
+    def _occupy(self, slots: list[Slot], same: WeakSlots) -> None:
+        """Take these slots, which hold the target."""
+        node = cast(fl.Chain, self)
+        self.__dict__["_outside"] = same
         fill_slots(slots, node)
         if isinstance(self.target, fl.ContextModule):
             link_parent(self.target, find_slots(node, self.target))
-        return self
 
     def eject(self) -> None:
         """Give the place back to the target, or to the adapters that have been put around the target since.
@@ -112,9 +116,14 @@ class Adapter(Generic[T]):
         Raises:
             PatchStateError: The adapter is not injected.
         """
-        node, slots = cast(fl.Chain, self), self.slots
+        slots = self.slots
         if not slots:
             raise PatchStateError(f"{type(self).__name__} is not injected.")
+        self._vacate(slots)
+
+    def _vacate(self, slots: list[Slot]) -> None:
+        """Give these slots, all that there are, to the heir."""
+        node = cast(fl.Chain, self)
         heir = self._heir()
         if heir is not self.target:  # The adapter keeps its own target, to be injected again.
             fill_slots(find_slots(node, heir), self.target, link=False)
@@ -125,7 +134,7 @@ class Adapter(Generic[T]):
             for holder in (parent, *(parent.get_parents() if isinstance(parent, fl.ContextModule) else ())):
                 if isinstance(holder, Adapter) and holder.target is node:
                     holder._target = [heir]
-        self._outside = WeakSlots()
+        self.__dict__["_outside"] = WeakSlots()
         node._set_parent(None)
 
     def _heir(self) -> nn.Module:

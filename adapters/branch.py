@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.layers import Matrix
-from fluxion.module import shallow_copy
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -76,27 +75,6 @@ class Branch(fl.Chain):
     constants: frozenset[str] = frozenset()
     patch: Patch
     tied: bool = False
-
-    @property
-    def has_twins(self) -> bool:
-        """Whether all there is to it are parameters, its own or those of layers in it."""
-        modules = list(self._modules.values())
-        return (
-            not self.common
-            and not any(module._buffers for module in (self, *modules))
-            and not any(module._modules for module in modules)
-        )
-
-    def twin(self, values: Mapping[str, Tensor]) -> Branch:
-        """A branch of the same structure with other parameters, given by name: far quicker than making one anew."""
-        clone = self.structural_copy()
-        for key, module in clone._modules.items():
-            clone._modules[key] = shallow_copy(module)  # One without parameters still has a mode, as a dropout.
-        for name, value in values.items():
-            key, _, own = name.rpartition(".")
-            table = (clone._modules[key] if key else clone)._parameters
-            table[own] = nn.Parameter(value, requires_grad=cast(Tensor, table[own]).requires_grad)
-        return clone
 
     def change(self, weights: Mapping[str, Tensor | None], scale: float) -> dict[str, Tensor | None]:
         """The weights of a layer that computes what the layer of these weights and this branch compute together.

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from adapters.branch import Branch
+from adapters.building import build
 from adapters.errors import AdapterError, PatchStateError
 from adapters.forms import LowRank
 from adapters.layers import Matrix, read_weight
 from adapters.method import Site, is_integer, is_number
 from adapters.methods import LoRA
 from adapters.models import Model, as_module
-from adapters.patch import Patch, Place, build, check_name, find
+from adapters.patch import Patch, Place, check_name, find
 from adapters.targets import Layer, layers
 
 Factors = tuple[Tensor, Tensor]

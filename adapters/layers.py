@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -61,18 +62,18 @@ class Matrix:
                 return None
             return cls(tuple(bare.shape), "as is", "stack" if bare.ndim == 3 else "linear")
         if isinstance(layer, nn.Linear):
-            return cls((layer.out_features, layer.in_features), "rows", "linear")
+            return _matrix((layer.out_features, layer.in_features), "rows", "linear")
         if isinstance(layer, nn.Embedding):
-            return cls((layer.embedding_dim, layer.num_embeddings), "columns", "embedding")
+            return _matrix((layer.embedding_dim, layer.num_embeddings), "columns", "embedding")
         if isinstance(layer, CONVOLUTIONS):
             inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
-            return cls((layer.out_channels, inputs), "rows", "convolution", layer.groups)
+            return _matrix((layer.out_channels, inputs), "rows", "convolution", layer.groups)
         if isinstance(layer, TRANSPOSED):
             inputs = layer.in_channels // layer.groups * torch.Size(layer.kernel_size).numel()
             return cls((layer.out_channels, inputs), "transposed", "convolution", layer.groups)
         if is_conv1d(layer):
             inputs, outputs = cast(Tensor, layer.weight).shape
-            return cls((outputs, inputs), "columns", "linear")
+            return _matrix((outputs, inputs), "columns", "linear")
         return None
 
     def read(self, weight: Tensor) -> Tensor:
@@ -93,6 +94,10 @@ class Matrix:
             grouped = matrix.unflatten(0, (self.groups, -1)).unflatten(2, (inputs, *like.shape[2:]))
             return grouped.transpose(1, 2).flatten(0, 1)
         return matrix.view_as(like)
+
+
+# Models have few different ones, and each is asked for several times.
+_matrix = lru_cache(maxsize=1024)(Matrix)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -181,9 +186,11 @@ def is_stored(layer: nn.Module, parameter: str) -> bool:
 
 def read_weight(layer: nn.Module, parameter: str) -> Tensor:
     """A weight of a layer, computed where it is parametrised; None for the bias of a layer without one."""
-    for hook in _norm_hooks(layer, parameter).values():
-        return cast(Tensor, hook.compute_weight(layer))
-    return cast(Tensor, getattr(layer, parameter))
+    if layer._forward_pre_hooks:
+        for hook in _norm_hooks(layer, parameter).values():
+            return cast(Tensor, hook.compute_weight(layer))
+    stored = layer._parameters.get(parameter)  # Past nn.Module.__getattr__, which is slow.
+    return cast(Tensor, getattr(layer, parameter)) if stored is None else stored
 
 
 def _is_source(layer: nn.Module, parameter: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import weights
 from adapters.branch import Branch
+from adapters.building import Mould, build, share, tied_to
 from adapters.errors import AdapterError, LayerMismatchError, TargetError
 from adapters.layers import Matrix, buffers, is_narrow
 from adapters.matching import find_layers
@@ -22,7 +23,7 @@ from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.models import Model, as_module
 from adapters.naming import with_names_of
-from adapters.patch import Patch, Place, build, check_name, refuse, share, tied_to, without_collections
+from adapters.patch import Patch, Place, check_name, refuse, without_collections
 from adapters.rotary import in_halves
 from adapters.targets import Layer, layers, select, structure
 
@@ -90,10 +91,7 @@ def load(
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     if problems := problems + unfit:
         refuse(_mismatch(source, model, file), problems)
-    places = _restored(entries, everything, file)
-    for place in places:
-        for _, parameter in place.branch.named_weights():
-            parameter.requires_grad_(trainable)
+    places = _restored(entries, everything, file, trainable)
     patch = Patch(name, model, places, scale, freezes=trainable)
     patch.skipped = (*sorted(missing), *file.others)
     return patch.inject()
@@ -152,9 +150,7 @@ class _Entry:
     @cached_property
     def structure(self) -> object:
         """Equal for entries whose branches differ only in their values, unless there is more to them than those."""
-        module, site = self.layer.module, self.site
-        known = type(module).__module__.startswith("torch.nn.")  # What it says of itself is all there is to it.
-        return self.kind, site.dtype, site.device, module.extra_repr() if known else id(module)
+        return self.kind, self.site.kind
 
     @cached_property
     def kind(self) -> object:
@@ -284,7 +280,9 @@ def _shared_misfits(entries: Sequence[_Entry], file: weights.AdapterFile, partia
     return problems
 
 
-def _restored(entries: Sequence[_Entry], everything: Sequence[Layer], file: weights.AdapterFile) -> list[Place]:
+def _restored(
+    entries: Sequence[_Entry], everything: Sequence[Layer], file: weights.AdapterFile, trainable: bool
+) -> list[Place]:
     """Branches as a file has them, in their places."""
     shared = share((entry.method, entry.site) for entry in entries)
     for common in shared.values():
@@ -293,6 +291,7 @@ def _restored(entries: Sequence[_Entry], everything: Sequence[Layer], file: weig
     places: list[Place] = []
     uses: dict[object, tuple[Branch, Mapping[str, Tensor]]] = {}
     moulds: dict[object, _Mould] = {}
+    built: list[Branch] = []
     for entry in entries:
         first, same = uses.get(entry.use, (None, entry.tensors))
         if first is not None and _equal(entry.tensors, same):  # They were tied when the file was made.
@@ -300,11 +299,12 @@ def _restored(entries: Sequence[_Entry], everything: Sequence[Layer], file: weig
             continue
         mould = moulds.get(entry.structure)
         if mould is not None:
-            branch = mould.cast(entry.tensors)
+            branch = mould.cast(entry.tensors, trainable)
         else:
             branch = _built(entry, entry.site, shared[entry.method])
             own = entry.method.file_tensors(branch)
             _fill(own, entry.tensors)
+            built.append(branch)
             if (mould := _Mould.of(branch, own)) is not None:
                 moulds[entry.structure] = mould
         uses[entry.use] = branch, entry.tensors
@@ -313,32 +313,33 @@ def _restored(entries: Sequence[_Entry], everything: Sequence[Layer], file: weig
             others = [other for other in everything if not file.layers.keys() & {*other.paths}]
             tied = [other for other in others if (entry.method, other.use(entry.method)) == entry.use]
             places += [Place.of(other, tied_to(branch)) for other in tied]
+    for branch in built:
+        for _, parameter in branch.named_weights():
+            parameter.requires_grad_(trainable)
     return places
 
 
-@dataclass(frozen=True)
 class _Mould:
     """A branch to make others of that differ only in their values, and what its parameters are called in a file."""
 
-    branch: Branch
-    parameters: Mapping[str, tuple[str, nn.Parameter]]
+    def __init__(self, mould: Mould, names: Mapping[int, str]) -> None:
+        self._mould = mould
+        self._parameters = [(names[id(parameter)], parameter) for parameter in mould.parameters.values()]
 
     @classmethod
     def of(cls, branch: Branch, own: Mapping[str, Tensor]) -> _Mould | None:
         """That of a branch, unless there is more to it than the parameters that a file has."""
-        names = {id(parameter): (name, parameter) for name, parameter in branch.named_parameters()}
-        if not branch.has_twins or {id(tensor) for tensor in own.values()} != names.keys():
-            return None
-        return cls(branch, {key: names[id(tensor)] for key, tensor in own.items()})
+        mould, names = Mould.of(branch), {id(tensor): key for key, tensor in own.items()}
+        fits = mould is not None and names.keys() == {id(parameter) for parameter in mould.parameters.values()}
+        return cls(mould, names) if mould is not None and fits else None
 
-    def cast(self, tensors: Mapping[str, Tensor]) -> Branch:
+    def cast(self, tensors: Mapping[str, Tensor], trainable: bool) -> Branch:
         """A branch with the values that a file has, which were found to fit."""
-        return self.branch.twin(
-            {
-                name: tensor if _is_alike(tensor := tensors[key], like) else tensor.view(like.shape).to(like)
-                for key, (name, like) in self.parameters.items()
-            }
-        )
+        values = [
+            tensor if _is_alike(tensor := tensors[key], like) else tensor.view(like.shape).to(like)
+            for key, like in self._parameters
+        ]
+        return self._mould.cast(values, trainable)
 
 
 def _is_alike(one: Tensor, other: Tensor) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapters.targets import Layer
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Site:
     """A weight that is to have a branch, and where the branch's tensors go.
 
@@ -95,6 +95,14 @@ class Site:
     def kernel(self) -> tuple[int, ...]:
         """The size of the kernel of a convolution, `()` for what is none."""
         return tuple(cast(Any, self.layer).kernel_size) if self.matrix.kind == "convolution" else ()
+
+    @property
+    def kind(self) -> object:
+        """Equal for weights whose branches of one method differ only in their values."""
+        layer = self.layer
+        known = type(layer).__module__.startswith("torch.nn.")  # What it says of itself is all there is to it.
+        look = layer.extra_repr() if known else id(layer)
+        return type(layer), look, self.parameter, self.matrix, self.device, self.dtype
 
     @cached_property
     def weight(self) -> Tensor:
@@ -259,6 +267,15 @@ class Method(ABC):
         branch.common = frozenset(shared)
         branch.constants = frozenset(name for name, tensor in shared.items() if not tensor.requires_grad)
         return branch
+
+    def starts(self, sites: Sequence[Site], like: Mapping[str, Tensor]) -> Iterable[Sequence[Tensor]] | None:
+        """The first values of the parameters of many branches, made together; None where `build` makes them.
+
+        Args:
+            sites: Weights of one kind.
+            like: The parameters of a branch for another weight of that kind.
+        """
+        return None
 
     def names(self, site: Site) -> tuple[str, ...]:
         """The parameters of the layer that it changes, the weight first, then the bias if it changes that."""

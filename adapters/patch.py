@@ -8,7 +8,7 @@ import gc
 import itertools
 import tempfile
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 import weights
-from adapters.adapted import Adapted, Made, nodes
+from adapters.adapted import Adapted, Made, base_modules, nodes
 from adapters.adapter import Slot, WeakSlots, find_all_slots
 from adapters.branch import Branch
+from adapters.building import build_all, tied_to
 from adapters.choice import finite
-from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError, TargetError
+from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, PatchStateError
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
-from fluxion.module import shallow_copy
 from weights.card import CARD
 from weights.errors import listed
 
@@ -48,12 +48,7 @@ class Place:
 
     @classmethod
     def of(cls, layer: Layer, branch: Branch) -> Place:
-        place = cls(layer.path, branch, None, WeakSlots())
-        place.remember(layer.module, layer.slots)
-        return place
-
-    def remember(self, layer: nn.Module, slots: list[Slot]) -> None:
-        self.layer, self.slots = weakref.ref(layer), WeakSlots(slots)
+        return cls(layer.paths[0], branch, weakref.ref(layer.module), WeakSlots(layer.slots))
 
     @property
     def node(self) -> Adapted | None:
@@ -86,29 +81,25 @@ class Place:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "layer": None}
 
-    def attach(self, layer: nn.Module, slots: list[Slot]) -> None:
+    def attach(self, layer: nn.Module, slots: list[Slot], name: str) -> None:
         """Put the branch beside the layer, in the node that is there or in a new one."""
         parent, key = slots[0]
         found = parent._modules[key]
         node = found if isinstance(found, Adapted) else Adapted(layer)
-        name = f"{self.branch.method.key}_{self.branch.patch.name.replace('.', '_')}"
-        if self.branch.parameter != "weight":
-            name += f"_{self.branch.parameter}"
-        node.hold(name, self.branch)
+        node.hold(name if self.branch.parameter == "weight" else f"{name}_{self.branch.parameter}", self.branch)
         if self.branch.training != layer.training:
             self.branch.train(layer.training)
         if node is not found:
-            node._occupy(slots)
+            node._occupy(slots, self.slots)
 
     def detach(self) -> None:
         """Take the branch out, and the node too when it was the last one."""
         if (node := self.node) is not None:
-            slots = node.slots
-            if slots:
-                self.remember(node.base, slots)
-            node.remove(self.branch)
+            if slots := node.slots:
+                self.layer, self.slots = weakref.ref(node.base), node._outside
+            node.release(self.branch)
             if slots and not node.branches:
-                node.eject()
+                node._vacate(slots)
 
 
 class Patch:
@@ -138,7 +129,7 @@ class Patch:
         self._frozen: list[nn.Parameter] = []
         self._number = -1
         for place in places:
-            place.branch.patch = self
+            place.branch.__dict__["patch"] = self  # Past nn.Module.__setattr__, which is slow.
 
     # What it is
 
@@ -316,9 +307,10 @@ class Patch:
         with _all_or_nothing() as undo:
             undo.callback(_known.clear)
             undo.callback(setattr, self, "_number", -1)
+            undo.callback(self._detach)
+            name = self.name.replace(".", "_")
             for place, layer, slots in occupied:
-                undo.callback(place.detach)
-                place.attach(layer, slots)
+                place.attach(layer, slots, f"{place.branch.method.key}_{name}")
             if self._freezes:
                 self._freeze(model)
         return self
@@ -340,9 +332,12 @@ class Patch:
             self.unmerge()
         self._leave(model)
 
-    def _leave(self, model: nn.Module) -> None:
-        for place in self.places:
+    def _detach(self) -> None:
+        for place in reversed(self.places):
             place.detach()
+
+    def _leave(self, model: nn.Module) -> None:
+        self._detach()
         self._number = -1
         _known.clear()
         # What it froze thaws, unless another patch still wants it frozen: then that one sees to it.
@@ -624,12 +619,9 @@ def _new_places(
     for ((layer, *_), method), site in zip(chosen, sites, strict=True):
         method.check_site(site)
         method.check_training(layer.module, layer.parameter)
-    shared = share(zip((method for _, method in chosen), sites, strict=True))
+    branches = build_all([(method, site) for (_, method), site in zip(chosen, sites, strict=True)])
     places: list[Place] = []
-    for ((layer, *tied), method), site in zip(chosen, sites, strict=True):
-        branch = build(method, site, shared[method])
-        if next(branch.named_weights(), None) is None:
-            raise TargetError(f"{method} has nothing to train at {site.path}: exclude it, or choose other numbers.")
+    for ((layer, *tied), _), branch in zip(chosen, branches, strict=True):
         places.append(Place.of(layer, branch))
         places += [Place.of(other, tied_to(branch)) for other in tied]
     return places
@@ -641,9 +633,9 @@ def patches(model: Model) -> dict[str, Patch]:
     found = _known.get(model)
     if found is None:
         here = dict.fromkeys(nodes(model))
-        copies = [node for node in here if not node.slots]  # They learn where they are.
-        for node, slots in find_all_slots(model, copies).items():
-            node._outside = WeakSlots(slots)
+        if copies := [node for node in here if not node.slots]:  # They learn where they are.
+            for node, slots in find_all_slots(model, copies).items():
+                node._outside = WeakSlots(slots)
         unique = {id(branch.patch): branch.patch for node in here for branch in node.branches}
         for patch in unique.values():
             if patch._model is None:
@@ -655,10 +647,11 @@ def patches(model: Model) -> dict[str, Patch]:
 
 def _base_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
     """The parameters of the base model by id, with those that merged ones stand in for."""
-    here = nodes(model)
-    added = {id(parameter) for node in here for branch in node.branches for parameter in branch.parameters()}
-    held = (*model.parameters(), *(parameter for node in here for parameter in node.kept()))
-    return {id(parameter): parameter for parameter in held if id(parameter) not in added}
+    found: dict[int, nn.Parameter] = {}
+    for module in base_modules(model):
+        own = module.kept() if isinstance(module, Adapted) else module._parameters.values()
+        found.update((id(parameter), parameter) for parameter in own if parameter is not None)
+    return found
 
 
 def find(model: Model, name: str) -> Patch:
@@ -673,33 +666,6 @@ def find(model: Model, name: str) -> Patch:
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "it has no patches."
         raise PatchNameError(f"The model has no patch {name!r}: {hint}")
     return known[name]
-
-
-def share(sites: Iterable[tuple[Method, Site]]) -> dict[Method, dict[str, Tensor]]:
-    """What the weights of each method have in common."""
-    by_method: dict[Method, list[Site]] = {}
-    for method, site in sites:
-        by_method.setdefault(method, []).append(site)
-    return {method: method.share(sites) for method, sites in by_method.items()}
-
-
-def build(method: Method, site: Site, shared: dict[str, Tensor]) -> Branch:
-    """A new branch of a method for a weight, with the tensors that it shares with others."""
-    branch = method.build(site, shared)
-    branch.method, branch.matrix, branch.parameter = method, site.matrix, site.parameter
-    branch.names = method.names(site)
-    branch.beside = method.beside(site.layer, site.matrix) and (not branch.names or site.parameter == "weight")
-    return branch
-
-
-def tied_to(branch: Branch) -> Branch:
-    """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
-    twin = branch.structural_copy()
-    for key, module in twin._modules.items():
-        if not (module._parameters or module._modules):
-            twin._modules[key] = shallow_copy(module)  # The layers may be in different modes.
-    twin.tied = True
-    return twin
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ _REGEX = re.compile(r"[\\()|\[\]+?^$]|\.\*[^.]|^\.")
 _HEAD_NAMES = frozenset({"lm_head", "classifier", "score", "head", "output_head"})
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Layer:
     """A weight of the base model: `weight` of a module, or a parameter that is no module's `weight`.
 
@@ -44,25 +44,20 @@ class Layer:
         paths: Its dotted paths: of the module, for a `weight`; several when the module is shared.
         slots: The modules that hold the module, or its adapters, and the keys there.
         owners: Modules made of several weights that this one belongs to, and their paths.
+        node: What stands where the module was, if it has adapters.
     """
 
     module: nn.Module
     parameter: str
-    paths: list[str] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
-    owners: list[tuple[str, nn.Module]] = field(default_factory=list)
+    paths: list[str]
+    slots: list[Slot]
+    owners: list[tuple[str, nn.Module]]
+    node: Adapted | None
 
     @property
     def path(self) -> str:
         """The first path."""
         return self.paths[0]
-
-    @property
-    def node(self) -> Adapted | None:
-        """The node that stands where the module was, if it has adapters."""
-        parent, key = self.slots[0]
-        found = parent._modules[key]
-        return found if isinstance(found, Adapted) else None
 
     def use(self, method: Method) -> object:
         """Equal for layers that use one parameter in a way that is the same to a method."""
@@ -100,18 +95,23 @@ def layers(model: nn.Module) -> list[Layer]:
     stack = [below for prefix, root in reversed([*roots(model)]) for below in _below(root, prefix)]
     while stack:
         path, parent, key, child = stack.pop()
-        module = child.base if isinstance(child, Adapted) else child
+        node = child if isinstance(child, Adapted) else None
+        module = child if node is None else node.base
         bare = [name for name, value in module._parameters.items() if value is not None and name != "weight"]
         for parameter in ["weight", *bare]:
-            layer = found.setdefault((id(module), parameter), Layer(module, parameter))
-            layer.paths += [path if parameter == "weight" else f"{path}.{parameter}"]
-            if (parent, key) not in layer.slots:
-                layer.slots.append((parent, key))
+            own_path = path if parameter == "weight" else f"{path}.{parameter}"
+            if (layer := found.get((id(module), parameter))) is None:
+                layer = Layer(module, parameter, [own_path], [(parent, key)], [], node)
+                found[id(module), parameter] = layer
+            else:
+                layer.paths.append(own_path)
+                layer.slots += [(parent, key)] * ((parent, key) not in layer.slots)
             if isinstance(module, nn.MultiheadAttention) and parameter in _PROJECTIONS:
                 layer.owners.append((path, module))
             if isinstance(parent, nn.MultiheadAttention) and parameter == "weight":
                 layer.owners.append((path.rpartition(".")[0], parent))
-        stack += _below(module, f"{path}.")
+        if module._modules:
+            stack += _below(module, f"{path}.")
     return list(found.values())
 
 
@@ -164,6 +164,9 @@ def select(
         matching = [selector for selector in selectors if selector.matches(layer, selector.method)]
         able = [selector for selector in matching if selector.can_adapt(layer)]
         first = (able or matching)[0].method if matching else None
+        if not matching and not excluded:
+            rest.append(layer)
+            continue
         left_out = [selector for selector in excluded if selector.matches(layer, first)]
         for selector in left_out:
             selector.useful = True
@@ -207,9 +210,11 @@ def _with_tied(chosen: list[tuple[Layer, Method]], rest: list[Layer]) -> list[tu
     for layer, method in chosen:
         if id(layer) in taken:
             continue
-        use = layer.use(method)
-        same = candidates[id(layer.own)] if layer.own is not None else [layer]
-        group = [other for other in same if id(other) not in taken and other.use(method) == use]
+        own = layer.own
+        group = [layer] if own is None else candidates[id(own)]
+        if len(group) > 1:
+            use = layer.use(method)
+            group = [other for other in group if id(other) not in taken and other.use(method) == use]
         taken.update(map(id, group))
         groups.append((group, method))
     return groups
@@ -232,6 +237,8 @@ class _Selector:
     def matches(self, layer: Layer, method: Method | None) -> bool:
         """Whether it matches a layer, or what makes a method choose it."""
         bare = layer.parameter != "weight"
+        if bare and not (layer.owners or self._reaches_parameters or (method and method.chooses(layer.parameter))):
+            return False
         names = [] if bare and not layer.owners and not self._reaches_parameters else layer.names
         # Torch's attention is a target by its parts, or as a whole for what changes no weights.
         if method is not None and method.mergeable and isinstance(layer.module, nn.MultiheadAttention) and not bare:

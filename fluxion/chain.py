@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fluxion.context import Context, ContextProvider, Contexts, running, start_call
 from fluxion.errors import ChainTypeError, ChainValueError, ChildNotFoundError, ContextError
 from fluxion.location import locate
-from fluxion.module import ContextModule, Module
+from fluxion.module import ContextModule, Late, Module
 from fluxion.walk import Predicate, walk
 
 T = TypeVar("T", bound=nn.Module)
@@ -47,6 +47,10 @@ class Chain(ContextModule):
     _tag = "CHAIN"
     _may_repeat = False
 
+    _provider = Late(ContextProvider)
+    _suffixes = Late(lambda chain: {})  # By class name, the last number that a key was given.
+    _places = Late(lambda chain: {})  # By the id of a child, its key: a hint.
+
     def __init__(self, *args: nn.Module | Iterable[nn.Module]) -> None:
         """
         Args:
@@ -57,7 +61,7 @@ class Chain(ContextModule):
             ChainValueError: A child already has a parent, or a chain is given twice.
         """
         super().__init__()
-        self.__dict__.update(_provider=ContextProvider(self), _suffixes={}, _places={})
+        self.__dict__["_provider"] = ContextProvider(self)  # A compiled call would see one come.
         modules = _as_modules(args)
         self._check(modules, holders=())  # Nothing can hold this chain yet.
         self._insert_all(0, modules)
@@ -108,7 +112,7 @@ class Chain(ContextModule):
     @property
     def provider(self) -> ContextProvider:
         """The contexts of this chain itself."""
-        return cast(ContextProvider, self.__dict__["_provider"])
+        return cast(ContextProvider, self._provider)
 
     def set_context(self, context: str, value: Context) -> None:
         """Set a context of this chain, for the running call or else for the next one of this thread or task."""
@@ -212,7 +216,7 @@ class Chain(ContextModule):
         Raises:
             ChainValueError: It is not a child of this chain.
         """
-        places: dict[int, str] = self.__dict__["_places"]
+        places: dict[int, str] = self._places
         key = places.get(id(module))
         if key is not None and self._modules.get(key) is module:
             return key
@@ -384,7 +388,8 @@ class Chain(ContextModule):
         if hasattr(type(self), "_pre_structural_copy"):  # Looked for in the class: asking an instance takes longer.
             self._pre_structural_copy()
         clone = super().structural_copy()
-        clone.__dict__.update(_provider=ContextProvider(clone), _places={})
+        for name in ("_provider", "_places"):
+            clone.__dict__.pop(name, None)
         copies: dict[int, nn.Module] = {}  # A leaf used twice is one leaf in the copy too.
         for name, child in self._modules.items():
             if isinstance(child, ContextModule):
@@ -435,7 +440,7 @@ class Chain(ContextModule):
 
     def _new_key(self, class_name: str, numbered: bool) -> str:
         """A key that is free: the class name, or the class name with the next number."""
-        suffixes: dict[str, int] = self.__dict__["_suffixes"]
+        suffixes: dict[str, int] = self._suffixes
         number = suffixes.get(class_name, 0) + 1
         key = f"{class_name}_{number}" if numbered or number > 1 else class_name
         while key in self._modules:
@@ -473,7 +478,7 @@ class Chain(ContextModule):
     def _insert_all(self, index: int, modules: Sequence[nn.Module]) -> None:
         before = len(self._modules)
         repeated = Counter(type(module).__name__ for module in modules) if len(modules) > 1 else {}
-        places: dict[int, str] = self.__dict__["_places"]
+        places: dict[int, str] = self._places
         for module in modules:
             name = type(module).__name__
             key = self._new_key(name, numbered=repeated.get(name, 0) > 1)
@@ -497,7 +502,7 @@ class Chain(ContextModule):
     def _swap(self, key: str, module: nn.Module) -> nn.Module:
         """Put a module in a slot and return the old one, without checks and without touching parent links."""
         old, self._modules[key] = self._modules[key], module
-        places: dict[int, str] = self.__dict__["_places"]
+        places: dict[int, str] = self._places
         places.pop(id(old), None)
         if places and places.setdefault(id(module), key) != key:
             places.clear()  # Used twice: which use comes first is found out when it is asked for.
@@ -505,8 +510,8 @@ class Chain(ContextModule):
 
     def _take(self, key: str) -> nn.Module:
         module = self._modules.pop(key)
-        self.__dict__["_places"].pop(id(module), None)
-        suffixes: dict[str, int] = self.__dict__["_suffixes"]
+        self._places.pop(id(module), None)
+        suffixes: dict[str, int] = self._suffixes
         name = type(module).__name__
         number = suffixes.get(name, 0)
         if key == f"{name}_{number}" or (key == name and number == 1):
@@ -531,11 +536,11 @@ class Chain(ContextModule):
         return type(self) in _TAG_ONLY
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_provider": None, "_places": {}}
+        left_out = ("_provider", "_places")
+        return {name: value for name, value in super().__getstate__().items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_provider"] = ContextProvider(self)
         for child in self:
             _link(child, self)
 
@@ -701,10 +706,10 @@ def entry(layer: nn.Module) -> Callable[..., Any]:
     """
     state = layer.__dict__
     if (
-        state["_forward_pre_hooks"]
-        or state["_forward_hooks"]
-        or state["_backward_pre_hooks"]
-        or state["_backward_hooks"]
+        state.get("_forward_pre_hooks")
+        or state.get("_forward_hooks")
+        or state.get("_backward_pre_hooks")
+        or state.get("_backward_hooks")
         or any(_GLOBAL_HOOKS)
         or layer._compiled_call_impl is not None
         or type(layer).__call__ not in _PLAIN_CALLS

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -215,21 +214,72 @@ class WeightedModule(Module):
         return f"{line}{separator}device={self.device}, dtype={str(self.dtype).removeprefix('torch.')})"
 
 
-def shallow_copy(module: M) -> M:
-    """A copy with the same parameters, buffers and children, and with tables of its own for them and for hooks.
+class Late:
+    """An attribute that is made when it is first asked for, and from then on is the object's own."""
 
-    One level of copying keeps what hooks, buffers and private attributes hold, and lets the two diverge.
+    def __init__(self, make: Callable[[Any], Any], name: str = "") -> None:
+        self._make, self._name = make, name
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        return instance.__dict__.setdefault(self._name, self._make(instance))  # One object, whatever threads do.
+
+
+# Most modules never have a hook, and torch gives each of them a dozen tables for hooks, most of its size and of the
+# time to make it. A shallow copy of a Module has those that are empty when they are asked for.
+_HOOK_TABLES: dict[str, Any] = {
+    name: type(value)
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, (dict, set)) and name not in ("_parameters", "_buffers", "_modules")
+}
+
+
+def _empty(kind: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda module: kind()
+
+
+for _name, _kind in _HOOK_TABLES.items():
+    setattr(Module, _name, Late(_empty(_kind), _name))
+
+
+class Template(Generic[M]):
+    """Makes shallow copies of one module: what has to be copied is found once.
+
+    A copy has the same parameters, buffers and children, and tables of its own for them and for hooks. One level of
+    copying keeps what hooks, buffers and private attributes hold, and lets the two diverge.
     """
-    clone = type(module).__new__(type(module))
-    state = module.__dict__.copy()
-    for key, value in state.items():
-        if isinstance(value, (dict, set)):
-            state[key] = value.copy() if value or type(value) not in _TABLES else type(value)()  # The quicker way.
-    clone.__dict__.update(state)
-    return clone
+
+    def __init__(self, module: M) -> None:
+        self._class = type(module)
+        self._shared: dict[str, Any] = {}
+        self._copied: list[tuple[str, Callable[[], Any]]] = []
+        late = isinstance(module, Module)
+        for name, value in vars(module).items():
+            if not isinstance(value, (dict, set)):
+                self._shared[name] = value
+            elif value or not (late and name in _HOOK_TABLES):
+                self._copied.append((name, value.copy))
+
+    def copy(self) -> M:
+        """A shallow copy of the module."""
+        clone = self._class.__new__(self._class)
+        self.fill(clone.__dict__)
+        return clone
+
+    def fill(self, state: dict[str, Any]) -> None:
+        """Give the `__dict__` of another module the attributes that a shallow copy would have."""
+        state.update(self._shared)
+        for name, copied in self._copied:
+            state[name] = copied()
 
 
-_TABLES = (dict, set, OrderedDict)
+def shallow_copy(module: M) -> M:
+    """A copy with the same parameters, buffers and children, and with tables of its own for them and for hooks."""
+    return Template(module).copy()
 
 
 def _is_basic(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,9 @@ class DoRA(LoRA):
         if not (branch.lora_magnitude_vector.is_meta or site.blank):
             self.settle(branch, site.weight)
         return branch
+
+    def starts(self, sites: Sequence[Site], like: Mapping[str, Tensor]) -> None:
+        """Each weight has lengths of its own."""
 
     def settle(self, branch: Branch, weight: Tensor) -> None:
         """The lengths are those that there are at the start."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -67,6 +67,8 @@ class LoRA(LowRank):
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check_site(self, site: Site) -> None:
+        if not self.bias and not STARTS[self.init].needs:
+            return
         name = type(self).__name__
         if self.bias and not is_layer(site.layer, site.parameter):
             raise TargetError(f"{site.path} takes no bias of B: give it a {name} with bias=False.")
@@ -77,7 +79,7 @@ class LoRA(LowRank):
             )
 
     def check_training(self, layer: nn.Module, parameter: str) -> None:
-        if not isinstance(layer, nn.Embedding) and not (parameter == "weight" and is_plain(layer)):
+        if self.dropout and not isinstance(layer, nn.Embedding) and not (parameter == "weight" and is_plain(layer)):
             refuse_dropout(self, layer)
 
     def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
@@ -98,6 +100,14 @@ class LoRA(LowRank):
             nn.init.zeros_(cast(Tensor, up.bias))
         STARTS[self.init].apply(branch, site, down.weight, up.weight, self.scaling)
         return branch
+
+    def starts(self, sites: Sequence[Site], like: Mapping[str, Tensor]) -> Iterable[Sequence[Tensor]] | None:
+        count = len(sites)
+        made = {name: tensor.new_zeros(count, *tensor.shape) for name, tensor in like.items()}
+        down, up = made["lora_A.weight"], made["lora_B.weight"]
+        a, b = as_matrices(like["lora_A.weight"], like["lora_B.weight"], sites[0].matrix)
+        STARTS[self.init].fill(sites[0], down.view(count, *a.shape), up.view(count, *b.shape), self.scaling)
+        return zip(*made.values(), strict=True)
 
     def settle(self, branch: Branch, weight: Tensor) -> None:
         """Set what depends on how A and B start, for a weight: called when they have been given other values."""

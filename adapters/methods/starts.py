@@ -113,10 +113,10 @@ def _orthogonal(site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
     if rank % 2:
         raise TargetError(f"init='orthogonal' needs an even rank, not {rank}.")
     like: dict[str, Any] = {"device": down.device, "dtype": torch.promote_types(down.dtype, torch.float32)}
-    q = torch.linalg.qr(torch.randn(rank, rank, **like)).Q
-    shape = (*down.shape[:-2], rank // 2)
-    down.copy_(q[0::2].T @ torch.randn(*shape, down.shape[-1], **like) / 10)
-    up.copy_(torch.randn(*shape, up.shape[-2], **like).mT @ q[1::2] / 10)
+    stack = down.shape[:-2]
+    q = torch.linalg.qr(torch.randn(*stack, rank, rank, **like)).Q
+    down.copy_(q[..., 0::2, :].mT @ torch.randn(*stack, rank // 2, down.shape[-1], **like) / 10)
+    up.copy_(torch.randn(*stack, rank // 2, up.shape[-2], **like).mT @ q[..., 1::2, :] / 10)
 
 
 def _pissa(site: Site, down: Tensor, up: Tensor, scaling: float) -> None:
