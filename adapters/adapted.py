@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,14 @@ from adapters.adapter import Adapter, WeakSlots
 from adapters.branch import Branch
 from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
+from adapters.fusion import Fusion
 from adapters.layers import is_plain, is_stored, read_weight, substitute, widened, with_parameters, with_weights
+from adapters.low_rank import is_ready, linear
+from fluxion.chain import PLAIN_CALLS, entry
 from fluxion.module import Late, Template
+
+if TYPE_CHECKING:
+    from adapters.patch import Patch
 
 Active = list[tuple[Branch, float]]
 """Branches that act, in the order of their injection, and how strongly."""
@@ -41,7 +47,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     _tag = "ADAPTED"
     _may_repeat = True  # A shared layer is adapted once, by one node in all of its places.
 
-    __call__ = nn.Module.__call__  # It provides no context, so a call of it is not a call of a tree.
+    _fusion: Fusion | None  # The short way, as it was found last.
 
     def __init__(self, layer: nn.Module) -> None:
         # A model may get thousands of these: what the constructors make takes ten times as long as copies of it.
@@ -56,6 +62,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             _merged=[],
             _own={},
             _computed={},
+            _fusion=None,
         )
 
     @property
@@ -86,52 +93,57 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             name += "_"
         self._modules[name] = branch  # Past the checks of what it is, and for what else has that name.
         branch._set_parent(self)
+        self.__dict__["_fusion"] = None
 
     def release(self, branch: Branch) -> None:
         """Take a branch out."""
         modules = self._modules
         del modules[next(key for key, child in modules.items() if child is branch)]
         branch._set_parent(None)
+        self.__dict__["_fusion"] = None  # It would keep the branch.
 
     @property
     def path(self) -> str:
         """The path of the layer in the model, as its patches know it."""
         return next(place.path for branch in self.branches for place in branch.patch.places if place.branch is branch)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fusion": None}
+
     def _post_structural_copy(self, source: Adapter[nn.Module]) -> None:
         super()._post_structural_copy(source)
         shared = {name: vars(source)[name] for name in ("_merged", "_own", "_computed")}
-        self.__dict__.update(shared)
+        self.__dict__.update(shared, _fusion=None)
 
     def _show_only_tag(self) -> bool:
         return True
 
     # Running
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # It provides no context, so a call of it is not a call of a tree.
+        run = entry(self)
+        return nn.Module.__call__(self, *args, **kwargs) if run is self else run(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and "input" in kwargs:  # What torch's layers call it.
             args = (kwargs.pop("input"),)
-        chosen = self._chosen()
+        state = self.__dict__
+        fusion: Fusion | None = state["_fusion"]
+        if fusion is None or not fusion.holds(state):
+            fusion = state["_fusion"] = Fusion(self)
+        chosen = _chosen(fusion.branches)
         if isinstance(chosen, Rows):
             try:
                 return chosen.run(self.base, self._of_row, args, kwargs)
             except RowsError as error:
                 raise RowsError(error.reason, error.path or self.path) from None
+        if chosen and len(args) == 1 and not kwargs and not state["_merged"] and (pairs := fusion.pairs(chosen)):
+            x, weight, bias = args[0], cast(Tensor, fusion.own.get("weight")), fusion.own["bias"]
+            alone = len(pairs) == 1 or not any(pair[3] for pair in pairs)  # What drops inputs of its own.
+            if alone and is_ready(x, weight, bias):
+                return linear(x, weight, bias, pairs)
         return self._compose(chosen)(*args, **kwargs)
-
-    def _chosen(self) -> Active | Rows:
-        weights = current()
-        active: Active = []
-        for branch in self.branches:
-            patch = branch.patch
-            scale = weights.get(patch) if weights else None
-            if scale is None:
-                scale = patch.scale if patch.enabled else 0.0
-            if isinstance(scale, Rows):
-                return scale
-            if scale != 0:
-                active.append((branch, scale))
-        return active
 
     def _compose(self, active: Active) -> Callable[..., Any]:
         """The layer with these branches: some in its weights, then, from the inside out, those computed beside it.
@@ -188,7 +200,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def effective(self, name: str) -> Tensor | None:
         """A parameter of the layer with what the branches make of it at the moment."""
-        chosen = self._chosen()
+        chosen = _chosen(self.branches)
         weight = read_weight(self.base, name)
         if weight is not None and isinstance(chosen, Rows):
             return weight.detach().as_subclass(RowWeight)
@@ -337,6 +349,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         )
 
 
+PLAIN_CALLS.add(Adapted.__call__)
 _EMPTY = Template(fl.Chain())
 _NOWHERE = WeakSlots()
 
@@ -359,6 +372,22 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
 def nodes(model: nn.Module) -> list[Adapted]:
     """The nodes in a model in order, each once. What patches have added is not looked through."""
     return [module for module in base_modules(model) if isinstance(module, Adapted)]
+
+
+def _chosen(branches: Iterable[Branch]) -> Active | Rows:
+    """Which of the branches of a node act, and how strongly, or what is chosen for each row."""
+    weights = current()
+    active: Active = []
+    for branch in branches:
+        patch: Patch = branch.__dict__["patch"]
+        scale = weights.get(patch) if weights else None
+        if scale is None:
+            scale = patch._scale if patch.enabled else 0.0
+        if isinstance(scale, Rows):
+            return scale
+        if scale != 0:
+            active.append((branch, scale))
+    return active
 
 
 def _use(branch: Branch) -> object:

@@ -17,6 +17,7 @@ from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, is_narrow, read_weight, widened
 
 if TYPE_CHECKING:
+    from adapters.fusion import Thin
     from adapters.targets import Layer
 
 
@@ -310,6 +311,13 @@ class Method(ABC):
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
         """The output of a layer together with the branch, computed beside the layer rather than in its weight."""
         raise NotImplementedError
+
+    def thin(self, branch: Branch) -> Thin | None:
+        """The layers that the branch is made of, where it adds two thin matrices to the weight of a linear layer.
+
+        None for anything else, and for a branch that was changed by hand.
+        """
+        return None
 
     # Files and pictures
 

@@ -712,14 +712,14 @@ def entry(layer: nn.Module) -> Callable[..., Any]:
         or state.get("_backward_hooks")
         or any(_GLOBAL_HOOKS)
         or layer._compiled_call_impl is not None
-        or type(layer).__call__ not in _PLAIN_CALLS
+        or type(layer).__call__ not in PLAIN_CALLS
         or torch.compiler.is_compiling()
     ):
         return layer
     return layer.forward
 
 
-_PLAIN_CALLS = (_MODULE_CALL, Chain.__call__)
+PLAIN_CALLS = {_MODULE_CALL, Chain.__call__}  # A class whose own call does no more than run may join.
 
 
 def structural_copy(module: T) -> T:

@@ -14,9 +14,18 @@ import fluxion as fl
 from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
 from adapters.forms import LowRank
+from adapters.fusion import Thin
 from adapters.layers import Matrix, is_plain
 from adapters.method import Method, Site, need, need_alpha, need_choice, need_dropout, need_rank, refuse_dropout
-from adapters.methods.factors import GroupsToSamples, SamplesToGroups, as_matrices, factors, groups_of, is_layer
+from adapters.methods.factors import (
+    GroupsToSamples,
+    Linear,
+    SamplesToGroups,
+    as_matrices,
+    factors,
+    groups_of,
+    is_layer,
+)
 from adapters.methods.starts import STARTS
 
 
@@ -131,6 +140,17 @@ class LoRA(LowRank):
     def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
         return output.add(branch.forward(branch.cast(x)).to(output.dtype), alpha=scale)
+
+    def thin(self, branch: Branch) -> Thin | None:
+        kinds = {"Dropout": fl.Dropout, "lora_A": Linear, "Multiply": fl.Multiply, "lora_B": Linear}
+        if not self.dropout:
+            del kinds["Dropout"]
+        if self.scaling == 1:
+            del kinds["Multiply"]
+        parts = branch._modules
+        if self.bias or {name: type(part) for name, part in parts.items()} != kinds or list(parts) != list(kinds):
+            return None
+        return Thin(*(parts.get(name) for name in ("lora_A", "lora_B", "Multiply", "Dropout")))  # type: ignore[arg-type]
 
     def hyperparameters(self) -> dict[str, Any]:
         return {name: value for name, value in super().hyperparameters().items() if name != "init"}

@@ -1,0 +1,151 @@
+"""Thin matrices beside a linear layer: `y = x Wᵀ + b + Σ s (x Aᵀ) Bᵀ` in the least time and memory.
+
+What takes time beside the layer itself is not arithmetic, of which there is little, but whatever is as large as an
+output: so none is made besides the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+# Where the product of the two matrices is made first, its cost has to be clearly the lower one.
+_MARGIN = 1.5
+
+
+Pair = tuple[Tensor, Tensor, float, float]
+"""Two matrices whose product is added to a weight: A, `(rank, inputs)`, and B, `(outputs, rank)`; what the product is
+multiplied by; and the probability of dropping each input of A."""
+
+
+def is_ready(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether the ways of this module may be gone: for plain tensors of one dtype, and outside of any transform."""
+    return (
+        type(x) is Tensor
+        and type(weight) is nn.Parameter
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is x.dtype))
+        and x.dtype is weight.dtype
+        and x.ndim > 1
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]) -> Tensor:
+    """The output of a linear layer with some pairs beside it.
+
+    Args:
+        x: The input, `(..., inputs)`.
+        weight: `(outputs, inputs)`, in the dtype of the input.
+        bias: `(outputs,)`.
+        pairs: One or more, in any dtype: they are converted to that of the input.
+    """
+    down, up, scale, dropout = pairs[0] if len(pairs) == 1 else _joined(pairs, x.dtype)
+    if down.dtype is not x.dtype:
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
+    seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
+    if torch.is_grad_enabled() and (
+        down.requires_grad
+        or up.requires_grad
+        or x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _with_gradients(x, weight, bias, down, up, scale, dropout, seed)
+    if not dropout and _is_merged_cheaper(x, weight):
+        return functional.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+    return _beside(x, weight, bias, down, up, scale, x * _mask(x, dropout, seed) if dropout else x)[0]
+
+
+def _beside(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropped: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The output, and what A makes of the input."""
+    output, small = functional.linear(x, weight, bias), functional.linear(dropped, down)
+    if x.ndim == 2:
+        return output.addmm_(small, up.t(), alpha=scale), small
+    output = output.contiguous()
+    output.view(-1, output.shape[-1]).addmm_(small.flatten(0, -2), up.t(), alpha=scale)
+    return output, small
+
+
+def _joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
+    """One pair of as much rank as several have together, which drop nothing."""
+    downs, ups, scales, _ = zip(*pairs, strict=True)
+    down, ups = torch.cat([down.to(dtype) for down in downs]), [up.to(dtype) for up in ups]
+    if len(set(scales)) == 1:
+        return down, torch.cat(ups, 1), scales[0], 0.0
+    return down, torch.cat([up * scale for up, scale in zip(ups, scales, strict=True)], 1), 1.0, 0.0
+
+
+def _is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:
+    """Whether it takes less to make the weight of both together: for many tokens, and where it is exact enough."""
+    outputs, inputs = weight.shape
+    return x.dtype.itemsize >= 4 and x.numel() // inputs * (inputs + outputs) > _MARGIN * inputs * outputs
+
+
+class _Linear(torch.autograd.Function):
+    """The same with gradients. Kept for them is the input, and of the size of the rank what A makes of it.
+
+    Dropout keeps no mask, but the seed to make it again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        dropped = x * _mask(x, dropout, seed) if dropout else x
+        output, small = _beside(x, weight, bias, down, up, scale, dropped)
+        ctx.save_for_backward(x, weight, down, up, small)
+        ctx.settings = scale, dropout, seed
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, small = ctx.saved_tensors
+        scale, dropout, seed = ctx.settings
+        for_x, for_weight, for_bias, for_down, for_up, *_ = ctx.needs_input_grad
+        shape, mask = x.shape, None
+        if dropout and (for_x or for_down):
+            mask = _mask(x, dropout, seed).flatten(0, -2)
+        x, grad, small = x.flatten(0, -2), grad.flatten(0, -2), small.flatten(0, -2)
+        if torch.is_grad_enabled():  # Gradients of gradients: what was kept knows nothing of where it came from.
+            small = functional.linear(x if mask is None else x * mask, down)
+        inner = (grad @ up) * scale if for_x or for_down else None
+        grads: list[Tensor | None] = [None] * 8
+        if for_x and inner is not None:
+            plain = grad @ weight
+            plain = plain.addmm_(inner, down) if mask is None else plain.addcmul_(inner @ down, mask)
+            grads[0] = plain.view(shape)
+        if for_weight:
+            grads[1] = grad.t() @ x
+        if for_bias:
+            grads[2] = grad.sum(0)
+        if for_down and inner is not None:
+            grads[3] = inner.t() @ (x if mask is None else x * mask)
+        if for_up:
+            grads[4] = (grad.t() @ small) * scale
+        return tuple(grads)
+
+
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+
+
+_with_gradients = cast(Callable[..., Tensor], _Linear.apply)
