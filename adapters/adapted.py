@@ -17,7 +17,7 @@ from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
 from adapters.fusion import Fusion
 from adapters.layers import is_plain, is_stored, read_weight, substitute, widened, with_parameters, with_weights
-from adapters.low_rank import is_ready, linear
+from adapters.low_rank import is_ready, linear, linear_of_rows
 from fluxion.chain import PLAIN_CALLS, entry
 from fluxion.module import Late, Template
 
@@ -133,17 +133,35 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         if fusion is None or not fusion.holds(state):
             fusion = state["_fusion"] = Fusion(self)
         chosen = _chosen(fusion.branches)
+        if len(args) == 1 and not kwargs and not state["_merged"]:
+            output = self._short(fusion, chosen, args[0])
+            if output is not None:
+                return output
         if isinstance(chosen, Rows):
             try:
                 return chosen.run(self.base, self._of_row, args, kwargs)
             except RowsError as error:
                 raise RowsError(error.reason, error.path or self.path) from None
-        if chosen and len(args) == 1 and not kwargs and not state["_merged"] and (pairs := fusion.pairs(chosen)):
-            x, weight, bias = args[0], cast(Tensor, fusion.own.get("weight")), fusion.own["bias"]
-            alone = len(pairs) == 1 or not any(pair[3] for pair in pairs)  # What drops inputs of its own.
-            if alone and is_ready(x, weight, bias):
-                return linear(x, weight, bias, pairs)
         return self._compose(chosen)(*args, **kwargs)
+
+    @staticmethod
+    def _short(fusion: Fusion, chosen: Active | Rows, x: Any) -> Tensor | None:
+        """The output in a few operations, None where there is no such way."""
+        weight, bias = cast(Tensor, fusion.own.get("weight")), fusion.own.get("bias")
+        if isinstance(chosen, Rows):
+            groups = fusion.pairs_of_rows(chosen)
+            if groups is None or not is_ready(x, weight, bias) or len(x) != chosen.count:
+                return None
+            every = [pair for _, pairs in groups for pair in pairs]
+            trained = any(tensor.requires_grad for tensor in (x, weight, *(t for pair in every for t in pair[:2])))
+            if (trained and torch.is_grad_enabled()) or any(pair[3] for pair in every):
+                return None
+            return linear_of_rows(x, weight, bias, groups, chosen.order, chosen.places)
+        pairs = fusion.pairs(chosen) if chosen else None
+        if not pairs or not is_ready(x, weight, bias):
+            return None
+        dropping = len(pairs) > 1 and any(pair[3] for pair in pairs)  # Each drops inputs of its own.
+        return None if dropping else linear(x, weight, bias, pairs)
 
     def _compose(self, active: Active) -> Callable[..., Any]:
         """The layer with these branches: some in its weights, then, from the inside out, those computed beside it.

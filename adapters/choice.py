@@ -50,6 +50,8 @@ class Rows:
         count: How many rows there are.
         groups: For each distinct choice, its weights and the indices of its rows.
         group_of_row: The number of each row's choice among the groups.
+        order: The rows in the order of the groups; None if that is the order they are in.
+        places: For each row, its place in that order.
     """
 
     def __init__(self, choices: Sequence[Weights]) -> None:
@@ -57,7 +59,13 @@ class Rows:
         indices: dict[frozenset[tuple[Patch, float]], list[int]] = {}
         for index, weights in enumerate(choices):
             indices.setdefault(frozenset(weights.items()), []).append(index)
-        self.groups: list[tuple[Weights, Tensor]] = [(dict(key), torch.tensor(rows)) for key, rows in indices.items()]
+        found = list(indices.items())
+        if [row for _, rows in found for row in rows] != list(range(self.count)):
+            found.sort(key=lambda item: (not item[0], len(item[1])))  # Groups of one size can be computed together.
+        self.groups: list[tuple[Weights, Tensor]] = [(dict(key), torch.tensor(rows)) for key, rows in found]
+        order = torch.cat([rows for _, rows in self.groups])
+        self.places = torch.argsort(order)
+        self.order = None if torch.equal(order, self.places) and bool((order.diff() > 0).all()) else order
         self.group_of_row = torch.empty(self.count, dtype=torch.long)
         for number, (_, rows) in enumerate(self.groups):
             self.group_of_row[rows] = number

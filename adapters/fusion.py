@@ -12,6 +12,8 @@ from adapters.low_rank import Pair
 if TYPE_CHECKING:
     from adapters.adapted import Active, Adapted
     from adapters.branch import Branch
+    from adapters.choice import Rows
+    from adapters.patch import Patch
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
@@ -41,50 +43,89 @@ class Fusion:
         own: The parameters of the layer by name.
     """
 
-    __slots__ = ("_children", "_parts", "_sizes", "_states", "_tables", "branches", "own")
+    __slots__ = ("_base", "_children", "_of_patch", "_parts", "branches", "own")
 
     def __init__(self, node: Adapted) -> None:
         base, self.branches = node.base, node.branches
         self.own = base._parameters
-        self._children = tuple(node._modules.values())
-        fits = node.inner is base and type(base).forward is nn.Linear.forward
-        thin = {b: parts for b in self.branches if fits and b.beside and (parts := b.method.thin(b)) is not None}
-        # Their `__dict__`s: attributes of what has a `__getattr__` take five times as long.
-        inside = {b: [None if part is None else vars(part) for part in (b, *parts)] for b, parts in thin.items()}
-        self._states = [vars(base), *(state for states in inside.values() for state in states if state is not None)]
-        self._sizes = sum(map(len, self._states))
-        self._tables = [*_GLOBAL_HOOKS, *(state[name] for state in self._states for name in _HOOKS if name in state)]
-        over = any(state.get("forward") or state.get("_compiled_call_impl") for state in self._states)
-        self._parts: dict[Branch, Any] = {}
-        if not over:
-            self._parts = {b: (tuple(b._modules.values()), *states) for b, states in inside.items()}
+        self._children: tuple[nn.Module, ...] = tuple(node._modules.values())
+        self._base = _Parts([vars(base)])
+        self._parts: dict[Branch, _Parts] = {}
+        if node.inner is base and type(base).forward is nn.Linear.forward and not self._base.covered:
+            for branch in self.branches:
+                if branch.beside and (thin := branch.method.thin(branch)) is not None:
+                    parts = _Parts([None if part is None else vars(part) for part in (branch, *thin)])
+                    self._parts |= {} if parts.covered else {branch: parts}
+        self._of_patch: dict[Patch, list[Branch]] = {}
+        for branch in self.branches:
+            self._of_patch.setdefault(branch.patch, []).append(branch)
 
     def holds(self, state: dict[str, Any]) -> bool:
-        """Whether a node has the same children, and all of them as many attributes: a table for hooks is one more."""
-        return tuple(state["_modules"].values()) == self._children and sum(map(len, self._states)) == self._sizes
+        """Whether a node, whose `__dict__` this is, has the same children, and its layer no more than it had."""
+        return tuple(state["_modules"].values()) == self._children and self._base.are_as_before()
 
     def pairs(self, active: Active) -> list[Pair] | None:
         """What these branches compute beside the layer; None if there is one that has to run by itself."""
-        if any(self._tables):
+        if any(self._base.tables) or any(_GLOBAL_HOOKS):
             return None
         pairs: list[Pair] = []
         for branch, scale in active:
-            if (known := self._parts.get(branch)) is None:
+            if (parts := self._parts.get(branch)) is None:
                 return None
-            children, own, down, up, multiply, dropout = known
-            downs, ups = down["_parameters"], up["_parameters"]
-            a, b = downs.get("weight"), ups.get("weight")
-            if (
-                tuple(own["_modules"].values()) != children
-                or type(a) is not nn.Parameter
-                or type(b) is not nn.Parameter
-                or downs["bias"] is not None
-                or ups["bias"] is not None
-            ):
+            if (pair := parts.pair(scale)) is None:
+                self._children = ()  # What it is now is to be found out in the next call.
                 return None
-            if multiply is not None:
-                if multiply["bias"]:
-                    return None
-                scale *= multiply["scale"]
-            pairs.append((a, b, scale, dropout["p"] if dropout is not None and dropout["training"] else 0.0))
+            pairs.append(pair)
         return pairs
+
+    def pairs_of_rows(self, rows: Rows) -> list[tuple[int, list[Pair]]] | None:
+        """For each group of rows their number and what is computed beside the layer; None if that is another way."""
+        found: list[tuple[int, list[Pair]]] = []
+        for weights, indices in rows.groups:
+            active = [(b, scale) for patch, scale in weights.items() if scale for b in self._of_patch.get(patch, ())]
+            if (pairs := self.pairs(active)) is None:
+                return None
+            found.append((indices.shape[0], pairs))
+        return found
+
+
+class _Parts:
+    """Modules by their `__dict__`s: attributes of what has a `__getattr__` take five times as long.
+
+    Attributes:
+        tables: Their tables for hooks, where they have some already.
+        covered: Whether one is called in another way than torch's.
+    """
+
+    __slots__ = ("_all", "_children", "_count", "_states", "covered", "tables")
+
+    def __init__(self, states: list[dict[str, Any] | None]) -> None:
+        self._states = states
+        self._all = [state for state in states if state is not None]
+        self._count = sum(map(len, self._all))
+        self._children = tuple(self._all[0]["_modules"].values())
+        self.tables = [state[name] for state in self._all for name in _HOOKS if name in state]
+        self.covered = any(state.get("forward") or state.get("_compiled_call_impl") for state in self._all)
+
+    def are_as_before(self) -> bool:
+        """Whether there is nothing that was not there before: a table for hooks that is new is one attribute more."""
+        return sum(map(len, self._all)) == self._count
+
+    def pair(self, scale: float) -> Pair | None:
+        """What a branch, of these modules, computes at the moment; None if it was given what it is not made of."""
+        own, down, up, multiply, dropout = self._states
+        downs, ups = down["_parameters"], up["_parameters"]  # type: ignore[index]
+        a, b = downs.get("weight"), ups.get("weight")
+        if (
+            sum(map(len, self._all)) != self._count
+            or tuple(own["_modules"].values()) != self._children  # type: ignore[index]
+            or any(self.tables)
+            or type(a) is not nn.Parameter
+            or type(b) is not nn.Parameter
+            or downs["bias"] is not None
+            or ups["bias"] is not None
+            or (multiply is not None and multiply["bias"])
+        ):
+            return None
+        rate = dropout["p"] if dropout is not None and dropout["training"] else 0.0
+        return a, b, scale if multiply is None else scale * multiply["scale"], rate

@@ -6,7 +6,9 @@ output: so none is made besides the output.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -46,9 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
         bias: `(outputs,)`.
         pairs: One or more, in any dtype: they are converted to that of the input.
     """
-    down, up, scale, dropout = pairs[0] if len(pairs) == 1 else _joined(pairs, x.dtype)
-    if down.dtype is not x.dtype:
-        down, up = down.to(x.dtype), up.to(x.dtype)
+    down, up, scale, dropout = _joined(pairs, x.dtype)
     # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
     seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
     if torch.is_grad_enabled() and (
@@ -64,6 +64,56 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
     return _beside(x, weight, bias, down, up, scale, x * _mask(x, dropout, seed) if dropout else x)[0]
 
 
+def linear_of_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: Sequence[tuple[int, Sequence[Pair]]],
+    order: Tensor | None,
+    places: Tensor,
+) -> Tensor:
+    """The output of a linear layer for a batch in which each row has pairs of its own, without gradients.
+
+    Args:
+        x: The input, `(rows, ..., inputs)`.
+        weight: `(outputs, inputs)`, in the dtype of the input.
+        bias: `(outputs,)`.
+        groups: How many rows there are of each kind, and their pairs, which drop nothing.
+        order: The rows in the order of the groups, None if they are.
+        places: The place of each row in that order.
+    """
+    if order is not None:
+        x = x.index_select(0, order.to(x.device))
+    output = functional.linear(x, weight, bias).contiguous()
+    parts: list[tuple[int, int, Pair]] = []
+    start = 0
+    for count, pairs in groups:
+        if pairs:
+            parts.append((start, count, _joined(pairs, x.dtype)))
+        start += count
+    inputs, outputs = x.reshape(len(x), -1, x.shape[-1]), output.view(len(x), -1, output.shape[-1])
+    # Groups of one size behind one another go through one product of batches, where that is the quicker way.
+    together = x.is_cuda or x.dtype.itemsize < 4
+    for _, run in itertools.groupby(enumerate(parts), key=_alike if together else itemgetter(0)):
+        (start, count, (down, up, scale, _)), *others = (part for _, part in run)
+        some = slice(start, start + count * (1 + len(others)))
+        if others:
+            down = torch.stack([down, *(pair[0] for _, _, pair in others)])
+            up = torch.stack([up, *(pair[1] for _, _, pair in others)])
+            product = torch.bmm(inputs[some].view(len(down), -1, x.shape[-1]), down.mT)
+            outputs[some].view(len(down), -1, output.shape[-1]).baddbmm_(product, up.mT, alpha=scale)
+        else:
+            product = functional.linear(inputs[some].view(-1, x.shape[-1]), down)
+            outputs[some].view(-1, output.shape[-1]).addmm_(product, up.t(), alpha=scale)
+    return output if order is None else output.index_select(0, places.to(x.device))
+
+
+def _alike(item: tuple[int, tuple[int, int, Pair]]) -> object:
+    """Equal for groups of one size that follow one another, with pairs of one rank and scale."""
+    number, (start, count, (down, _, scale, _)) = item
+    return count, start - number * count, len(down), scale
+
+
 def _beside(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropped: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -77,12 +127,15 @@ def _beside(
 
 
 def _joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
-    """One pair of as much rank as several have together, which drop nothing."""
+    """One pair, of as much rank as several have together; these drop nothing."""
+    if len(pairs) == 1:
+        down, up, scale, dropout = pair = pairs[0]
+        return pair if down.dtype is dtype and up.dtype is dtype else (down.to(dtype), up.to(dtype), scale, dropout)
     downs, ups, scales, _ = zip(*pairs, strict=True)
-    down, ups = torch.cat([down.to(dtype) for down in downs]), [up.to(dtype) for up in ups]
+    down, own = torch.cat([down.to(dtype) for down in downs]), [up.to(dtype) for up in ups]
     if len(set(scales)) == 1:
-        return down, torch.cat(ups, 1), scales[0], 0.0
-    return down, torch.cat([up * scale for up, scale in zip(ups, scales, strict=True)], 1), 1.0, 0.0
+        return down, torch.cat(own, 1), scales[0], 0.0
+    return down, torch.cat([up * scale for up, scale in zip(own, scales, strict=True)], 1), 1.0, 0.0
 
 
 def _is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:

@@ -1,0 +1,62 @@
+"""Nodes in a compiled model: what is chosen is looked up whenever the graph runs, so that no choice needs a new one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from adapters.choice import Rows
+from adapters.errors import RowsError
+
+if TYPE_CHECKING:
+    from adapters.adapted import Adapted
+
+_numbers = itertools.count()
+_nodes: WeakValueDictionary[int, Adapted] = WeakValueDictionary()
+
+
+def number_of(node: Adapted) -> int:
+    """A new number for a node, by which graphs know it."""
+    number = next(_numbers)
+    _nodes[number] = node
+    return number
+
+
+@torch.library.custom_op("adapters::strengths", mutates_args=())
+def strengths(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
+    """How strongly each branch of a node acts on each row of a batch, at the moment, in this thread or task.
+
+    Args:
+        x: The input of the layer, of which the number of rows counts.
+        node: The number of the node.
+        count: How many branches it has.
+        dtype: The dtype of the result.
+
+    Returns:
+        `(rows, branches)`.
+
+    Raises:
+        RowsError: There is a choice for each row, and the input has another number of them.
+    """
+    here = _nodes[node]
+    branches, chosen, rows = here.branches, here.chosen(), x.shape[0]
+    if isinstance(chosen, Rows):
+        if chosen.count != rows:
+            raise RowsError(
+                f"rows= names {chosen.count} rows, but a compiled layer was given a batch of {rows}: name each.", here.path
+            )
+        each = [[weights.get(branch.patch, 0.0) for branch in branches] for weights, _ in chosen.groups]
+        table = torch.tensor(each, dtype=dtype)[chosen.group_of_row]
+    else:
+        acting = {branch: scale for branch, scale in chosen}
+        table = torch.tensor([acting.get(branch, 0.0) for branch in branches], dtype=dtype).expand(rows, count).clone()
+    return table.to(x.device)
+
+
+@strengths.register_fake
+def _(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], count), dtype=dtype)
