@@ -35,7 +35,7 @@ from adapters import (
     VBLoRA,
     VeRA,
 )
-from benchmarks.harness import Row, medians, report
+from benchmarks.harness import Row, in_turns, ratio, report
 
 SIZE = 1024
 TOKENS = 64
@@ -76,8 +76,8 @@ def compare(method: Method, configure: Callable[..., Any]) -> Row:
     row: Row = {"method": type(method).__name__}
     for name, run in (("forward", forward), ("forward and backward", forward_backward)):
         x = torch.randn(TOKENS, SIZE, requires_grad=run is forward_backward)
-        times = medians({library: partial(run, layer, x) for library, layer in layers.items()}, seconds=2.0)
-        row |= {f"{name} / {library}": times["here"] / times[library] for library in ("PEFT", "nn.Linear")}
+        times = in_turns({library: partial(run, layer, x) for library, layer in layers.items()}, seconds=2.0)
+        row |= {f"{name} / {library}": ratio(times, "here", library) for library in ("PEFT", "nn.Linear")}
     return row
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     report(
         "methods",
         f"Time of a linear layer of {SIZE} features with each method, for {TOKENS} tokens, and its ratio to PEFT and to"
-        " the layer alone; medians, taken in turns.",
+        " the layer alone; medians and quartiles of rounds.",
         [compare(*pair) for pair in PAIRS],
     )
 
