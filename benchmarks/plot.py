@@ -57,6 +57,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     keys = [Line2D([], [], marker="o", linestyle="", color=colours[column], label=column) for column in columns]
     keys.append(Line2D([], [], marker="|", linestyle="", color=INK, markersize=11, markeredgewidth=2, label="target"))
     figure.legend(handles=keys, loc="outside upper left", ncols=min(len(keys), 5), frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "font.family": "sans-serif"}):
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
     return True
