@@ -35,6 +35,11 @@ class Ratio:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    @classmethod
+    def exact(cls, value: float) -> Ratio:
+        """For what is counted, and has no spread."""
+        return cls(value, value, value)
+
     def __str__(self) -> str:
         return _rounded(self.median) + (
             f" ({_rounded(self.low)}–{_rounded(self.high)})" if self.low < self.high else ""

@@ -42,10 +42,11 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
             if (limit := (row.get("target") or {}).get(column)) is not None:
                 axes.plot(limit, y, "|", color=colours[column], markersize=13, markeredgewidth=2)
     axes.axvline(1, color=INK, linewidth=0.8, zorder=0)
-    axes.set_xscale("log")
+    if all(row[column].median > 0 for row, present in zip(shown, lanes, strict=True) for column in present):
+        axes.set_xscale("log")
+        if axes.get_xlim()[1] / axes.get_xlim()[0] < 30:
+            axes.xaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_formatter("{x:g}")
-    if axes.get_xlim()[1] / axes.get_xlim()[0] < 30:
-        axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_yticks(range(len(shown)), labels)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="x", which="both", color=GRID, linewidth=0.6)
