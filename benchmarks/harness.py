@@ -193,9 +193,11 @@ def _cell(value: object) -> str:
         return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{column} ≤ {limit:g}" for column, limit in value.items())
-    return _rounded(value) if isinstance(value, float) else str(value)
+    return _rounded(value) if isinstance(value, int | float) else str(value)
 
 
 def _rounded(value: float) -> str:
-    """Two decimals, or more where these say little."""
+    """Two decimals, or more where these say little, and none for what is counted."""
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.2f}" if abs(value) >= 0.1 or not value else f"{value:.2g}"
