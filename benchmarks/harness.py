@@ -17,6 +17,11 @@ import torch
 from benchmarks.plot import plot
 
 HERE = Path(__file__).parent
+HEAD = """# Results
+
+Made by `make bench`, or one at a time by `python -m benchmarks NAME`. Everything in a table is timed in one process, in
+turns. A ratio is the median of those of the single rounds, with their quartiles.
+"""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 T = TypeVar("T")
 Times = dict[str, list[float]]
@@ -56,8 +61,14 @@ class Timed(Protocol):
     def __call__(self, name: str, run: Callable[[], T]) -> T: ...
 
 
-def rounds(one_round: Callable[[Timed], object], seconds: float = 1.0, least: int = 5, collect: bool = False) -> Times:
-    """The seconds that each step has taken in each round. A first round is for warming up.
+def rounds(
+    one_round: Callable[[Timed], object],
+    seconds: float = 1.0,
+    least: int = 5,
+    collect: bool = False,
+    warm: bool = False,
+) -> Times:
+    """The seconds that each step has taken in each round.
 
     Args:
         one_round: Runs all steps, those to be compared in turns: what slows one down slows all of them.
@@ -65,6 +76,7 @@ def rounds(one_round: Callable[[Timed], object], seconds: float = 1.0, least: in
         least: How many rounds there are, however long they take.
         collect: Let Python look for cycles as it does for users, for steps that make many objects. Before each round
             there are none.
+        warm: Whether what is timed has been run before. Otherwise a first round is not counted.
     """
     times: Times = {}
 
@@ -76,8 +88,9 @@ def rounds(one_round: Callable[[Timed], object], seconds: float = 1.0, least: in
         times.setdefault(name, []).append(time.perf_counter() - before)
         return result
 
-    one_round(timed)
-    times.clear()
+    if not warm:
+        one_round(timed)
+        times.clear()
     start, done = time.perf_counter(), 0
     enabled = gc.isenabled()
     try:
@@ -111,7 +124,7 @@ def in_turns(ways: Mapping[str, Callable[[], object]], seconds: float = 1.0, lea
         for name, run in able.items():
             timed(name, run)
 
-    return rounds(one_round, seconds, least)
+    return rounds(one_round, seconds, least, warm=True)
 
 
 def ratio(times: Times, name: str, other: str, factor: float = 1.0) -> Ratio | None:
@@ -167,7 +180,7 @@ def report(name: str, title: str, rows: list[Row]) -> None:
     print(section)
 
     page = HERE / "RESULTS.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
+    text = page.read_text(encoding="utf-8") if page.exists() else HEAD
     before, _, rest = text.partition(f"\n## {name}\n")
     _, found, after = rest.partition("\n## ")
     page.write_text(f"{before}\n{section}{found}{after}", encoding="utf-8")
@@ -180,12 +193,11 @@ def report(name: str, title: str, rows: list[Row]) -> None:
 
 
 def _processor() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")  # Elsewhere Python knows the name.
     lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
+    name = next(iter(names), platform.processor() or platform.machine())
+    return f"{name}, {torch.cuda.get_device_name()}" if DEVICE.type == "cuda" else name
 
 
 def _cell(value: object) -> str:
