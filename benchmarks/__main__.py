@@ -6,7 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-HELPERS = {"__init__", "__main__", "harness"}
+HELPERS = {"__init__", "__main__", "harness", "plot"}
 
 
 def main() -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adapters
-from benchmarks.harness import Row, report
+from benchmarks.harness import Row, Timed, median, ratio, report, rounds
 
 LAYERS, SIZE, RANK = 500, 1024, 16
 ROUNDS, PATCHES = 7, 30
@@ -28,61 +25,45 @@ def model() -> nn.Module:
     return nn.ModuleDict({"layers": nn.ModuleList(layers)}).to_empty(device="cpu")
 
 
-def seconds(run: Callable[[], object]) -> tuple[float, object]:
-    """How long something takes, and what comes out, which is not thrown away within that time."""
-    gc.collect()
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
-
-
 def by_hand(folder: Path) -> list[Tensor]:
     """The least there is to do: every tensor in memory of its own."""
     return [tensor.clone() for tensor in load_file(folder / "adapter_model.safetensors").values()]
 
 
-def first(folder: Path) -> list[Row]:
+def first(folder: Path) -> Row:
     """One adapter, in turns."""
     ours, theirs = model(), model()
-    times: dict[str, list[float]] = {"by hand": [], "here": [], "PEFT": []}
-    for _ in range(ROUNDS):
-        taken, result = seconds(lambda: by_hand(folder))
-        times["by hand"].append(taken)
+
+    def one_round(timed: Timed) -> None:
+        result = timed("by hand", lambda: by_hand(folder))
         del result
-        taken, patch = seconds(lambda: adapters.load(ours, folder, name="one"))
-        times["here"].append(taken)
-        patch.eject()  # type: ignore[attr-defined]
+        patch = timed("here", lambda: adapters.load(ours, folder, name="one"))
+        patch.eject()
         del patch
-        taken, wrapped = seconds(lambda: peft.PeftModel.from_pretrained(theirs, folder))
-        times["PEFT"].append(taken)
-        wrapped.unload()  # type: ignore[attr-defined]
-        del wrapped
-    here = statistics.median(times["here"])
-    row: Row = {"what": "the first", "target": "≤ 2 × by hand, ≤ 0.1 × PEFT", "ms": here * 1e3}
-    for name in ("by hand", "PEFT"):
-        ratios = sorted(ours / other for ours, other in zip(times["here"], times[name], strict=True))
-        row[f"/ {name}"] = statistics.median(ratios)
-        row[f"quartiles / {name}"] = f"{ratios[ROUNDS // 4]:.2f} to {ratios[-1 - ROUNDS // 4]:.2f}"
-    return [row]
+        gc.collect()
+        wrapped = timed("PEFT", lambda: peft.PeftModel.from_pretrained(theirs, folder))
+        wrapped.unload()
+
+    times = rounds(one_round, least=ROUNDS, collect=True)
+    target = {"/ by hand": 2.0, "/ PEFT": 0.1}
+    row: Row = {"what": "the first", "target": target, "ms": 1e3 * median(times, "here")}
+    return row | {f"/ {name}": ratio(times, "here", name) for name in ("by hand", "PEFT")}
 
 
 def many(folder: Path) -> list[Row]:
     """One after the other into one model, with as many kept by hand: none gets memory that is warm already."""
     base = model()
     held: list[object] = []
-    times: list[tuple[float, float]] = []
-    for number in range(PATCHES):
-        theirs, result = seconds(lambda: by_hand(folder))
-        ours, patch = seconds(lambda number=number: adapters.load(base, folder, name=f"patch {number}"))  # type: ignore[misc]
-        held += [result, patch]
-        times.append((ours, theirs))
+
+    def one_round(timed: Timed) -> None:
+        held.append(timed("by hand", lambda: by_hand(folder)))
+        held.append(timed("here", lambda: adapters.load(base, folder, name=f"patch {len(held)}")))
+
+    times = rounds(one_round, seconds=0.0, least=PATCHES - 1, collect=True)
     rows: list[Row] = []
-    for what, some in ((f"the 2nd to 6th of {PATCHES}", times[1:6]), (f"the last 5 of {PATCHES}", times[-5:])):
-        ours = statistics.median(taken for taken, _ in some)
-        rows.append(
-            {"what": what, "ms": ours * 1e3, "/ by hand": statistics.median(one / other for one, other in some)}
-        )
-    rows[1]["target"] = "/ by hand as above"
+    for what, part in ((f"the 2nd to 6th of {PATCHES}", slice(0, 5)), (f"the last 5 of {PATCHES}", slice(-5, None))):
+        some = {name: taken[part] for name, taken in times.items()}
+        rows.append({"what": what, "ms": 1e3 * median(some, "here"), "/ by hand": ratio(some, "here", "by hand")})
     return rows
 
 
@@ -96,9 +77,9 @@ def main() -> None:
         peft.get_peft_model(model(), settings).save_pretrained(folder)
         report(
             "loading",
-            f"Loading LoRA of rank {RANK} for {LAYERS} layers of {SIZE} features, 65.6 MB, written by PEFT; medians,"
-            " taken in turns. By hand is `load_file` and a copy of each tensor.",
-            [*many(folder), *first(folder)],
+            f"Loading LoRA of rank {RANK} for {LAYERS} layers of {SIZE} features, 65.6 MB, written by PEFT; medians"
+            " and quartiles of rounds. By hand is `load_file` and a copy of each tensor.",
+            [*many(folder), first(folder)],
         )
 
 

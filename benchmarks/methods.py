@@ -35,7 +35,7 @@ from adapters import (
     VBLoRA,
     VeRA,
 )
-from benchmarks.harness import Row, medians, report
+from benchmarks.harness import DEVICE, Row, in_turns, ratio, report
 
 SIZE = 1024
 TOKENS = 64
@@ -68,16 +68,16 @@ PAIRS: list[tuple[Method, Callable[..., Any]]] = [
 
 def compare(method: Method, configure: Callable[..., Any]) -> Row:
     """One line of the table."""
-    plain = nn.Sequential(nn.Linear(SIZE, SIZE)).requires_grad_(False)
-    ours, theirs = (nn.Sequential(nn.Linear(SIZE, SIZE)) for _ in range(2))
+    plain = nn.Sequential(nn.Linear(SIZE, SIZE)).to(DEVICE).requires_grad_(False)
+    ours, theirs = (nn.Sequential(nn.Linear(SIZE, SIZE)).to(DEVICE) for _ in range(2))
     adapters.inject(ours, method)
     wrapped = peft.get_peft_model(theirs, configure(target_modules=["0"]))
     layers = {"here": ours[0], "PEFT": wrapped.base_model.model[0], "nn.Linear": plain[0]}
     row: Row = {"method": type(method).__name__}
     for name, run in (("forward", forward), ("forward and backward", forward_backward)):
-        x = torch.randn(TOKENS, SIZE, requires_grad=run is forward_backward)
-        times = medians({library: partial(run, layer, x) for library, layer in layers.items()}, seconds=2.0)
-        row |= {f"{name} / {library}": times["here"] / times[library] for library in ("PEFT", "nn.Linear")}
+        x = torch.randn(TOKENS, SIZE, device=DEVICE, requires_grad=run is forward_backward)
+        times = in_turns({library: partial(run, layer, x) for library, layer in layers.items()}, seconds=2.0)
+        row |= {f"{name} / {library}": ratio(times, "here", library) for library in ("PEFT", "nn.Linear")}
     return row
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     report(
         "methods",
         f"Time of a linear layer of {SIZE} features with each method, for {TOKENS} tokens, and its ratio to PEFT and to"
-        " the layer alone; medians, taken in turns.",
+        " the layer alone; medians and quartiles of rounds.",
         [compare(*pair) for pair in PAIRS],
     )
 
