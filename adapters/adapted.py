@@ -16,8 +16,18 @@ from adapters.branch import Branch
 from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
 from adapters.errors import RowsError
 from adapters.fusion import Fusion
-from adapters.layers import is_plain, is_stored, read_weight, substitute, widened, with_parameters, with_weights
+from adapters.layers import (
+    CONVOLUTIONS,
+    is_plain,
+    is_stored,
+    read_weight,
+    substitute,
+    widened,
+    with_parameters,
+    with_weights,
+)
 from adapters.low_rank import is_ready, linear, linear_of_rows
+from adapters.traced import number_of, strengths
 from fluxion.chain import PLAIN_CALLS, entry
 from fluxion.module import Late, Template
 
@@ -48,6 +58,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     _may_repeat = True  # A shared layer is adapted once, by one node in all of its places.
 
     _fusion: Fusion | None  # The short way, as it was found last.
+    _number: int  # What compiled graphs know it by.
 
     def __init__(self, layer: nn.Module) -> None:
         # A model may get thousands of these: what the constructors make takes ten times as long as copies of it.
@@ -63,6 +74,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             _own={},
             _computed={},
             _fusion=None,
+            _number=number_of(self),
         )
 
     @property
@@ -110,10 +122,18 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fusion": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_number"] = number_of(self)
+
+    def chosen(self) -> Active | Rows:
+        """Which branches act at the moment, and how strongly, or what is chosen for each row."""
+        return _chosen(self.branches)
+
     def _post_structural_copy(self, source: Adapter[nn.Module]) -> None:
         super()._post_structural_copy(source)
         shared = {name: vars(source)[name] for name in ("_merged", "_own", "_computed")}
-        self.__dict__.update(shared, _fusion=None)
+        self.__dict__.update(shared, _fusion=None, _number=number_of(self))
 
     def _show_only_tag(self) -> bool:
         return True
@@ -128,6 +148,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and "input" in kwargs:  # What torch's layers call it.
             args = (kwargs.pop("input"),)
+        if torch.compiler.is_compiling() and args and self._is_traceable():
+            return self._traced(*args, **kwargs)
         state = self.__dict__
         fusion: Fusion | None = state["_fusion"]
         if fusion is None or not fusion.holds(state):
@@ -143,6 +165,23 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             except RowsError as error:
                 raise RowsError(error.reason, error.path or self.path) from None
         return self._compose(chosen)(*args, **kwargs)
+
+    def _is_traceable(self) -> bool:
+        """Whether every branch runs beside the layer, on each row by itself, so that one graph does for any choice."""
+        return is_plain(self.base) and not self._merged and all(b.beside and b.names for b in self.branches)
+
+    def _traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """All branches, at the strengths that are looked up when the graph runs."""
+        run: Callable[..., Any] = self.inner
+        branches = self.branches
+        if branches:
+            dims = len(self.base.kernel_size) + 1 if isinstance(self.base, CONVOLUTIONS) else 1
+            batch = x.detach() if x.ndim > dims or isinstance(self.base, nn.Embedding) else x.detach().unsqueeze(0)
+            dtype = torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
+            scales = strengths(batch, self._number, len(branches), dtype)
+            for number, branch in enumerate(branches):
+                run = partial(branch.method.run, branch, run, scales[:, number])
+        return run(x, *args, **kwargs)
 
     @staticmethod
     def _short(fusion: Fusion, chosen: Active | Rows, x: Any) -> Tensor | None:
@@ -218,7 +257,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def effective(self, name: str) -> Tensor | None:
         """A parameter of the layer with what the branches make of it at the moment."""
-        chosen = _chosen(self.branches)
+        chosen = self.chosen()
         weight = read_weight(self.base, name)
         if weight is not None and isinstance(chosen, Rows):
             return weight.detach().as_subclass(RowWeight)

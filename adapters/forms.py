@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.branch import Branch, Tensors
 from adapters.layers import Matrix, features_dim
-from adapters.method import Method, Site, between
+from adapters.method import Method, Scale, Site, added, between
 
 
 class Additive(Method):
@@ -43,9 +43,9 @@ class MatrixFree(Additive):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return matrix.kind == "linear"
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
-        return output.add(self.product(branch.cast(x), branch.values()).to(output.dtype), alpha=scale)
+        return added(output, self.product(branch.cast(x), branch.values()).to(output.dtype), scale)
 
 
 class LowRank(MatrixFree):
@@ -91,7 +91,7 @@ class OutputMap(Method):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return True
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(*args, **kwargs)
         dtype = _finer(output, branch)
         features = output.movedim(features_dim(branch.layer), -1).to(dtype)
@@ -112,7 +112,7 @@ class InputMap(Method):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return matrix.kind == "linear"
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = _finer(x, branch)
         inputs = x.to(dtype)
         mapped = between(inputs, self.map(inputs, branch.values(dtype), transposed=False).to(dtype), scale)

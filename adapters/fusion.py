@@ -48,14 +48,11 @@ class Fusion:
     def __init__(self, node: Adapted) -> None:
         base, self.branches = node.base, node.branches
         self.own = base._parameters
-        self._children: tuple[nn.Module, ...] = tuple(node._modules.values())
+        self._children = tuple(node._modules.values())
         self._base = _Parts([vars(base)])
-        self._parts: dict[Branch, _Parts] = {}
-        if node.inner is base and type(base).forward is nn.Linear.forward and not self._base.covered:
-            for branch in self.branches:
-                if branch.beside and (thin := branch.method.thin(branch)) is not None:
-                    parts = _Parts([None if part is None else vars(part) for part in (branch, *thin)])
-                    self._parts |= {} if parts.covered else {branch: parts}
+        fits = node.inner is base and type(base).forward is nn.Linear.forward and not self._base.covered
+        found = {branch: _Parts.of(branch) for branch in self.branches if fits and branch.beside}
+        self._parts = {branch: parts for branch, parts in found.items() if parts is not None}
         self._of_patch: dict[Patch, list[Branch]] = {}
         for branch in self.branches:
             self._of_patch.setdefault(branch.patch, []).append(branch)
@@ -72,9 +69,11 @@ class Fusion:
         for branch, scale in active:
             if (parts := self._parts.get(branch)) is None:
                 return None
-            if (pair := parts.pair(scale)) is None:
-                self._children = ()  # What it is now is to be found out in the next call.
-                return None
+            pair = parts.pair(scale)
+            if pair is None:  # It is not what it was: perhaps in a way that makes no difference.
+                if (parts := _Parts.of(branch)) is None or (pair := parts.pair(scale)) is None:
+                    return None
+                self._parts[branch] = parts
             pairs.append(pair)
         return pairs
 
@@ -107,6 +106,12 @@ class _Parts:
         self.tables = [state[name] for state in self._all for name in _HOOKS if name in state]
         self.covered = any(state.get("forward") or state.get("_compiled_call_impl") for state in self._all)
 
+    @classmethod
+    def of(cls, branch: Branch) -> _Parts | None:
+        """Those of a branch that adds the product of two thin matrices."""
+        thin = branch.method.thin(branch)
+        return None if thin is None else cls([None if part is None else vars(part) for part in (branch, *thin)])
+
     def are_as_before(self) -> bool:
         """Whether there is nothing that was not there before: a table for hooks that is new is one attribute more."""
         return sum(map(len, self._all)) == self._count
@@ -117,7 +122,8 @@ class _Parts:
         downs, ups = down["_parameters"], up["_parameters"]  # type: ignore[index]
         a, b = downs.get("weight"), ups.get("weight")
         if (
-            sum(map(len, self._all)) != self._count
+            self.covered
+            or sum(map(len, self._all)) != self._count
             or tuple(own["_modules"].values()) != self._children  # type: ignore[index]
             or any(self.tables)
             or type(a) is not nn.Parameter

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from adapters.targets import Layer
 
 
+Scale = float | Tensor
+"""How strongly a branch acts, 1 for the method as its paper states it; or that for each row of a batch, `(rows,)`."""
+
+
 @dataclass(eq=False)
 class Site:
     """A weight that is to have a branch, and where the branch's tensors go.
@@ -308,7 +312,7 @@ class Method(ABC):
         """Whether `run` is the way to compute it, for a layer whose output is linear in its weight."""
         return not self.mergeable
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         """The output of a layer together with the branch, computed beside the layer rather than in its weight."""
         raise NotImplementedError
 
@@ -346,9 +350,22 @@ class Method(ABC):
         return self, self.file_tensors(branch)
 
 
-def between(start: Tensor, end: Tensor, scale: float) -> Tensor:
+def between(start: Tensor, end: Tensor, scale: Scale) -> Tensor:
     """What lies on the line from one tensor, at 0, to another, at 1, which is taken as it is."""
+    if isinstance(scale, Tensor):
+        return start.lerp(end, _for_rows(scale, end))
     return end if scale == 1 else start.lerp(end, scale)
+
+
+def added(output: Tensor, update: Tensor, scale: Scale) -> Tensor:
+    """An output with an update at a strength."""
+    if isinstance(scale, Tensor):
+        return output + update * _for_rows(scale, update)
+    return output.add(update, alpha=scale)
+
+
+def _for_rows(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.to(like.dtype).view(-1, *(1 for _ in like.shape[1:]))
 
 
 def need(holds: bool, method: object, what: str, value: object) -> None:

@@ -301,6 +301,7 @@ class Patch:
             raise PatchStateError(f"The patch {self.name!r} is injected already.")
         model = self.model
         check_name(model, self.name)
+        others = patches(model)
         occupied = [(place, *place.occupied()) for place in self.places]
         self._number = next(_numbers)
         _known.clear()
@@ -313,6 +314,7 @@ class Patch:
                 place.attach(layer, slots, f"{place.branch.method.key}_{name}")
             if self._freezes:
                 self._freeze(model)
+        _known[model] = WeakValueDictionary({**others, self.name: self})  # As finding them again would show.
         return self
 
     def _freeze(self, model: nn.Module) -> None:
@@ -337,12 +339,14 @@ class Patch:
             place.detach()
 
     def _leave(self, model: nn.Module) -> None:
+        others = {name: patch for name, patch in patches(model).items() if patch is not self}
         self._detach()
         self._number = -1
         _known.clear()
+        _known[model] = WeakValueDictionary(others)
         # What it froze thaws, unless another patch still wants it frozen: then that one sees to it.
         frozen = {id(parameter): parameter for parameter in self._frozen}
-        for heir in patches(model).values():
+        for heir in others.values():
             if heir._freezes and frozen:
                 base = _base_parameters((heir._model and heir._model()) or model)
                 heir._frozen += [frozen.pop(key) for key in base.keys() & frozen.keys()]

@@ -47,12 +47,13 @@ def strengths(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
     if isinstance(chosen, Rows):
         if chosen.count != rows:
             raise RowsError(
-                f"rows= names {chosen.count} rows, but a compiled layer was given a batch of {rows}: name each.", here.path
+                f"rows= names {chosen.count} rows, but a compiled layer was given a batch of {rows}: name each.",
+                here.path,
             )
         each = [[weights.get(branch.patch, 0.0) for branch in branches] for weights, _ in chosen.groups]
         table = torch.tensor(each, dtype=dtype)[chosen.group_of_row]
     else:
-        acting = {branch: scale for branch, scale in chosen}
+        acting = dict(chosen)
         table = torch.tensor([acting.get(branch, 0.0) for branch in branches], dtype=dtype).expand(rows, count).clone()
     return table.to(x.device)
 

@@ -21,7 +21,7 @@ from adapters.layers import (
     first_tensor,
     with_first_tensor,
 )
-from adapters.method import Method, Site, is_integer, need, need_choice, need_number
+from adapters.method import Method, Scale, Site, added, is_integer, need, need_choice, need_number
 from adapters.targets import layers
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -137,12 +137,12 @@ class Bottleneck(Method):
             branch.append(fl.Multiply(self.scaling))
         return branch
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         output = layer(*args, **kwargs)
         base = _checked(branch, first_tensor(output), branch.up.weight.shape[0], "gives")
         source = first_tensor((*args, *kwargs.values())) if self.parallel else base
         source = _checked(branch, source, branch.down.weight.shape[1], "takes")
-        return with_first_tensor(output, base + (branch(branch.cast(source)) * scale).to(base.dtype))
+        return with_first_tensor(output, added(base, branch(branch.cast(source)).to(base.dtype), scale))
 
 
 def _checked(branch: Branch, tensor: Tensor | None, features: int, verb: str) -> Tensor:

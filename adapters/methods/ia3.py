@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch, Tensors
 from adapters.forms import InputMap, OutputMap
 from adapters.layers import Matrix
-from adapters.method import Site
+from adapters.method import Scale, Site
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class IA3(OutputMap, InputMap):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return (self.bias or self.feedforward) and self._form.beside(self, layer, matrix)
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         return self._form.run(self, branch, layer, scale, *args, **kwargs)
 
 

@@ -16,7 +16,18 @@ from adapters.errors import TargetError
 from adapters.forms import LowRank
 from adapters.fusion import Thin
 from adapters.layers import Matrix, is_plain
-from adapters.method import Method, Site, need, need_alpha, need_choice, need_dropout, need_rank, refuse_dropout
+from adapters.method import (
+    Method,
+    Scale,
+    Site,
+    added,
+    need,
+    need_alpha,
+    need_choice,
+    need_dropout,
+    need_rank,
+    refuse_dropout,
+)
 from adapters.methods.factors import (
     GroupsToSamples,
     Linear,
@@ -137,9 +148,9 @@ class LoRA(LowRank):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return not STARTS[self.init].moves
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
-        return output.add(branch.forward(branch.cast(x)).to(output.dtype), alpha=scale)
+        return added(output, branch.forward(branch.cast(x)).to(output.dtype), scale)
 
     def thin(self, branch: Branch) -> Thin | None:
         kinds = {"Dropout": fl.Dropout, "lora_A": Linear, "Multiply": fl.Multiply, "lora_B": Linear}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch, Tensors
 from adapters.forms import InputMap
 from adapters.layers import Matrix, widened
-from adapters.method import Site, between, is_integer, is_number, need
+from adapters.method import Scale, Site, between, is_integer, is_number, need
 from adapters.methods.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew
 
 
@@ -85,7 +85,7 @@ class OFT(InputMap):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return matrix.kind != "convolution"
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if branch.matrix.kind != "embedding":
             return super().run(branch, layer, scale, x, *args, **kwargs)
         rows: Tensor = layer(x, *args, **kwargs)

@@ -14,7 +14,7 @@ from adapters.adapter import Adapter
 from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
 from adapters.layers import Matrix
-from adapters.method import Method, Site, need
+from adapters.method import Method, Scale, Site, between, need
 
 _LAYERS = (nn.Embedding, nn.Linear)
 
@@ -85,16 +85,16 @@ class TrainableTokens(Method):
     def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
         return True
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
         rows = branch.trainable_tokens_delta.to(output.dtype)
         if isinstance(branch.layer, nn.Embedding):
             ordered, order = branch.tokens.sort()
             place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
-            looked_up = output.lerp(F.embedding(order[place], rows), scale)
+            looked_up = between(output, F.embedding(order[place], rows), scale)
             return torch.where((ordered[place] == x).unsqueeze(-1), looked_up, output)
         scores = (F.linear(x, rows) + self._fixed(branch, layer, x)).to(output.dtype)
-        return output.index_copy(-1, branch.tokens, output[..., branch.tokens].lerp(scores, scale))
+        return output.index_copy(-1, branch.tokens, between(output[..., branch.tokens], scores, scale))
 
     @staticmethod
     def _fixed(branch: Branch, layer: Callable[..., Any], x: Tensor) -> Tensor | float:

@@ -16,7 +16,7 @@ from adapters.adapted import Adapted
 from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, first_tensor
-from adapters.method import Method, is_integer, need
+from adapters.method import Method, Scale, is_integer, need
 
 # What a transformer may take besides its tokens. Anything else could depend on where the tokens are.
 _INPUTS = frozenset(
@@ -104,7 +104,7 @@ class VirtualTokens(Method):
 
     # Running
 
-    def run(self, branch: Branch, layer: Callable[..., Any], scale: float, *args: Any, **kwargs: Any) -> Any:
+    def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         given = _by_name(branch.layer, args, kwargs)
         self._check(given)
         cache, mask, name = given.get("past_key_values"), given.get("attention_mask"), branch.patch.name
@@ -117,7 +117,7 @@ class VirtualTokens(Method):
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + self.num_virtual_tokens
         if name not in held:
-            return self.begin(branch, layer, scale, given, seen)
+            return self.begin(branch, layer, cast(float, scale), given, seen)
         if mask is not None and given["attention_mask"].shape[1] > seen + tokens_of(given).shape[1]:
             raise AdapterError(
                 f"The mask is for more tokens than there are besides those of {name!r} in the cache: hand over every"
