@@ -1,9 +1,9 @@
-"""Layers without values that stand for those of a checkpoint, of which names and shapes are known and nothing else."""
+"""Layers that stand for those of a checkpoint, of which names and shapes are known. Their zeros take no memory."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ class Shapes:
         parameters = {name: slot for name, slot in self._parameters[path].items() if name not in buffers}
         layer = self._made(path, parameters, content)
         for name, slot in parameters.items():
-            empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
-            layer._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            zero = torch.zeros((), dtype=slot.dtype).expand(slot.shape)  # A method may start at a copy of it.
+            layer._parameters[name] = nn.Parameter(zero, requires_grad=False)
         return layer
 
     def _made(self, path: str, parameters: Mapping[str, Slot], content: Iterable[weights.LayerWeights]) -> nn.Module:
@@ -64,12 +64,12 @@ class Shapes:
             return nn.Module()
         shape, bias = parameters["weight"].shape, "bias" in parameters
         where: Any = {"device": "meta"}
-        if len(shape) == 1:
+        if len(shape) == 1 or (bias and shape == parameters["bias"].shape):
             return nn.LayerNorm(shape, bias=bias, **where)
         if len(shape) == 2:
             if self._has_columns(path):
                 return Conv1D(shape[1], shape[0])
-            if not bias and _is_embedding(path, content):
+            if not bias and _is_embedding(path, shape, content):
                 return nn.Embedding(*shape, **where)
             return nn.Linear(shape[1], shape[0], bias=bias, **where)
         if len(shape) in _KERNELS:
@@ -106,11 +106,11 @@ def _name(path: str) -> str:
     return next((name for name in reversed(path.split(".")) if not name.isdecimal()), "")
 
 
-def _is_embedding(path: str, content: Iterable[weights.LayerWeights]) -> bool:
+def _is_embedding(path: str, shape: Sequence[int], content: Iterable[weights.LayerWeights]) -> bool:
     """Whether a weight is looked up by rows: by the tensors there are for it, or else by its name."""
-    tensors: set[str] = set()
-    for layer in content:
-        tensors |= layer.tensors.keys()
-    if "lora_embedding_A" in tensors:
+    tensors = {name: tensor for layer in content for name, tensor in layer.tensors.items()}
+    if any("embedding" in name for name in tensors):
         return True
-    return "lora_A" not in tensors and _EMBEDDING.fullmatch(path.rpartition(".")[2]) is not None
+    if "lora_A" in tensors and shape[0] != shape[1]:
+        return tensors["lora_A"].shape[-1:] == (shape[0],)
+    return _EMBEDDING.fullmatch(path.rpartition(".")[2]) is not None
