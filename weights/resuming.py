@@ -63,7 +63,7 @@ class Workspace:
         elif isinstance(error, WeightsError):
             raise error
         elif isinstance(error, OSError):
-            begun = f"make room there, and the same call goes on with what is in {self.folder}"
+            begun = f"when it can be, the same call goes on with what is in {self.folder}"
             fix = begun if self._files.is_dir() else "choose a place you may write to"
             raise FileWriteError(f"{self._destination} cannot be written: {error.strerror or error}; {fix}.") from error
 
@@ -122,7 +122,7 @@ class Workspace:
             sync_folder(Path(folder))
         self._journal.truncate(0)  # For what is there no longer.
         if self._single:
-            (self._files / self._target.name).replace(self._target)
+            (self._files / tensors[0]).replace(self._target)
         else:
             if self._target.exists():
                 self._target.rmdir()
