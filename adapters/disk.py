@@ -31,6 +31,7 @@ from adapters.renaming import with_names_in
 from adapters.rotary import in_halves
 from adapters.standins import Shapes
 from weights.files import bytes_of, read_settings
+from weights.streaming import ByRows, Change
 
 Source = str | PathLike[str] | weights.AdapterFile
 
@@ -121,6 +122,12 @@ def _check_settings(base: str | PathLike[str], settings: Mapping[str, Mapping[st
             raise AdapterError(f"{base} is quantized, and its numbers are codes: merge into the model it was made of.")
 
 
+def _of_text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a language model, which may be a part of another one."""
+    inside = settings.get("text_config")
+    return inside if isinstance(inside, dict) else settings
+
+
 def _placed(
     checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]], file: weights.AdapterFile
 ) -> weights.AdapterFile:
@@ -132,8 +139,7 @@ def _placed(
     if file.counted:
         raise AdapterError("It has numbers for layers, which only the model tells: load and merge it in memory.")
     config = nn.Module()  # All that there is of the model.
-    said = settings.get("", {})
-    config.__dict__["config"] = SimpleNamespace(**said.get("text_config", said))
+    config.__dict__["config"] = SimpleNamespace(**_of_text(settings.get("", {})))
     file = in_halves(config, file)
     file = with_names_in(checkpoint.parts, replace(file, aliases={**file.aliases, **_prefixed(checkpoint, file)}))
     if "" in checkpoint.parts:  # One model, which has no name.
@@ -180,9 +186,7 @@ def _standins(checkpoint: Checkpoint, files: Sequence[weights.AdapterFile]) -> n
     return root
 
 
-def _changes(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+def _changes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
     """What becomes of each tensor of a checkpoint that the patches of a model change, by its name."""
     for path, node in model._modules.items():
         if not isinstance(node, Adapted):
@@ -192,7 +196,10 @@ def _changes(
             full = f"{path}.{name}"
             if full in checkpoint.slots:
                 _check_stored(checkpoint, full)
-                yield full, partial(_changed, checkpoint, path, name, others, active, dtype)
+                if _is_low_rank(active, name):
+                    yield full, ByRows(_LowRankRows(active, checkpoint.slots[full].shape[0], dtype))
+                else:
+                    yield full, partial(_changed, checkpoint, path, name, others, active, dtype)
             elif any(_makes_bias(branch) for branch, _ in active):
                 raise AdapterError(
                     f"{full} is not in the checkpoint, and would be new: {active[0][0].method} adds a bias, which the"
@@ -231,8 +238,8 @@ def _check_tied(model: nn.Module, checkpoint: Checkpoint, settings: Mapping[str,
     That are the embedding and the output head of a language model: it would be changed for both.
     """
     for part, said in settings.items():
-        text = {**said, **said.get("text_config", {})}
-        rows, tied = text.get("vocab_size"), said.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+        rows = _of_text(said).get("vocab_size")
+        tied = {**_of_text(said), **said}.get("tie_word_embeddings")
         slots = checkpoint.parts[part].slots
         large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
         headed = any(str(name).endswith(_HEADS) for name in said.get("architectures") or ())
@@ -276,7 +283,7 @@ def _changed(
     dtype: torch.dtype | None,
     tensor: Tensor,
 ) -> Tensor:
-    """A parameter with branches folded in; written into itself where that is possible.
+    """A parameter with branches folded in.
 
     Args:
         checkpoint: What has the others.
@@ -289,10 +296,6 @@ def _changed(
     """
     tensor = tensor if dtype is None else widened(tensor)
     with torch.no_grad():
-        if (added := _low_rank(active, name, tensor)) is not None:
-            for weight, pairs in added:
-                _add(weight, pairs)
-            return tensor
         slots = checkpoint.slots
         own: dict[str, Tensor | None] = {
             other: checkpoint.read(f"{path}.{other}") if f"{path}.{other}" in slots else None for other in others
@@ -300,35 +303,59 @@ def _changed(
         return cast(Tensor, adapted_weights({**own, name: tensor}, active)[name])
 
 
-_Pairs = list[tuple[Tensor, Tensor]]
+def _is_low_rank(active: Active, name: str) -> bool:
+    """Whether all that becomes of a weight is that products of two factors are added."""
+    return all(
+        isinstance(branch.method, LowRank)
+        and type(branch.method).change is LowRank.change
+        and branch.parameter == name
+        and branch.matrix.layout != "transposed"
+        for branch, _ in active
+    )
 
 
-def _low_rank(active: Active, name: str, weight: Tensor) -> list[tuple[Tensor, _Pairs]] | None:
-    """Matrices in the memory of a weight, each with the factors of what is to be added; None if there is more to it."""
-    dtype = widened(weight[:0]).dtype
-    pairs: _Pairs = []
-    for branch, scale in active:
-        method, layout = branch.method, branch.matrix.layout
-        plain = isinstance(method, LowRank) and type(method).change is LowRank.change and branch.parameter == name
-        if not plain or layout == "transposed":
-            return None
-        up, down = cast(LowRank, method).factors(branch.values(dtype))
-        pairs.append((down.mT, (up * scale).mT) if layout == "columns" else (up * scale, down))
-    if pairs[0][0].ndim == 2:
-        return [(weight.flatten(1), pairs)]
-    return [(expert, [(up[i], down[i]) for up, down in pairs]) for i, expert in enumerate(weight)]
+class _LowRankRows:
+    """Adds products of factors to rows of a weight in place.
+
+    Attributes:
+        active: The branches, and how strongly each acts.
+        count: How many rows the weight has.
+        dtype: As of `_changed`.
+    """
+
+    def __init__(self, active: Active, count: int, dtype: torch.dtype | None) -> None:
+        self.active, self.count, self.dtype = active, count, dtype
+        self._factors: list[tuple[Tensor, Tensor]] = []  # While rows of this weight are changed.
+
+    def __call__(self, rows: Tensor, first: int) -> Tensor:
+        rows = rows if self.dtype is None else widened(rows)
+        with torch.no_grad():
+            self._factors = self._factors or [self._of(branch, scale, rows) for branch, scale in self.active]
+            factors = [(up[first : first + len(rows)], down) for up, down in self._factors]
+            if factors[0][0].ndim == 2:
+                _add(rows.flatten(1), factors)
+            else:
+                for expert, matrix in enumerate(rows):
+                    _add(matrix, [(up[expert], down[first + expert]) for up, down in factors])
+        if first + len(rows) == self.count:
+            self._factors = []
+        return rows
+
+    def _of(self, branch: Branch, scale: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of what is added to the weight, as a matrix with its rows."""
+        values = branch.values(widened(rows[:0]).dtype)
+        up, down = cast(LowRank, branch.method).factors(values)
+        return (down.mT, (up * scale).mT) if branch.matrix.layout == "columns" else (up * scale, down)
 
 
-def _add(weight: Tensor, pairs: _Pairs) -> None:
+def _add(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add products of factors to a matrix in place, in the precision of the factors."""
-    if weight.dtype == pairs[0][0].dtype:
-        for up, down in pairs:
-            weight.addmm_(up, down)
-        return
+    dtype = factors[0][0].dtype
     count = max(1, _AT_ONCE // weight.shape[1])
     for start in range(0, len(weight), count):
-        rows = slice(start, start + count)
-        wide = weight[rows].to(pairs[0][0].dtype)
-        for up, down in pairs:
-            wide.addmm_(up[rows], down)
-        weight[rows] = wide
+        rows = weight[start : start + count]
+        wide = rows.to(dtype)  # Itself, if it is of this type.
+        for up, down in factors:
+            wide.addmm_(up[start : start + count], down)
+        if wide is not rows:
+            rows.copy_(wide)

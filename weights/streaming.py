@@ -29,7 +29,19 @@ from weights.header import Slot
 from weights.resuming import Workspace
 from weights.sources import INDEX, TENSORS
 
-Change = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class ByRows:
+    """A change of a tensor that is made to some of its rows at a time, which takes less memory.
+
+    Attributes:
+        change: Makes rows of rows, given these and the number of the first; it may write into those it is given.
+    """
+
+    change: Callable[[Tensor, int], Tensor]
+
+
+Change = Callable[[Tensor], Tensor] | ByRows
 """Makes one tensor of another, of the same shape; it may write into the one it is given, and return that."""
 
 _BUFFERS = 4  # one that is read, one that is changed, one that is written, and one that waits
@@ -270,6 +282,7 @@ class _Piece:
         tensor: Where they come from, if they are not.
         shape: The shape of what is read there.
         offset: From which byte of the tensor on it is read.
+        row: From which row on, if it is changed by rows.
         change: What becomes of the tensor.
     """
 
@@ -281,6 +294,7 @@ class _Piece:
     tensor: _Tensor | None = None
     shape: tuple[int, ...] = ()
     offset: int = 0
+    row: int = 0
     change: Change | None = None
 
     @property
@@ -297,21 +311,24 @@ def _pieces(plan: _Plan, changes: Mapping[str, Change]) -> Iterator[_Piece]:
         yield _Piece(output.path, 0, at, total, content=output.header)
         for tensor in output.tensors:
             change = changes.get(tensor.name)
-            for offset, shape in _shapes(tensor.slot, whole=change is not None):
+            for offset, row, shape in _shapes(tensor.slot, change):
                 size = math.prod(shape) * tensor.dtype.itemsize
                 total += size
-                yield _Piece(output.path, at, size, total, b"", tensor, shape, offset, change)
+                yield _Piece(output.path, at, size, total, b"", tensor, shape, offset, row, change)
                 at += size
 
 
-def _shapes(slot: Slot, whole: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """What to read of a tensor at once, each part with the byte where it begins."""
-    if whole:
-        yield 0, slot.shape
+def _shapes(slot: Slot, change: Change | None) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """What to read of a tensor at once, each part with the byte and the row where it begins."""
+    count = math.prod(slot.shape)
+    if change is not None and not (isinstance(change, ByRows) and count):
+        yield 0, 0, slot.shape
         return
-    count = _AT_ONCE // slot.dtype.itemsize
-    for start in range(0, math.prod(slot.shape), count):
-        yield start * slot.dtype.itemsize, (min(count, math.prod(slot.shape) - start),)
+    rows, inside = (slot.shape[0], slot.shape[1:]) if change is not None else (count, ())
+    row_bytes = math.prod(inside) * slot.dtype.itemsize
+    most = max(1, _AT_ONCE // row_bytes)
+    for row in range(0, rows, most):
+        yield row * row_bytes, row, (min(most, rows - row), *inside)
 
 
 def _pump(
@@ -374,13 +391,20 @@ def _content(piece: _Piece, buffer: Tensor) -> bytes | Tensor:
     if piece.tensor is None:
         return piece.content
     read = buffer[: piece.to_read].view(piece.tensor.slot.dtype).view(piece.shape)
-    tensor = read if piece.change is None else piece.change(read)
+    tensor = _made(read, piece)
     if tensor.shape != read.shape:
         raise ValueError(f"{piece.tensor.name} may not become a tensor of shape {tuple(tensor.shape)}.")
     result = tensor.to(piece.tensor.dtype)
     if result is not tensor and _infinities(result) > _infinities(tensor):
         raise FileFormatError(f"{piece.tensor.name} has numbers that are too large for {result.dtype}; choose another.")
     return result.contiguous()
+
+
+def _made(read: Tensor, piece: _Piece) -> Tensor:
+    """What becomes of a tensor, or of its rows."""
+    if piece.change is None:
+        return read
+    return piece.change.change(read, piece.row) if isinstance(piece.change, ByRows) else piece.change(read)
 
 
 def _infinities(tensor: Tensor) -> int:
