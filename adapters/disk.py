@@ -351,11 +351,15 @@ class _LowRankRows:
 def _add(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add products of factors to a matrix in place, in the precision of the factors."""
     dtype = factors[0][0].dtype
+    if weight.dtype == dtype:
+        for up, down in factors:
+            weight.addmm_(up, down)
+        return
     count = max(1, _AT_ONCE // weight.shape[1])
+    scratch = torch.empty(min(count, len(weight)), weight.shape[1], dtype=dtype)  # New memory is slow.
     for start in range(0, len(weight), count):
         rows = weight[start : start + count]
-        wide = rows.to(dtype)  # Itself, if it is of this type.
+        wide = scratch[: len(rows)].copy_(rows)
         for up, down in factors:
             wide.addmm_(up[start : start + count], down)
-        if wide is not rows:
-            rows.copy_(wide)
+        rows.copy_(wide)
