@@ -45,6 +45,7 @@ Change = Callable[[Tensor], Tensor] | ByRows
 """Makes one tensor of another, of the same shape; it may write into the one it is given, and return that."""
 
 _BUFFERS = 4  # one that is read, one that is changed, one that is written, and one that waits
+_WAITING = 1 << 26  # bytes for more of them, where they are small: no thread should wait for another
 _AT_ONCE = 1 << 23  # bytes of tensors that are copied
 _UNSYNCED = 1 << 27  # bytes that may be written before the disk is waited for
 
@@ -339,7 +340,8 @@ def _pump(
     left = [piece for piece in _pieces(plan, changes) if piece.end > done]
     total = sum(output.size for output in plan.outputs)
     size = max((piece.to_read for piece in left), default=0)
-    free = [torch.empty(size, dtype=torch.uint8) for _ in range(_BUFFERS)]
+    count = max(_BUFFERS, _WAITING // max(size, _AT_ONCE))
+    free = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
     pieces = iter(left)
     reads: deque[tuple[_Piece, Tensor, Future[None]]] = deque()
     writes: deque[tuple[_Piece, Tensor, Future[None]]] = deque()
