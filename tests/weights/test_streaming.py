@@ -222,7 +222,7 @@ import torch, weights
 from weights import streaming
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-streaming._UNSYNCED, streaming._AT_ONCE = 40_000, 16_384
+streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 40_000, 16_384, 0
 def source(seed):
     torch.manual_seed(seed)
     return weights.save({f"{i:02}": torch.randn(5_000 + 300 * i) for i in range(40)}, folder / "source.safetensors")
@@ -310,7 +310,7 @@ assert not list(folder.glob(".*"))
 """
 
 MEMORY = """
-streaming._UNSYNCED, streaming._AT_ONCE = 1 << 27, 1 << 23
+streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 1 << 27, 1 << 23, 1 << 26
 def status(name):
     return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
 size = 40_000_000
