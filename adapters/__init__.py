@@ -16,6 +16,7 @@ from adapters.allocator import RankAllocator
 from adapters.branch import Branch, Tensors
 from adapters.catalogue import methods
 from adapters.combine import combine
+from adapters.disk import merge_files
 from adapters.errors import (
     AdapterError,
     LayerMismatchError,
@@ -50,6 +51,7 @@ __all__ = [
     "initialize",
     "inject",
     "load",
+    "merge_files",
     "methods",
     "patches",
     "use",

@@ -110,9 +110,18 @@ def is_narrow(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
+class Conv1D(nn.Module):
+    """The place of transformers' Conv1D in a model of which only the names and the shapes are known."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs, device="meta"))
+        self.bias = nn.Parameter(torch.empty(outputs, device="meta"))
+
+
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, a Linear with its weight transposed."""
-    return any(
+    return isinstance(layer, Conv1D) or any(
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(layer).__mro__
     )
 

@@ -17,6 +17,7 @@ from weights.files import TensorFiles, open_parts, save
 from weights.files import open_tensors as open  # noqa: A004
 from weights.hub import download
 from weights.publishing import publish
+from weights.streaming import rewrite
 
 __all__ = [
     "AdapterFile",
@@ -37,6 +38,7 @@ __all__ = [
     "open_parts",
     "publish",
     "read_adapter",
+    "rewrite",
     "save",
     "write_adapter",
 ]

@@ -34,11 +34,11 @@ def write_files(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
             staged[target] = temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
             _write(temporary, chunks)
             if target.suffix == ".safetensors":
-                _check(temporary)
+                check_written(temporary)
         for path, temporary in staged.items():
             temporary.replace(path)
         for folder in {target.parent for target in staged}:
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         reason = error.strerror or error
         raise FileWriteError(f"{path} cannot be written: {reason}; choose a place you may write to.") from error
@@ -57,7 +57,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         os.fsync(file.fileno())
 
 
-def _check(path: Path) -> None:
+def check_written(path: Path) -> None:
     """Open what was written with both readers: the official one, and the stricter one it will be read with here."""
     read_header(path)
     try:
@@ -67,7 +67,8 @@ def _check(path: Path) -> None:
         raise FileFormatError(f"The written file cannot be read back: {error}; nothing was replaced.") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened, and a rename needs no help
         return
     descriptor = os.open(folder, os.O_RDONLY)

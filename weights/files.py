@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from os import PathLike
 from pathlib import Path, PurePath
@@ -21,6 +22,7 @@ from weights.hub_path import HubPath
 from weights.sources import INDEX, TENSORS, find
 
 _PIPELINE = "model_index.json"
+_SETTINGS = "config.json"
 _USUAL = ("model", "diffusion_pytorch_model")  # The others beside them are of other precisions.
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -97,9 +99,8 @@ def open_tensors(
         FileFormatError: A file is not sound safetensors, or the shards do not fit their index, or they are too large.
         HubError: The Hub failed.
     """
-    place = find(source, revision)
-    folder, name = hub_folder(place, token) if isinstance(place, HubPath) else local_folder(place)
-    files, metadata = _opened(folder, name or _chosen(folder))
+    folder, name = locate_tensors(source, revision, token)
+    files, metadata = opened(folder, name or _chosen(folder))
     size = sum(slot.stop - slot.start for file in files for slot in file.header.slots.values())
     if max_bytes is not None and size > max_bytes:
         raise FileFormatError(
@@ -121,13 +122,38 @@ def open_parts(
     Raises:
         WeightsError: As `weights.open` does.
     """
-    place = find(source, revision)
-    folder, name = hub_folder(place, token) if isinstance(place, HubPath) else local_folder(place)
-    if not name and (_PIPELINE in folder.names() or not _has_tensors(folder)):
-        inside = {part: below for part, below in sorted(folder.folders().items()) if _has_tensors(below)}
+    parts = find_parts(*locate_tensors(source, revision, token))
+    return {part: TensorFiles(*opened(*place)) for part, place in parts.items()}
+
+
+def read_settings(source: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """What `config.json` says beside the tensors of every model of a pipeline, or of the one that there is.
+
+    Raises:
+        WeightsError: As `open_parts` does.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for part, (folder, _) in find_parts(*locate_tensors(source, None, None)).items():
+        try:
+            content = json.loads(folder.content(_SETTINGS)) if _SETTINGS in folder.names() else {}
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"{folder}/{_SETTINGS} is not JSON: {error}; fetch or save it again.") from error
+        found[part] = content if isinstance(content, dict) else {}
+    return found
+
+
+def find_parts(folder: Folder, name: str) -> dict[str, tuple[Folder, str]]:
+    """The folder and the file or index of every model of a pipeline by its name, or those of the one that there is.
+
+    Args:
+        folder: The folder.
+        name: The name of the file asked for in it, empty where it was the folder.
+    """
+    if not name and (_PIPELINE in folder.names() or not has_tensors(folder)):
+        inside = {part: below for part, below in sorted(folder.folders().items()) if has_tensors(below)}
         if inside:
-            return {part: TensorFiles(*_opened(below, _chosen(below))) for part, below in inside.items()}
-    return {"": TensorFiles(*_opened(folder, name or _chosen(folder)))}
+            return {part: (below, _chosen(below)) for part, below in inside.items()}
+    return {"": (folder, name or _chosen(folder))}
 
 
 def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
@@ -160,21 +186,36 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
         _check_storable(name, tensor)
     if any(not isinstance(text, str) for item in (metadata or {}).items() for text in item):
         raise FileFormatError("Metadata must be texts by text; convert the other values with str or json.dumps.")
+    names, header = encode_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata)
+    return _chunks(header, [tensors[name] for name in names])
+
+
+def encode_header(
+    kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None
+) -> tuple[list[str], bytes]:
+    """The names of tensors in the order of their bytes in a file, and all that goes before these bytes.
+
+    Args:
+        kinds: The type and the shape of each tensor.
+        metadata: Texts by text.
+    """
     # Widest types first, which keeps every tensor aligned; then by name, which makes the bytes reproducible.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     fields: dict[str, Any] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        fields[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = kinds[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        fields[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return _chunks(text, [tensors[name] for name in names])
+    return names, len(text).to_bytes(8, "little") + text
+
+
+def locate_tensors(source: str | PathLike[str], revision: str | None, token: str | None) -> tuple[Folder, str]:
+    """A folder, here or on the Hub, and the name of the file asked for in it, empty where it was the folder."""
+    place = find(source, revision)
+    return hub_folder(place, token) if isinstance(place, HubPath) else local_folder(place)
 
 
 def _chosen(folder: Folder) -> str:
@@ -191,11 +232,12 @@ def _chosen(folder: Folder) -> str:
     return usual[0] if usual else found[0]
 
 
-def _has_tensors(folder: Folder) -> bool:
+def has_tensors(folder: Folder) -> bool:
+    """Whether there are safetensors files in a folder itself."""
     return any(name.endswith((TENSORS, INDEX)) for name in folder.names())
 
 
-def _opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, str]]:
+def opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, str]]:
     """The files of tensors that `name` stands for, itself or the shards of an index, and the metadata.
 
     An index is `{"metadata": {...}, "weight_map": {tensor name: file name}}`, as transformers writes it.
@@ -235,21 +277,30 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
-    content = _bytes(tensor)
+    content = bytes_of(tensor)
     try:
         with FileIO(path) as file:
-            file.seek(slot.start)
-            count = 0
-            while count < len(content) and (some := file.readinto(content[count:])):
-                count += some  # A raw read may stop at 2 GiB.
-            changed = Stamp.of(file) != stamp
+            read_bytes(file, path, stamp, slot.start, content)
     except OSError as error:
         raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
-    if changed or count != len(content):
-        raise FileFormatError(f"{path} has changed since it was opened; open it again.")
     if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
     return tensor
+
+
+def read_bytes(file: FileIO, path: Path, stamp: Stamp, start: int, content: memoryview) -> None:
+    """Read a part of an open file, which begins at the byte `start`.
+
+    Raises:
+        OSError: It cannot be read.
+        FileFormatError: It is not what it was at the time of the stamp, or was cut short.
+    """
+    file.seek(start)
+    count = 0
+    while count < len(content) and (some := file.readinto(content[count:])):
+        count += some  # A raw read may stop at 2 GiB.
+    if count != len(content) or Stamp.of(file) != stamp:
+        raise FileFormatError(f"{path} has changed since it was opened; open it again.")
 
 
 def _check_storable(name: Any, tensor: Any) -> None:
@@ -268,14 +319,13 @@ def _check_storable(name: Any, tensor: Any) -> None:
 
 
 def _chunks(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
     yield header
     for tensor in tensors:
         if tensor.numel():
             plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            yield _bytes(plain)  # `plain` lives until the next chunk.
+            yield bytes_of(plain)  # `plain` lives until the next chunk.
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, which must outlive it. NumPy is not required here, and has no bfloat16."""
     return memoryview((ctypes.c_ubyte * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr())).cast("B")

@@ -22,6 +22,10 @@ class TensorFile(Protocol):
     """One safetensors file, of which only the header has been read."""
 
     @property
+    def name(self) -> str:
+        """Its name in its folder."""
+
+    @property
     def header(self) -> Header:
         """What is in it."""
 
@@ -40,6 +44,9 @@ class Folder(Protocol):
 
     def content(self, name: str) -> bytes:
         """All bytes of a small file."""
+
+    def local(self, name: str) -> Path:
+        """Where a file is on this machine, fetched if need be."""
 
     def file(self, name: str) -> TensorFile:
         """A safetensors file; raises FileFormatError where its header is not sound."""
@@ -79,6 +86,9 @@ class LocalFolder:
         with _reading(self.path / name):
             return read_small(self.path / name)
 
+    def local(self, name: str) -> Path:
+        return self.path / name
+
     def file(self, name: str) -> TensorFile:
         path = self.path / name
         return LocalFile(path, *read_header(path))
@@ -94,6 +104,10 @@ class LocalFile:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     def local(self) -> tuple[Path, Stamp]:
         return self.path, self.stamp
@@ -118,8 +132,11 @@ class HubFolder:
         return {name: HubFolder(self.snapshot, f"{self.path}/{name}".removeprefix("/")) for name in found}
 
     def content(self, name: str) -> bytes:
+        return self.local(name).read_bytes()
+
+    def local(self, name: str) -> Path:
         path = self._inside(name)
-        return (self.snapshot.fetch([path]) / path).read_bytes()
+        return self.snapshot.fetch([path]) / path
 
     def file(self, name: str) -> TensorFile:
         path = self._inside(name)
@@ -148,6 +165,10 @@ class RemoteFile:
     def __str__(self) -> str:
         place = self.snapshot.place
         return str(HubPath(place.repo_id, place.revision, self.path))
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
 
     def local(self) -> tuple[Path, Stamp]:
         return self._fetched

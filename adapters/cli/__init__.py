@@ -11,6 +11,7 @@ from adapters.cli.convert import convert
 from adapters.cli.demo.command import demo
 from adapters.cli.diff import diff
 from adapters.cli.inspect import inspect
+from adapters.cli.merge import merge
 from adapters.cli.pull import pull
 from adapters.cli.push import push
 from adapters.cli.tree import tree
@@ -52,5 +53,5 @@ def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-for command in (demo, inspect, convert, tree, diff, pull, push):
+for command in (demo, inspect, convert, merge, tree, diff, pull, push):
     main.add_command(command)

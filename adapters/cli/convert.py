@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
 _OTHERS = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth")
-_DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @click.command()
@@ -31,7 +31,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
 @click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")
 @click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
 @click.option("--pickle", is_flag=True, help="Read a file as torch.save writes it, where there is no other.")
-@click.option("--dtype", "kind", type=click.Choice(_DTYPES), help="The type of the numbers.  [default: as it is]")
+@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as it is]")
 def convert(
     source: str,
     destination: Path,
@@ -63,10 +63,10 @@ def convert(
     import weights
     from adapters.patch import write_file
 
-    _check_new(destination)
+    check_new(destination)
     adapter = weights.read_adapter(source, pickle=pickle)
     if component is not None:
-        adapter = _of_component(source, adapter, component)
+        adapter = of_component(source, adapter, component)
     if base is not None and not adapter.counted:
         from adapters.renaming import with_names_in
 
@@ -83,7 +83,7 @@ def convert(
     click.echo(f"{destination}: {len(adapter.layers):,} layers in {form} format, from {adapter.format}.")
 
 
-def _check_new(path: Path) -> None:
+def check_new(path: Path) -> None:
     """See to it that nothing is written over, and no folder is called like a file."""
     if path.suffix in _OTHERS:
         raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")
@@ -91,7 +91,7 @@ def _check_new(path: Path) -> None:
         raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
 
 
-def _of_component(source: str, adapter: weights.AdapterFile, name: str) -> weights.AdapterFile:
+def of_component(source: str, adapter: weights.AdapterFile, name: str) -> weights.AdapterFile:
     """What is for one model of a pipeline, or an adapter of which it is said now for which it is."""
     if not adapter.components:
         at = {path: f"{name}.{path}" if path else path for path in adapter.layers}

@@ -122,7 +122,7 @@ def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[st
 
 
 def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
-    from adapters.cli.checkpoint import Checkpoint
+    from adapters.checkpoint import Checkpoint
 
     one, other = Checkpoint.open(a), Checkpoint.open(b)
     kinds, other_kinds = (

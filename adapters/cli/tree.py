@@ -34,7 +34,7 @@ def tree(source: str, depth: int | None, as_json: bool) -> None:
     Example:
       fluxion tree someone/model --depth 2
     """
-    from adapters.cli.checkpoint import Checkpoint
+    from adapters.checkpoint import Checkpoint
 
     slots = Checkpoint.open(source).slots
     size = sum(slot.stop - slot.start for slot in slots.values())

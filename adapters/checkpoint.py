@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import weights
@@ -22,7 +23,7 @@ class Checkpoint:
     parts: Mapping[str, weights.TensorFiles]
 
     @classmethod
-    def open(cls, source: str) -> Checkpoint:
+    def open(cls, source: str | PathLike[str]) -> Checkpoint:
         """Open what is on this machine or on the Hub; the headers are read."""
         return cls(weights.open_parts(source))
 

@@ -1,0 +1,365 @@
+"""Merging from disk to disk: adapters folded into a checkpoint, of which a few tensors at a time are in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import fluxion
+import weights
+from adapters.adapted import Active, Adapted, adapted_weights
+from adapters.branch import Branch
+from adapters.checkpoint import Checkpoint
+from adapters.choice import finite
+from adapters.errors import AdapterError
+from adapters.forms import LowRank
+from adapters.layers import is_narrow, widened
+from adapters.loading import load
+from adapters.methods import METHODS
+from adapters.renaming import with_names_in
+from adapters.rotary import in_halves
+from adapters.standins import Shapes
+from weights.files import bytes_of, read_settings
+from weights.streaming import ByRows, Change
+
+Source = str | PathLike[str] | weights.AdapterFile
+
+_AT_ONCE = 1 << 19  # numbers that are changed at once, so that they stay in the cache of the processor
+_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "WithLMHead")
+
+
+def merge_files(
+    base: str | PathLike[str],
+    sources: Mapping[Any, float] | Iterable[tuple[Source, float]],
+    destination: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Fold adapters into a checkpoint without making the model.
+
+    What comes out is what `load` and `Patch.merge` make of the model in memory, to rounding. Tensors that no adapter
+    changes are copied. At any moment a few tensors are in memory, and the adapters. Numbers are computed in at least
+    single precision, and rounded once.
+
+    The destination appears when it is whole. A call that was cut off, even by `kill -9`, goes on where it stopped when
+    it is made again.
+
+    Args:
+        base: A safetensors file, a folder of transformers or diffusers with one or with shards, that of a whole
+            pipeline, or a place on the Hub.
+        sources: What `weights.read_adapter` reads, or what it has read, and how strongly each acts, in the order in
+            which they are folded in.
+        destination: The name of a `.safetensors` file, which is replaced if it exists; or that of a new folder, where
+            the settings and the tokenizer of the base go too.
+        dtype: What floating-point tensors are converted to; by default they stay as they are.
+        max_shard_size: How many bytes of tensors a file in a folder may have; by default the files are as in the base.
+        progress: Called with the number of bytes that are written, and that of all.
+
+    Returns:
+        The destination as given.
+
+    Raises:
+        LayerMismatchError: An adapter does not fit the base: the message lists where.
+        AdapterError: An adapter has no merged form, or the checkpoint has no place for what comes out.
+        weights.WeightsError: A source cannot be read, or the destination cannot be written.
+
+    Example:
+        >>> adapters.merge_files("someone/model", {"style.safetensors": 0.7, "someone/pose-lora": 0.3}, "merged")
+    """
+    checkpoint, settings = Checkpoint.open(base), read_settings(base)
+    _check_settings(base, settings)
+    given: list[tuple[str, weights.AdapterFile, float]] = []
+    for number, (source, scale) in enumerate(sources.items() if isinstance(sources, Mapping) else sources, start=1):
+        name, file = f"Adapter {number}", source
+        if not isinstance(file, weights.AdapterFile):
+            name, file = str(source), weights.read_adapter(source)
+        with _naming(name):
+            given.append((name, _placed(checkpoint, settings, file), finite(scale, "The scale")))
+    if not given:
+        raise AdapterError("There are no adapters to merge: give some, with their scales.")
+    key = _fingerprint(given)
+    model = _standins(checkpoint, [file for _, file, _ in given])
+    while given:
+        name, file, scale = given.pop(0)
+        with _naming(name):
+            load(model, file, name=f"{len(given)}", scale=scale)
+        del file  # The patch has tensors of its own.
+    changes = dict(_changes(model, checkpoint, dtype))
+    _check_tied(model, checkpoint, settings)
+    return weights.rewrite(
+        base, destination, changes, key=key, dtype=dtype, max_shard_size=max_shard_size, progress=progress
+    )
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors in this block begin with the name of an adapter."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+# What goes where
+
+
+def _check_settings(base: str | PathLike[str], settings: Mapping[str, Mapping[str, Any]]) -> None:
+    for said in settings.values():
+        if said.get("quantization_config"):
+            raise AdapterError(f"{base} is quantized, and its numbers are codes: merge into the model it was made of.")
+
+
+def _of_text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a language model, which may be a part of another one."""
+    inside = settings.get("text_config")
+    return inside if isinstance(inside, dict) else settings
+
+
+def _placed(
+    checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]], file: weights.AdapterFile
+) -> weights.AdapterFile:
+    """An adapter with the paths that its layers have in a checkpoint; raises an AdapterError where that has none."""
+    for path, layer in file.layers.items():
+        if layer.method in METHODS and not METHODS[layer.method].mergeable:
+            what = METHODS[layer.method].__name__
+            raise AdapterError(f"{path or 'it'} cannot be merged: {what} is no change of weights. Load it at run time.")
+    if file.counted:
+        raise AdapterError("It has numbers for layers, which only the model tells: load and merge it in memory.")
+    config = nn.Module()  # All that there is of the model.
+    config.__dict__["config"] = SimpleNamespace(**_of_text(settings.get("", {})))
+    file = in_halves(config, file)
+    file = with_names_in(checkpoint.parts, replace(file, aliases={**file.aliases, **_prefixed(checkpoint, file)}))
+    if "" in checkpoint.parts:  # One model, which has no name.
+        file = replace(file, layers={file.component_of(path)[1]: layer for path, layer in file.layers.items()})
+    return replace(file, components=(), base_structure=None)
+
+
+def _prefixed(checkpoint: Checkpoint, file: weights.AdapterFile) -> dict[str, tuple[str, ...]]:
+    """What layers are called where the model has them in a module of its own, or has none around them.
+
+    A checkpoint of transformers may be of a model with a head or without: `bert.encoder.layer.0` or `encoder.layer.0`.
+    """
+    firsts = dict.fromkeys(name.partition(".")[0] for name in checkpoint.slots)
+    modules = {name.rpartition(".")[0] for name in checkpoint.slots}.union(checkpoint.slots)
+    found: dict[str, tuple[str, ...]] = {}
+    for path in file.layers:
+        inside = file.component_of(path)[1]
+        first, _, rest = inside.partition(".")
+        names = [name for name in (rest, *(f"{other}.{inside}" for other in firsts)) if name in modules]
+        if first not in firsts and len(names) == 1:
+            found[path] = (*file.aliases.get(path, ()), *names)
+    return found
+
+
+def _standins(checkpoint: Checkpoint, files: Sequence[weights.AdapterFile]) -> nn.Module:
+    """A model with the layers that adapters are for, without values."""
+    shapes = Shapes(checkpoint.slots)
+    contents: dict[str, list[weights.LayerWeights]] = {}
+    buffers: dict[str, set[str]] = {}
+    for file in files:
+        for path, layer in file.layers.items():
+            module = shapes.module(path)
+            contents.setdefault(module, []).append(layer)
+            method = METHODS.get(layer.method)
+            own = "weight" if module == path else path.rpartition(".")[2]
+            beside = layer.tensors.keys() - {own} if method is not None and method.files_have_buffers else ()
+            buffers.setdefault(module, set()).update(beside)
+    root = nn.Module()
+    for module, content in contents.items():
+        root._modules[module] = standin = shapes.layer(module, buffers[module], content)
+        for name in sorted(buffers[module]):
+            if f"{module}.{name}" in checkpoint.slots:
+                standin.register_buffer(name, checkpoint.read(f"{module}.{name}"))
+    return root
+
+
+def _changes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
+    """What becomes of each tensor of a checkpoint that the patches of a model change, by its name."""
+    for path, node in model._modules.items():
+        if not isinstance(node, Adapted):
+            continue
+        for name in dict.fromkeys(name for branch in node.branches for name in branch.names):
+            active, others = _involved(node.branches, name)
+            full = f"{path}.{name}"
+            if full in checkpoint.slots:
+                _check_stored(checkpoint, full)
+                if _is_low_rank(active, name):
+                    yield full, ByRows(_LowRankRows(active, checkpoint.slots[full].shape[0], dtype))
+                else:
+                    yield full, partial(_changed, checkpoint, path, name, others, active, dtype)
+            elif any(_makes_bias(branch) for branch, _ in active):
+                raise AdapterError(
+                    f"{full} is not in the checkpoint, and would be new: {active[0][0].method} adds a bias, which the"
+                    " model that is made from the settings has no place for. Merge it in memory."
+                )
+
+
+def _involved(branches: Sequence[Branch], name: str) -> tuple[Active, list[str]]:
+    """The branches on which it depends what becomes of a parameter, and the other parameters."""
+    names = {name}
+    while True:
+        active = [(branch, branch.patch.scale) for branch in branches if names.intersection(branch.names)]
+        known = names.union(*(branch.names for branch, _ in active))
+        if known == names:
+            return active, sorted(names - {name})
+        names = known
+
+
+def _makes_bias(branch: Branch) -> bool:
+    """Whether a layer without a bias gets one."""
+    weight = torch.empty(branch.matrix.shape, device="meta")
+    return len(branch.names) > 1 and branch.method.update_bias(None, weight, branch.values()) is not None
+
+
+def _check_stored(checkpoint: Checkpoint, name: str) -> None:
+    """Raise an AdapterError for numbers that are not the weight itself."""
+    dtype, path = checkpoint.slots[name].dtype, name.rpartition(".")[0]
+    scaled = any(other.startswith(f"{name}_scale") or other == f"{path}.scale_weight" for other in checkpoint.slots)
+    if not dtype.is_floating_point or (is_narrow(dtype) and scaled):
+        raise AdapterError(f"{name} is quantized, to {dtype}: merge into the model it was made of.")
+
+
+def _check_tied(model: nn.Module, checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise an AdapterError for one tensor that is two weights of a model, of which an adapter is for one.
+
+    That are the embedding and the output head of a language model: it would be changed for both.
+    """
+    for part, said in settings.items():
+        rows = _of_text(said).get("vocab_size")
+        tied = {**_of_text(said), **said}.get("tie_word_embeddings")
+        slots = checkpoint.parts[part].slots
+        large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
+        headed = any(str(name).endswith(_HEADS) for name in said.get("architectures") or ())
+        if not headed or not (tied or (tied is None and len(large) == 1)):
+            continue
+        for path, node in model._modules.items():
+            name = f"{path}.weight".removeprefix(f"{part}.")
+            whole = not isinstance(node, Adapted) or all(branch.matrix.kind == "any" for branch in node.branches)
+            if name in large and not whole:
+                raise AdapterError(
+                    f"{path} is the embedding and the output head of the model at once, and the adapter is for one of"
+                    " them: merge it in memory, into a model with tie_word_embeddings=False."
+                )
+
+
+def _fingerprint(given: Sequence[tuple[str, weights.AdapterFile, float]]) -> str:
+    """Equal for the same adapters at the same strengths."""
+    digest = hashlib.sha256(fluxion.__version__.encode())
+    for _, file, scale in given:
+        digest.update(json.dumps(scale).encode())
+        content = [(path, layer.method, dict(layer.hyperparameters)) for path, layer in file.layers.items()]
+        digest.update(json.dumps(content, default=str).encode())
+        tensors = [
+            (path, name, tensor) for path, layer in file.layers.items() for name, tensor in layer.tensors.items()
+        ]
+        for path, name, tensor in (*tensors, *(("", name, tensor) for name, tensor in file.shared.items())):
+            digest.update(json.dumps([path, name, str(tensor.dtype), [*tensor.shape]]).encode())
+            digest.update(bytes_of(tensor.detach().cpu().contiguous()))
+    return digest.hexdigest()
+
+
+# What becomes of a tensor
+
+
+def _changed(
+    checkpoint: Checkpoint,
+    path: str,
+    name: str,
+    others: Sequence[str],
+    active: Active,
+    dtype: torch.dtype | None,
+    tensor: Tensor,
+) -> Tensor:
+    """A parameter with branches folded in.
+
+    Args:
+        checkpoint: What has the others.
+        path: The layer.
+        name: The parameter.
+        others: Other parameters of the layer that it depends on.
+        active: The branches, and how strongly each acts.
+        dtype: Whether it is to be of another type, and so must not be rounded to its own.
+        tensor: The parameter.
+    """
+    tensor = tensor if dtype is None else widened(tensor)
+    with torch.no_grad():
+        slots = checkpoint.slots
+        own: dict[str, Tensor | None] = {
+            other: checkpoint.read(f"{path}.{other}") if f"{path}.{other}" in slots else None for other in others
+        }
+        return cast(Tensor, adapted_weights({**own, name: tensor}, active)[name])
+
+
+def _is_low_rank(active: Active, name: str) -> bool:
+    """Whether all that becomes of a weight is that products of two factors are added."""
+    return all(
+        isinstance(branch.method, LowRank)
+        and type(branch.method).change is LowRank.change
+        and branch.parameter == name
+        and branch.matrix.layout != "transposed"
+        for branch, _ in active
+    )
+
+
+class _LowRankRows:
+    """Adds products of factors to rows of a weight in place.
+
+    Attributes:
+        active: The branches, and how strongly each acts.
+        count: How many rows the weight has.
+        dtype: As of `_changed`.
+    """
+
+    def __init__(self, active: Active, count: int, dtype: torch.dtype | None) -> None:
+        self.active, self.count, self.dtype = active, count, dtype
+        self._factors: list[tuple[Tensor, Tensor]] = []  # While rows of this weight are changed.
+
+    def __call__(self, rows: Tensor, first: int) -> Tensor:
+        rows = rows if self.dtype is None else widened(rows)
+        with torch.no_grad():
+            self._factors = self._factors or [self._of(branch, scale, rows) for branch, scale in self.active]
+            factors = [(up[first : first + len(rows)], down) for up, down in self._factors]
+            if factors[0][0].ndim == 2:
+                _add(rows.flatten(1), factors)
+            else:
+                for expert, matrix in enumerate(rows):
+                    _add(matrix, [(up[expert], down[first + expert]) for up, down in factors])
+        if first + len(rows) == self.count:
+            self._factors = []
+        return rows
+
+    def _of(self, branch: Branch, scale: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of what is added to the weight, as a matrix with its rows."""
+        values = branch.values(widened(rows[:0]).dtype)
+        up, down = cast(LowRank, branch.method).factors(values)
+        return (down.mT, (up * scale).mT) if branch.matrix.layout == "columns" else (up * scale, down)
+
+
+def _add(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add products of factors to a matrix in place, in the precision of the factors."""
+    dtype = factors[0][0].dtype
+    if weight.dtype == dtype:
+        for up, down in factors:
+            weight.addmm_(up, down)
+        return
+    count = max(1, _AT_ONCE // weight.shape[1])
+    scratch = torch.empty(min(count, len(weight)), weight.shape[1], dtype=dtype)  # New memory is slow.
+    for start in range(0, len(weight), count):
+        rows = weight[start : start + count]
+        wide = scratch[: len(rows)].copy_(rows)
+        for up, down in factors:
+            wide.addmm_(up[start : start + count], down)
+        rows.copy_(wide)
