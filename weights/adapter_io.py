@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
@@ -71,7 +72,8 @@ def _read(source: str | PathLike[str], path: Path) -> AdapterFile:
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        adapter = FORMATS[recognised[0]].read(found)
+        with contextlib.nullcontext() if found.tensors is None else found.tensors.held_open():
+            adapter = FORMATS[recognised[0]].read(found)
         if not adapter.layers:
             raise FileFormatError(f"{source} has no layers with an adapter in it; fetch or save it again.")
         return replace(adapter, format=recognised[0])

@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from os import PathLike
 from pathlib import Path, PurePath
@@ -43,6 +44,17 @@ class TensorFiles(Mapping[str, Tensor]):
         self._places = {name: file for file in files for name in file.header.slots}
         self.slots: Mapping[str, Slot] = {name: file.header.slots[name] for name, file in self._places.items()}
         self._finite = finite
+        self._held: tuple[ExitStack, dict[Path, FileIO]] | None = None
+
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """In this block each file is opened once, however many of its tensors are read."""
+        with ExitStack() as closing:
+            self._held = closing, {}
+            try:
+                yield
+            finally:
+                self._held = None
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
@@ -53,7 +65,15 @@ class TensorFiles(Mapping[str, Tensor]):
                 and there are others.
             HubError: The file is on the Hub, and the Hub failed.
         """
-        tensor = _read_tensor(*self._places[name].local(), self.slots[name], name=name)
+        path, stamp = self._places[name].local()
+        with ExitStack() as closing:
+            try:
+                closing, files = self._held or (closing, {})
+                if (file := files.get(path)) is None:
+                    files[path] = file = closing.enter_context(FileIO(path))
+                tensor = _read_tensor(file, path, stamp, self.slots[name], name)
+            except OSError as error:
+                raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
         if self._finite and not is_finite(tensor):
             raise FileFormatError(f"{self._places[name]}: tensor {name!r} has NaN or infinity in it; save it again.")
         return tensor
@@ -275,14 +295,9 @@ def is_finite(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
-def _read_tensor(path: Path, stamp: Stamp, slot: Slot, *, name: str) -> Tensor:
+def _read_tensor(file: FileIO, path: Path, stamp: Stamp, slot: Slot, name: str) -> Tensor:
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
-    content = bytes_of(tensor)
-    try:
-        with FileIO(path) as file:
-            read_bytes(file, path, stamp, slot.start, content)
-    except OSError as error:
-        raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
+    read_bytes(file, path, stamp, slot.start, bytes_of(tensor))
     if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
     return tensor

@@ -37,7 +37,7 @@ _COMPONENTS = {*PREFIXES.values(), "text_encoder"}
 def recognise(found: Found) -> bool:
     """Whether the file has adapters with dotted names of layers, and no other format has these names."""
     others = (bfl, diffusers, lycoris, native, torchtune, xlabs)
-    if any(other.recognise(found) for other in others) or (found.file and found.file.name == peft.TENSORS):
+    if (found.file and found.file.name == peft.TENSORS) or any(other.recognise(found) for other in others):
         return False
     return any(found.stems.values())
 
