@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
         return _with_gradients(x, weight, bias, down, up, scale, dropout, seed)
     if not dropout and _is_merged_cheaper(x, weight):
         return functional.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
-    return _beside(x, weight, bias, down, up, scale, x * _mask(x, dropout, seed) if dropout else x)[0]
+    return _beside(x, weight, bias, down, up, scale, _mask(x, dropout, seed).mul_(x) if dropout else x)[0]
 
 
 def linear_of_rows(
@@ -162,7 +162,7 @@ class _Linear(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
-        dropped = x * _mask(x, dropout, seed) if dropout else x
+        dropped = _mask(x, dropout, seed).mul_(x) if dropout else x
         output, small = _beside(x, weight, bias, down, up, scale, dropped)
         ctx.save_for_backward(x, weight, down, up, small)
         ctx.settings = scale, dropout, seed

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import weights
+from adapters import folding
 from adapters.adapted import Adapted, Made, base_modules, nodes
 from adapters.adapter import Slot, WeakSlots, find_all_slots
 from adapters.branch import Branch
@@ -391,6 +392,9 @@ class Patch:
     def merge_and_eject(self) -> None:
         """Fold it into the base model for good, at its present scale, and leave.
 
+        A low-rank update is added in place to a weight that one layer of the model has by itself: there is no second
+        copy of the model at any time.
+
         Raises:
             PatchStateError: It is not injected, a weight is computed from others and cannot be set, or the method is
                 no change of weights.
@@ -405,9 +409,14 @@ class Patch:
                 )
         made: Made = {}
         replaced: dict[int, list[nn.Parameter]] = {}
-        with _all_or_nothing() as undo:
+        folds: list[folding.Fold] = []
+        held = folding.holders(model)
+        with _all_or_nothing() as undo, torch.no_grad():
             for node, branches in self._nodes():
                 before, ours = node.merged, [(branch, self.scale) for branch in branches]
+                if (fold := folding.fold_of(node, ours, held)) is not None:
+                    folds.append(fold)
+                    continue
                 own = {name: node.own_weight(name) for branch in branches for name in branch.names}
                 new = cast("dict[str, nn.Parameter | None]", node.folded(own, ours, made))
                 node.merge([item for item in before if item[0].patch is not self], own=new, made=made)
@@ -417,6 +426,7 @@ class Patch:
                     old = own[branches[0].parameter] if own[name] is None else own[name]
                     if weight is not None:
                         replaced.setdefault(id(old), []).append(weight)
+            folding.add(folds)  # At the very end: it cannot be undone.
         for patch in patches(model).values():
             patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
         self._leave(model)
