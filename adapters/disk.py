@@ -23,6 +23,7 @@ from adapters.branch import Branch
 from adapters.checkpoint import Checkpoint
 from adapters.choice import finite
 from adapters.errors import AdapterError
+from adapters.folding import Product
 from adapters.forms import LowRank
 from adapters.layers import is_narrow, widened
 from adapters.loading import load
@@ -325,41 +326,41 @@ class _LowRankRows:
 
     def __init__(self, active: Active, count: int, dtype: torch.dtype | None) -> None:
         self.active, self.count, self.dtype = active, count, dtype
-        self._factors: list[tuple[Tensor, Tensor]] = []  # While rows of this weight are changed.
+        self._factors: list[Product] = []  # While rows of this weight are changed.
 
     def __call__(self, rows: Tensor, first: int) -> Tensor:
         rows = rows if self.dtype is None else widened(rows)
         with torch.no_grad():
             self._factors = self._factors or [self._of(branch, scale, rows) for branch, scale in self.active]
-            factors = [(up[first : first + len(rows)], down) for up, down in self._factors]
+            factors = [(up[first : first + len(rows)], down, scale) for up, down, scale in self._factors]
             if factors[0][0].ndim == 2:
                 _add(rows.flatten(1), factors)
             else:
                 for expert, matrix in enumerate(rows):
-                    _add(matrix, [(up[expert], down[first + expert]) for up, down in factors])
+                    _add(matrix, [(up[expert], down[first + expert], scale) for up, down, scale in factors])
         if first + len(rows) == self.count:
             self._factors = []
         return rows
 
-    def _of(self, branch: Branch, scale: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _of(self, branch: Branch, scale: float, rows: Tensor) -> Product:
         """The factors of what is added to the weight, as a matrix with its rows."""
         values = branch.values(widened(rows[:0]).dtype)
         up, down = cast(LowRank, branch.method).factors(values)
-        return (down.mT, (up * scale).mT) if branch.matrix.layout == "columns" else (up * scale, down)
+        return (down.mT, up.mT, scale) if branch.matrix.layout == "columns" else (up, down, scale)
 
 
-def _add(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _add(weight: Tensor, factors: Sequence[Product]) -> None:
     """Add products of factors to a matrix in place, in the precision of the factors."""
     dtype = factors[0][0].dtype
     if weight.dtype == dtype:
-        for up, down in factors:
-            weight.addmm_(up, down)
+        for up, down, scale in factors:
+            weight.addmm_(up, down, alpha=scale)
         return
     count = max(1, _AT_ONCE // weight.shape[1])
     scratch = torch.empty(min(count, len(weight)), weight.shape[1], dtype=dtype)  # New memory is slow.
     for start in range(0, len(weight), count):
         rows = weight[start : start + count]
         wide = scratch[: len(rows)].copy_(rows)
-        for up, down in factors:
-            wide.addmm_(up[start : start + count], down)
+        for up, down, scale in factors:
+            wide.addmm_(up[start : start + count], down, alpha=scale)
         rows.copy_(wide)

@@ -13,6 +13,9 @@ from adapters.adapted import Active, Adapted, base_modules
 from adapters.forms import LowRank
 from adapters.layers import Matrix, is_narrow
 
+Product = tuple[Tensor, Tensor, float]
+"""Factors, `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack, and a strength."""
+
 
 @dataclass
 class Fold:
@@ -21,12 +24,12 @@ class Fold:
     Attributes:
         weight: The parameter.
         matrix: What it is as a matrix.
-        products: Pairs of factors, `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack.
+        products: What is added.
     """
 
     weight: nn.Parameter
     matrix: Matrix
-    products: list[tuple[Tensor, Tensor]]
+    products: list[Product]
 
 
 def holders(model: nn.Module) -> Counter[int]:
@@ -61,7 +64,7 @@ def fold_of(node: Adapted, branches: Active, held: Counter[int]) -> Fold | None:
         if not (isinstance(method, LowRank) and method.additive and branch.names == (first.parameter,)):
             return None
         up, down = method.factors(branch.values(torch.promote_types(weight.dtype, torch.float32)))
-        products.append((up * scale, down))
+        products.append((up, down, scale))
     return Fold(weight, first.matrix, products)
 
 
@@ -81,6 +84,6 @@ def add(folds: Iterable[Fold]) -> None:
         fold.weight.copy_(weight)
 
 
-def _add_products(matrix: Tensor, products: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for up, down in products:
-        (matrix.baddbmm_ if matrix.ndim == 3 else matrix.addmm_)(up, down)
+def _add_products(matrix: Tensor, products: Sequence[Product]) -> None:
+    for up, down, scale in products:
+        (matrix.baddbmm_ if matrix.ndim == 3 else matrix.addmm_)(up, down, alpha=scale)

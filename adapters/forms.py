@@ -62,7 +62,7 @@ class LowRank(MatrixFree):
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
         up, down = self.factors(t)
         add = torch.baddbmm if weight.ndim == 3 else torch.addmm
-        return add(weight, up * scale, down)
+        return add(weight, up, down, alpha=scale)
 
     def product(self, x: Tensor, t: Tensors) -> Tensor:
         up, down = self.factors(t)

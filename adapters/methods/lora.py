@@ -139,7 +139,7 @@ class LoRA(LowRank):
         down, up = as_matrices(t.lora_A, t.lora_B, t.matrix)
         if "start_A" in t:
             down, up = torch.cat([down, t.start_A], -2), torch.cat([up, -t.start_B], -1)
-        return up * self.scaling, down
+        return up if self.scaling == 1 else up * self.scaling, down
 
     def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
         added = self.scaling * t["lora_B.bias"]
