@@ -135,7 +135,7 @@ def _rooted(model: nn.Module, file: weights.AdapterFile) -> list[tuple[Layer, st
 
 @dataclass(frozen=True)
 class _Entry:
-    """A layer of a file and where it belongs."""
+    """A layer of a file and where it belongs. Of methods that are equal, all entries have the same one."""
 
     layer: Layer
     tensors: Mapping[str, Tensor]
@@ -145,7 +145,7 @@ class _Entry:
     @cached_property
     def use(self) -> object:
         """Equal for entries that can share a branch."""
-        return self.method, self.layer.use(self.method)
+        return id(self.method), self.layer.use(self.method)
 
     @cached_property
     def structure(self) -> object:
@@ -156,7 +156,7 @@ class _Entry:
     def kind(self) -> object:
         """Equal for entries of which one fits its layer if the other does, unless a method goes by something else."""
         tensors = frozenset((name, _kind(tensor)) for name, tensor in self.tensors.items())
-        return self.method, type(self.layer.module), self.layer.parameter, self.site.matrix, tensors
+        return id(self.method), type(self.layer.module), self.layer.parameter, self.site.matrix, tensors
 
 
 def _entries(
@@ -167,12 +167,14 @@ def _entries(
     entries: list[_Entry] = []
     fitting: set[object] = set()
     methods: dict[str, tuple[Mapping[str, object], Method]] = {}
+    equal: dict[Method, Method] = {}  # One object for each, which is quicker to compare.
     for layer, path in found:
         content = _of_input(layer, file.layers[path])
         try:
             numbers, method = methods.get(content.method, (None, None))
             if method is None or numbers != content.hyperparameters:
                 method = _method(content)
+                method = equal.setdefault(method, method)
                 methods[content.method] = content.hyperparameters, method
             entry = _entry(layer, content, method, trainable)
             different = [] if entry.kind in fitting else _misfits(entry)
@@ -311,7 +313,7 @@ def _restored(
         places.append(Place.of(entry.layer, branch))
         if entry.method.tied_in_files:
             others = [other for other in everything if not file.layers.keys() & {*other.paths}]
-            tied = [other for other in others if (entry.method, other.use(entry.method)) == entry.use]
+            tied = [other for other in others if (id(entry.method), other.use(entry.method)) == entry.use]
             places += [Place.of(other, tied_to(branch)) for other in tied]
     for branch in built:
         for _, parameter in branch.named_weights():
@@ -381,8 +383,10 @@ def _fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     """What tensors have in common that can be copied into each other: the shape without the sizes of 1 at its end."""
-    last = max((place for place, size in enumerate(tensor.shape) if size != 1), default=-1)
-    return tensor.shape[: last + 1], tensor.is_complex(), tensor.is_floating_point()
+    shape = tensor.shape
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape, tensor.is_complex(), tensor.is_floating_point()
 
 
 def _shape(tensor: Tensor | None) -> str:

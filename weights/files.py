@@ -6,7 +6,7 @@ import ctypes
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from io import FileIO
 from os import PathLike
 from pathlib import Path, PurePath
@@ -44,17 +44,25 @@ class TensorFiles(Mapping[str, Tensor]):
         self._places = {name: file for file in files for name in file.header.slots}
         self.slots: Mapping[str, Slot] = {name: file.header.slots[name] for name, file in self._places.items()}
         self._finite = finite
-        self._held: tuple[ExitStack, dict[Path, FileIO]] | None = None
+        self._held: dict[Path, tuple[FileIO, Stamp]] | None = None
 
     @contextmanager
     def held_open(self) -> Iterator[None]:
-        """In this block each file is opened once, however many of its tensors are read."""
-        with ExitStack() as closing:
-            self._held = closing, {}
-            try:
-                yield
-            finally:
-                self._held = None
+        """In this block each file is opened once, however many of its tensors are read.
+
+        Raises:
+            FileFormatError: A file was changed meanwhile, and what was read is of no use.
+        """
+        held: dict[Path, tuple[FileIO, Stamp]] = {}
+        self._held = held
+        try:
+            yield
+            for path, (file, stamp) in held.items():
+                _check_unchanged(file, path, stamp)
+        finally:
+            self._held = None
+            for file, _ in held.values():
+                file.close()
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
@@ -66,14 +74,17 @@ class TensorFiles(Mapping[str, Tensor]):
             HubError: The file is on the Hub, and the Hub failed.
         """
         path, stamp = self._places[name].local()
-        with ExitStack() as closing:
-            try:
-                closing, files = self._held or (closing, {})
-                if (file := files.get(path)) is None:
-                    files[path] = file = closing.enter_context(FileIO(path))
-                tensor = _read_tensor(file, path, stamp, self.slots[name], name)
-            except OSError as error:
-                raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
+        try:
+            if self._held is not None:
+                if path not in self._held:
+                    self._held[path] = FileIO(path), stamp
+                tensor = _read_tensor(self._held[path][0], path, self.slots[name], name)
+            else:
+                with FileIO(path) as file:
+                    tensor = _read_tensor(file, path, self.slots[name], name)
+                    _check_unchanged(file, path, stamp)
+        except OSError as error:
+            raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
         if self._finite and not is_finite(tensor):
             raise FileFormatError(f"{self._places[name]}: tensor {name!r} has NaN or infinity in it; save it again.")
         return tensor
@@ -295,27 +306,38 @@ def is_finite(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
-def _read_tensor(file: FileIO, path: Path, stamp: Stamp, slot: Slot, name: str) -> Tensor:
+def _read_tensor(file: FileIO, path: Path, slot: Slot, name: str) -> Tensor:
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
-    read_bytes(file, path, stamp, slot.start, bytes_of(tensor))
+    read_bytes(file, path, slot.start, bytes_of(tensor))
     if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
     return tensor
 
 
-def read_bytes(file: FileIO, path: Path, stamp: Stamp, start: int, content: memoryview) -> None:
+def read_bytes(file: FileIO, path: Path, start: int, content: memoryview, stamp: Stamp | None = None) -> None:
     """Read a part of an open file, which begins at the byte `start`.
 
     Raises:
         OSError: It cannot be read.
-        FileFormatError: It is not what it was at the time of the stamp, or was cut short.
+        FileFormatError: It was cut short, or it is not what it was at the time of the stamp, if there is one.
     """
     file.seek(start)
     count = 0
-    while count < len(content) and (some := file.readinto(content[count:])):
+    while count < len(content) and (some := file.readinto(content[count:] if count else content)):
         count += some  # A raw read may stop at 2 GiB.
-    if count != len(content) or Stamp.of(file) != stamp:
-        raise FileFormatError(f"{path} has changed since it was opened; open it again.")
+    if count != len(content):
+        raise _changed(path)
+    if stamp is not None:
+        _check_unchanged(file, path, stamp)
+
+
+def _check_unchanged(file: FileIO, path: Path, stamp: Stamp) -> None:
+    if Stamp.of(file) != stamp:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> FileFormatError:
+    return FileFormatError(f"{path} has changed since it was opened; open it again.")
 
 
 def _check_storable(name: Any, tensor: Any) -> None:

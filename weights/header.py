@@ -174,16 +174,17 @@ def _checked_slot(name: str, fields: Any, first_byte: int) -> Slot:
         raise ValueError(f"tensor {name!r} has the type {fields['dtype']!r}, which is not supported")
     dtype = DTYPES[fields["dtype"]]
     # Strides multiply the non-zero sizes, so these must not overflow even where the tensor is empty.
-    absurd = len(shape) > _MAX_DIMENSIONS or any(size >= _MAX_DIMENSION for size in shape)
-    if absurd or math.prod(size or 1 for size in shape) >= 2**63:
+    count = math.prod(shape)
+    absurd = len(shape) > _MAX_DIMENSIONS or max(shape, default=0) >= _MAX_DIMENSION
+    if absurd or (count or math.prod(size or 1 for size in shape)) >= 2**63:
         raise ValueError(f"tensor {name!r} has an absurd shape")
-    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+    if offsets[1] - offsets[0] != count * dtype.itemsize:
         raise ValueError(f"tensor {name!r} does not have as many bytes as its shape {shape} needs")
     return Slot(dtype, tuple(shape), first_byte + offsets[0], first_byte + offsets[1])
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
 
 
 def _check_tiling(slots: Mapping[str, Slot], first_byte: int, size: int) -> None:

@@ -440,7 +440,7 @@ class _Reader:
                 file = self._file = FileIO(path)
                 self._path = path
             start = piece.tensor.slot.start + piece.offset
-            read_bytes(file, path, stamp, start, bytes_of(buffer[: piece.to_read]))
+            read_bytes(file, path, start, bytes_of(buffer[: piece.to_read]), stamp)
         except OSError as error:
             if isinstance(error, WeightsError):
                 raise
