@@ -250,9 +250,12 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         return cast(Tensor, self._shown("weight"))
 
     def _shown(self, name: str) -> Tensor | None:
-        """A parameter for those who read it past `forward`, and who may know of codes while these are all there is."""
+        """A parameter for who reads it past `forward`: in its codes, if it has some, while no branch changes it."""
         stored = self.base._parameters.get(name)
-        return stored if is_quantized(stored) and self.chosen() == [] else self.effective(name)
+        if not is_quantized(stored) or isinstance(chosen := self.chosen(), Rows):
+            return self.effective(name)
+        untouched = all(branch.names and name not in branch.names for branch, _ in chosen)
+        return stored if untouched else self.effective(name)
 
     def _may_change(self, name: str) -> bool:
         """Whether reading a parameter of the layer is of no use to who wants to compute what this node computes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,7 @@ def _raw(tensor: Any) -> object:
     own = tensor.detach().as_subclass(Tensor)
     state = getattr(tensor, "quant_state", None)
     parts = {} if state is None else {k: v for k, v in vars(state).items() if isinstance(v, Tensor)}
-    return bytes(own.contiguous().view(torch.uint8).numpy()), {name: _raw(part) for name, part in parts.items()}
+    return bytes(own.reshape(-1).view(torch.uint8).numpy()), {name: _raw(part) for name, part in parts.items()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -169,7 +168,7 @@ def test_methods_see_the_dequantised_weight(scheme: str, method: Method) -> None
             assert ours.dtype == theirs.dtype
             torch.testing.assert_close(ours, theirs)
         for patch in patches:
-            perturb(patch, std=0.05)
+            perturb(patch, std=0.4 if method.key in ("loha", "lokr") else 0.05)
         ours, theirs = model(x), plain(x.to(plain[0].weight.dtype)).to(x.dtype)
     tolerance = 5e-2 if "bf16" in scheme or scheme in ROUNDS_INPUTS else 1e-4
     torch.testing.assert_close(before.float(), plain_before.float(), rtol=tolerance, atol=tolerance)
@@ -220,7 +219,7 @@ def test_folding_in_for_good_is_refused(scheme: str) -> None:
     model, _ = _quantized(scheme)
     state = _bytes(model)
     patch = adapters.inject(model, LoRA(rank=4))
-    with pytest.raises(PatchStateError, match="0 is quantised.*merge into the model it was made of"):
+    with pytest.raises(PatchStateError, match=r"0 is quantised.*merge into the model it was made of"):
         patch.merge_and_eject()
     assert patch.injected and not patch.merged
     patch.eject()
@@ -284,14 +283,14 @@ def test_patches_are_saved_and_loaded(scheme: str, tmp_path: Path) -> None:
         assert [*adapters.load(dense, tmp_path / "own").targets] == ["0", "2"]
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ROUNDS_INPUTS])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if not (name in ROUNDS_INPUTS or "bf16" in name)])
 def test_starts_that_need_the_weight(scheme: str) -> None:
     model, x = _quantized(scheme)
     original = _dense()
     with torch.no_grad():
         wanted, before = original(x.float()), model(x).float()
         pissa = adapters.inject(model, LoRA(rank=4, init="pissa"))
-        torch.testing.assert_close(model(x).float(), before, rtol=2e-2, atol=3e-2)
+        torch.testing.assert_close(model(x).float(), before, rtol=1e-4, atol=1e-4)
         pissa.eject()
         patch = adapters.inject(model, LoRA(rank=32, init="loftq"))
         adapters.initialize(patch, originals=original.state_dict())
@@ -307,7 +306,7 @@ def test_copies_and_state_dicts_of_adapted_models(scheme: str) -> None:
         expected = model(x)
         other = copy.deepcopy(model)
         torch.testing.assert_close(other(x), expected, rtol=2e-2, atol=2e-2)
-        adapters.find(other, "default").eject()
+        adapters.patches(other)["default"].eject()
         assert is_quantized(other[0].weight) and other[0].weight is not model[0].base.weight
         assert torch.equal(model(x), expected)
 
@@ -315,26 +314,27 @@ def test_copies_and_state_dicts_of_adapted_models(scheme: str) -> None:
 def test_layers_of_one_bias() -> None:
     for scheme in ("ao int8", "bnb nf4"):
         model, x = _quantized(scheme)
+        own = model[0].weight
         with torch.no_grad():
             before = model[0](x)
             patch = adapters.inject(model, adapters.BitFit())
             perturb(patch, std=1.0)
-            (bias,) = patch.parameters()
-            assert is_quantized(model[0].weight) is False or model[0].weight is model[0].base.weight
+            assert model[0].weight is own
             torch.testing.assert_close(model[0](x), before - model[0].base.bias + model[0].bias, rtol=1e-5, atol=1e-5)
             assert not torch.allclose(model[0](x), before, atol=0.1)
             patch.merge_and_eject()
-            assert is_quantized(model[0].weight)
+            assert model[0].weight is own
 
 
 def test_codes_without_a_way_back() -> None:
     from torchao.quantization import Int4Tensor
 
     model = _dense()
-    weight = Int4Tensor(torch.zeros(128, 32, dtype=torch.int8), torch.ones(1, 128), torch.zeros(1, 128), [1, 64], torch.Size((128, 64)))
+    codes, scales, zeros = torch.zeros(128, 32, dtype=torch.int8), torch.ones(1, 128), torch.zeros(1, 128)
+    weight = Int4Tensor(codes, scales, zeros, [1, 64], torch.Size((128, 64)))
     model[0].weight = nn.Parameter(weight, requires_grad=False)
     adapters.inject(model, LoRA(rank=4), "0").eject()
-    with pytest.raises(TargetError, match="Int4Tensor of torchao cannot be dequantised.*choose LoRA"):
+    with pytest.raises(TargetError, match=r"Int4Tensor of torchao cannot be dequantised.*choose LoRA"):
         adapters.inject(model, adapters.DoRA(rank=4), "0")
     assert model[0].weight is model[0]._parameters["weight"]
 
@@ -357,7 +357,7 @@ def test_embeddings() -> None:
             assert torch.equal(model(tokens), before)
             perturb(patch)
             down, up = patch.parameters()
-            expected = before + (down.T[tokens] @ up.T)
+            expected = before + down[tokens] @ up.T
             torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
             patch.merge()
             torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
@@ -416,7 +416,7 @@ def test_models_of_transformers(saved_model: Path, kind: str, method: Method, tm
         before = model(TOKENS).logits
     state = _bytes(model)
     patch = adapters.inject(model, method)
-    assert len(patch.targets) == 14 + ("lora" == method.key)  # The embedding too.
+    assert len(patch.targets) == 15  # The embedding is not quantised.
     assert {parameter.dtype for parameter in patch.parameters()} == {torch.float32}
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-2, atol=1e-2)
@@ -440,7 +440,8 @@ def test_models_of_transformers(saved_model: Path, kind: str, method: Method, tm
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_as_peft_computes_it(saved_model: Path, kind: str, dora: bool, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_dora=dora, init_lora_weights=False)
+    targets = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=dora, init_lora_weights=False)
     theirs = peft.get_peft_model(_load(saved_model, kind), config).eval()
     ours = _load(saved_model, kind)
     with torch.no_grad():
@@ -449,4 +450,6 @@ def test_as_peft_computes_it(saved_model: Path, kind: str, dora: bool, tmp_path:
         adapters.load(ours, tmp_path)
         expected = theirs(TOKENS).logits
         assert not torch.allclose(expected, base, atol=0.02)
-        torch.testing.assert_close(ours(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+        # Theirs scales what the layer makes of rounded inputs; ours is one dense product.
+        tolerance = 5e-3 if dora and kind == "bnb 8" else 1e-4
+        torch.testing.assert_close(ours(TOKENS).logits, expected, rtol=tolerance, atol=tolerance)
