@@ -19,7 +19,7 @@ def is_quantized(weight: object) -> bool:
 
 def is_bitsandbytes(layer: nn.Module) -> bool:
     """Whether a layer is one of bitsandbytes, of which only the forward knows the weight."""
-    return type(layer).forward.__module__.startswith("bitsandbytes.")
+    return str(getattr(type(layer).forward, "__module__", "")).startswith("bitsandbytes.")
 
 
 def logical_shape(weight: Tensor) -> torch.Size:

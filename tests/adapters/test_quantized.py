@@ -20,6 +20,7 @@ import adapters
 from adapters import LoRA, Method, PatchStateError, TargetError
 from adapters.layers import read_weight
 from adapters.quantized import is_quantized
+from adapters.targets import structure
 from tests.adapters.models import perturb
 
 SIZES = (64, 128, 64)
@@ -280,6 +281,7 @@ def test_patches_are_saved_and_loaded(scheme: str, tmp_path: Path) -> None:
             loaded.eject()
         # The names and shapes are those of the model that is not quantised.
         dense = _dense()
+        assert structure(model) == structure(dense)
         assert [*adapters.load(dense, tmp_path / "own").targets] == ["0", "2"]
 
 
@@ -311,7 +313,19 @@ def test_copies_and_state_dicts_of_adapted_models(scheme: str) -> None:
         assert torch.equal(model(x), expected)
 
 
-def test_layers_of_one_bias() -> None:
+@pytest.mark.parametrize("scheme", ["ao int8", "bnb nf4"])
+def test_tied_layers_have_one_adapter(scheme: str) -> None:
+    model, _ = _quantized(scheme)
+    model.append(copy.copy(model[0]))
+    model[3]._parameters = dict(model[0]._parameters)
+    assert model[3].weight is model[0].weight
+    for name in ("first", "second"):  # Also where a node is there already.
+        patch = adapters.inject(model, LoRA(rank=4), "0", name=name)
+        assert [*patch.targets] == ["0", "3"]
+        assert len({id(parameter) for parameter in patch.parameters()}) == 2
+
+
+def test_biases_change_and_codes_stay() -> None:
     for scheme in ("ao int8", "bnb nf4"):
         model, x = _quantized(scheme)
         own = model[0].weight
