@@ -347,10 +347,15 @@ def test_codes_without_a_way_back() -> None:
     codes, scales, zeros = torch.zeros(128, 32, dtype=torch.int8), torch.ones(1, 128), torch.zeros(1, 128)
     weight = Int4Tensor(codes, scales, zeros, [1, 64], torch.Size((128, 64)))
     model[0].weight = nn.Parameter(weight, requires_grad=False)
-    adapters.inject(model, LoRA(rank=4), "0").eject()
+    own = model[0].weight
+    patch = adapters.inject(model, LoRA(rank=4), "0")
+    with pytest.raises(TargetError, match="Int4Tensor of torchao cannot be dequantised"):
+        patch.merge()
+    assert not patch.merged
+    patch.eject()
     with pytest.raises(TargetError, match=r"Int4Tensor of torchao cannot be dequantised.*choose LoRA"):
         adapters.inject(model, adapters.DoRA(rank=4), "0")
-    assert model[0].weight is model[0]._parameters["weight"]
+    assert type(model[0]) is nn.Linear and model[0].weight is own
 
 
 def test_embeddings() -> None:
