@@ -27,6 +27,7 @@ from adapters.layers import (
     with_weights,
 )
 from adapters.low_rank import is_ready, linear, linear_of_rows
+from adapters.quantized import is_quantized
 from adapters.traced import number_of, strengths
 from fluxion.chain import PLAIN_CALLS, entry
 from fluxion.module import Late, Template
@@ -246,7 +247,15 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     @property
     def weight(self) -> Tensor:
         """The weight that computes what this node computes: the layer's own one while no patch acts."""
-        return cast(Tensor, self.effective("weight"))
+        return cast(Tensor, self._shown("weight"))
+
+    def _shown(self, name: str) -> Tensor | None:
+        """A parameter for who reads it past `forward`: in its codes, if it has some, while no branch changes it."""
+        stored = self.base._parameters.get(name)
+        if not is_quantized(stored) or isinstance(chosen := self.chosen(), Rows):
+            return self.effective(name)
+        untouched = all(branch.names and name not in branch.names for branch, _ in chosen)
+        return stored if untouched else self.effective(name)
 
     def _may_change(self, name: str) -> bool:
         """Whether reading a parameter of the layer is of no use to who wants to compute what this node computes."""
@@ -270,6 +279,10 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def own_weight(self, name: str) -> Tensor | None:
         """A weight of the layer without any branch, merged or not."""
         return self._own[name] if name in self._own else read_weight(self.base, name)
+
+    def stored(self, name: str) -> Tensor | None:
+        """A parameter of the layer, without what is merged into it, as it is stored: perhaps in codes."""
+        return self._own[name] if name in self._own else self.base._parameters.get(name)
 
     @property
     def merged(self) -> Active:
@@ -357,7 +370,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and self._may_change(name):
-            return self.effective(name)
+            return self._shown(name)
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from adapters.quantized import Dense, dequantized, is_bitsandbytes, is_quantized, logical_shape
+
 # A recurrent network keeps its weights a second time, in one flat buffer that its kernels read.
 UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,8 +50,10 @@ class Matrix:
         """A parameter of any shape as it is, or None where there is none that can be adapted."""
         if isinstance(layer, UNSUPPORTED) or _is_source(layer, parameter):
             return None
-        weight = read_weight(layer, parameter) if hasattr(layer, parameter) else None
-        return cls(tuple(weight.shape), "as is", "any") if isinstance(weight, Tensor) else None
+        weight = layer._parameters.get(parameter)
+        if weight is None and hasattr(layer, parameter):
+            weight = cast(nn.Parameter, read_weight(layer, parameter))
+        return cls(tuple(logical_shape(weight)), "as is", "any") if isinstance(weight, Tensor) else None
 
     @classmethod
     def of(cls, layer: nn.Module, parameter: str) -> Matrix | None:
@@ -129,9 +133,13 @@ def is_conv1d(layer: nn.Module) -> bool:
 def is_plain(layer: nn.Module) -> bool:
     """Whether the output of a layer is a linear function of its weight, so that updates add up in the output."""
     forward = type(layer).forward
-    if forward not in _PLAIN_FORWARDS and not (is_conv1d(layer) and forward.__qualname__ == "Conv1D.forward"):
+    if not (
+        forward in _PLAIN_FORWARDS
+        or (is_conv1d(layer) and forward.__qualname__ == "Conv1D.forward")
+        or (is_bitsandbytes(layer) and isinstance(layer, nn.Linear))
+    ):
         return False
-    return is_stored(layer, "weight") and getattr(layer, "max_norm", None) is None
+    return _is_parameter(layer, "weight") and getattr(layer, "max_norm", None) is None
 
 
 def buffers(layer: nn.Module) -> dict[str, Tensor]:
@@ -187,18 +195,24 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_stored(layer: nn.Module, parameter: str) -> bool:
-    """Whether a weight is a parameter of its layer, be it None, rather than computed from others."""
+    """Whether a weight is a parameter of its layer, be it None, rather than computed from others or from codes."""
+    return _is_parameter(layer, parameter) and not is_quantized(layer._parameters[parameter])
+
+
+def _is_parameter(layer: nn.Module, parameter: str) -> bool:
     if parameter not in layer._parameters:
         return False
     return not (layer._forward_pre_hooks and _norm_hooks(layer, parameter))
 
 
 def read_weight(layer: nn.Module, parameter: str) -> Tensor:
-    """A weight of a layer, computed where it is parametrised; None for the bias of a layer without one."""
+    """A weight of a layer, computed where it is parametrised or quantised; None for a bias that is not there."""
     if layer._forward_pre_hooks:
         for hook in _norm_hooks(layer, parameter).values():
             return cast(Tensor, hook.compute_weight(layer))
     stored = layer._parameters.get(parameter)  # Past nn.Module.__getattr__, which is slow.
+    if is_quantized(stored):
+        return dequantized(layer, cast(Tensor, stored))
     return cast(Tensor, getattr(layer, parameter)) if stored is None else stored
 
 
@@ -249,6 +263,8 @@ def with_weights(layer: nn.Module, weights: Mapping[str, Tensor | None]) -> nn.M
     if computed is not None:
         # The class made for a parametrised layer computes its weights; the class below it just has them.
         copy.__class__ = type(layer).__bases__[0]
+    elif "weight" in values and is_bitsandbytes(layer):
+        copy.__class__ = Dense if isinstance(layer, nn.Linear) else nn.Embedding
     dropped = {key for name in values for key in _norm_hooks(layer, name)}
     if dropped:
         hooks = {key: hook for key, hook in layer._forward_pre_hooks.items() if key not in dropped}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch, Tensors
 from adapters.errors import AdapterError, TargetError
 from adapters.layers import Matrix, is_narrow, read_weight, widened
+from adapters.quantized import compute_dtype, is_quantized
 
 if TYPE_CHECKING:
     from adapters.fusion import Thin
@@ -64,7 +65,8 @@ class Site:
             layer: The layer and the name of the weight.
             method: Says what the weight is as a matrix.
             device: Where the tensors go.
-            dtype: Their dtype; by default single precision for a layer that is stored in 8 bits.
+            dtype: Their dtype; by default single precision for a layer that is stored in 8 bits, and for one that is
+                quantised what it computes in.
             own: Whether the branch is from a file: for the layer's own weight, whatever other patches do at the
                 moment, and with values of its own.
         """
@@ -73,7 +75,14 @@ class Site:
         read: Callable[[], Tensor | None] = partial(read_weight, module, parameter)
         if node is not None:
             read = partial(node.own_weight if own else node.effective, parameter)
-        weight = read_weight(module, parameter) if method.mergeable else next(module.parameters(), None)
+        holder, weight = module, module._parameters.get(parameter)
+        if not method.mergeable:
+            of_all = ((part, own) for part in module.modules() for own in part._parameters.values() if own is not None)
+            holder, weight = next(of_all, (module, None))
+        elif weight is None:
+            weight = cast("nn.Parameter | None", read_weight(module, parameter))
+        if dtype is None and is_quantized(weight):
+            dtype = compute_dtype(holder, cast(Tensor, weight))
         if dtype is None and weight is not None and not (weight.is_floating_point() or weight.is_complex()):
             raise TargetError(f"{layer.path} has a weight of {weight.dtype}, no dtype to train in: pass dtype=.")
         if dtype is None and weight is not None:

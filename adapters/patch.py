@@ -29,6 +29,7 @@ from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, Pa
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
+from adapters.quantized import is_quantized
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
 from weights.card import CARD
 from weights.errors import listed
@@ -396,14 +397,20 @@ class Patch:
         copy of the model at any time.
 
         Raises:
-            PatchStateError: It is not injected, a weight is computed from others and cannot be set, or the method is
-                no change of weights.
+            PatchStateError: It is not injected, a weight is quantised, or computed from others and cannot be set, or
+                the method is no change of weights.
         """
         self._require_injected()
         self._require_mergeable()
         model = self.model
         for node, branches in self._nodes():
-            if not all(is_stored(node.base, name) for branch in branches for name in branch.names):
+            names = [name for branch in branches for name in branch.names]
+            if any(is_quantized(node.base._parameters.get(name)) for name in names):
+                raise PatchStateError(
+                    f"{node.path} is quantised, and quantising the outcome again would round it: merge into the model"
+                    " it was made of and quantise that, or merge() instead, which keeps a dense weight beside."
+                )
+            if not all(is_stored(node.base, name) for name in names):
                 raise PatchStateError(
                     f"{node.path} computes its weight from others: remove its parametrization, or merge() instead."
                 )

@@ -17,6 +17,7 @@ from adapters.adapter import Slot
 from adapters.errors import TargetError
 from adapters.layers import UNSUPPORTED
 from adapters.models import roots
+from adapters.quantized import logical_shape
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -68,7 +69,7 @@ class Layer:
     def own(self) -> Tensor | None:
         """The parameter, without what is merged into it; None where there is none, or it is computed from others."""
         value = self.module._parameters.get(self.parameter)
-        return value if value is None or self.node is None else self.node.own_weight(self.parameter)
+        return value if value is None or self.node is None else self.node.stored(self.parameter)
 
     @property
     def names(self) -> list[tuple[str, nn.Module]]:
@@ -118,7 +119,7 @@ def layers(model: nn.Module) -> list[Layer]:
 def structure(model: nn.Module) -> str:
     """A fingerprint of the names and shapes of a model's weights, the same with patches and without."""
     shapes = (
-        (path, tuple(value.shape))
+        (path, tuple(logical_shape(value)))
         for layer in layers(model)
         if (value := layer.module._parameters.get(layer.parameter)) is not None
         for path in layer.paths

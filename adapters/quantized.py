@@ -1,0 +1,85 @@
+"""Weights stored as codes, by torchao and by bitsandbytes: what they stand for. Neither package is imported here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.errors import TargetError
+
+
+def is_quantized(weight: object) -> bool:
+    """Whether a parameter is of a class of torchao or bitsandbytes, which says itself what its codes stand for."""
+    return type(weight) is not nn.Parameter and _package(weight) in ("torchao", "bitsandbytes")
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes, of which only the forward knows the weight."""
+    return str(getattr(type(layer).forward, "__module__", "")).startswith("bitsandbytes.")
+
+
+def logical_shape(weight: Tensor) -> torch.Size:
+    """The shape of what a weight stands for: bitsandbytes packs numbers of 4 bits in a column of bytes."""
+    state = getattr(weight, "quant_state", None) if is_quantized(weight) else None
+    return weight.shape if state is None else torch.Size(state.shape)
+
+
+def compute_dtype(layer: nn.Module, weight: Tensor) -> torch.dtype:
+    """The dtype that a quantised weight is calculated with.
+
+    It is that of torchao's tensor; what a Linear4bit is told, or was made of; and single precision for 8 bits of
+    bitsandbytes, which take inputs of any dtype.
+    """
+    if weight.is_floating_point():
+        return weight.dtype
+    state: Any = getattr(weight, "quant_state", None)
+    return torch.float32 if state is None else getattr(layer, "compute_dtype", None) or state.dtype
+
+
+def dequantized(layer: nn.Module, weight: Tensor) -> Tensor:
+    """What a quantised weight of a layer stands for: a plain tensor, which takes no gradients.
+
+    Raises:
+        TargetError: The package knows no way back from this kind of codes.
+    """
+    weight = weight.detach()
+    if _package(weight) == "torchao":
+        if type(weight).dequantize is Tensor.dequantize:
+            raise TargetError(
+                f"A {type(weight).__name__} of torchao cannot be dequantised, which methods other than those that run"
+                " beside a layer need: choose LoRA, or another form of quantisation."
+            )
+        return cast(Tensor, cast(Any, weight).dequantize())
+    source: Any = layer._parameters["weight"]
+    codes = weight.as_subclass(Tensor)
+    if codes.is_floating_point():  # Not quantised yet.
+        return codes
+    state = getattr(source, "quant_state", None)
+    if state is None:
+        scales = cast(Any, layer).state.SCB if getattr(source, "SCB", None) is None else source.SCB
+        return codes * (scales.view(-1, 1) / 127)
+    operations: Any = sys.modules["bitsandbytes"].functional
+    if getattr(state, "packing_format_for_cpu", False):
+        # Arranged for a kernel, at the first use in evaluation mode. The kernel alone reads it: exactly, from ones.
+        ones = torch.eye(state.shape[1], dtype=torch.bfloat16)
+        matrix = operations.gemv_4bit(ones, codes, state=state).T
+    else:
+        matrix = operations.dequantize_4bit(codes, state)
+    return cast(Tensor, matrix).to(compute_dtype(layer, source))
+
+
+class Dense(nn.Linear):
+    """A layer of bitsandbytes with a weight that is not quantised: it too takes inputs of any dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return functional.linear(input.to(dtype), self.weight, bias).to(input.dtype)
+
+
+def _package(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
