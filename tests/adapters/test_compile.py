@@ -292,7 +292,10 @@ def test_equal_blocks_with_unequal_patches() -> None:
 def test_another_number_of_rows() -> None:
     made = model()
     run = torch.compile(made, fullgraph=True, backend="eager")
-    with adapters.use(made, rows=["a", "b"]), pytest.raises(RowsError, match="names 2 rows, .* a batch of 3") as caught:
+    with (
+        adapters.use(made, rows=["a", "b"]),
+        pytest.raises(RowsError, match=r"names 2 rows, .* a batch of 3") as caught,
+    ):
         run(TOKENS)
     assert caught.value.path in {"tokens", "mix", "out"}
     close(run(TOKENS), made(TOKENS))
