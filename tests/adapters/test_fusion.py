@@ -719,3 +719,20 @@ def test_hooks_are_called_for_rows(part: str) -> None:
         seen_by(node, part).register_forward_hook(lambda *_: calls.append(1))
         close(node(x), expected)
     assert calls
+
+
+def test_groups_of_one_size_keep_their_own_strengths() -> None:
+    """In the dtypes in which they go through one product."""
+    node, x = adapted(LoRA(rank=2, alpha=20), dtype=torch.bfloat16), torch.randn(4, INPUTS).bfloat16()
+    model = node.__dict__["model"]
+    with torch.no_grad():
+        with adapters.use(model, rows=["a", {"a": -1.0}, {"a": -1.0}, "a"]):
+            assert is_short(node, x)
+            found = node(x)
+        with adapters.use(model, "a"):
+            one = node(x)
+        with adapters.use(model, {"a": -1.0}):
+            other = node(x)
+    assert (one - other).abs().max() > 1
+    expected = torch.stack([one[0], other[1], other[2], one[3]])
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
