@@ -314,12 +314,13 @@ def test_patches_that_come_and_go() -> None:
         close(run(TOKENS), made(TOKENS))
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
-def test_batches_of_other_sizes(dynamic: bool | None) -> None:
-    made = model()
-    run = torch.compile(made, fullgraph=True, backend="eager", dynamic=dynamic)
+def test_batches_of_other_sizes() -> None:
+    made = nn.Sequential(nn.Linear(6, 6))
+    for name in "ab":
+        perturb(adapters.inject(made, LoRA(rank=2), name=name), seed=ord(name))
+    run = torch.compile(made, fullgraph=True, backend="eager", dynamic=True)
     for size in (3, 2, 7):
-        tokens = torch.randint(20, (size, 4))
+        tokens = torch.randn(size, 6)
         with adapters.use(made, rows=["a", *[None] * (size - 2), "b"]):
             close(run(tokens), made(tokens))
 
