@@ -59,7 +59,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     _may_repeat = True  # A shared layer is adapted once, by one node in all of its places.
 
     _fusion: Fusion | None  # The short way, as it was found last.
-    _number: int  # What compiled graphs know it by.
+    _number: Tensor  # What compiled graphs know it by.
 
     def __init__(self, layer: nn.Module) -> None:
         # A model may get thousands of these: what the constructors make takes ten times as long as copies of it.
@@ -149,7 +149,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and "input" in kwargs:  # What torch's layers call it.
             args = (kwargs.pop("input"),)
-        if torch.compiler.is_compiling() and args and self._is_traceable():
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and args and self._is_traceable():
             return self._traced(*args, **kwargs)
         state = self.__dict__
         fusion: Fusion | None = state["_fusion"]

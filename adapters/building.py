@@ -51,10 +51,10 @@ def build_all(wanted: Sequence[tuple[Method, Site]]) -> list[Branch]:
         mould = Mould.of(first) if len(sites) > 1 else None
         values = None if mould is None else method.starts(sites[1:], mould.parameters)
         if mould is None or values is None:
-            others = [build(method, site, shared[method]) for site in sites[1:]]
-        else:
-            others = [mould.cast(some) for some in values]
-        branches.update(zip(numbers, [first, *others], strict=True))
+            made = [first, *(build(method, site, shared[method]) for site in sites[1:])]
+        else:  # The first one as well: compiled graphs of blocks that are alike are shared if all of them are.
+            made = [mould.cast(some) for some in (mould.parameters.values(), *values)]
+        branches.update(zip(numbers, made, strict=True))
     return [branches[number] for number in range(len(wanted))]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 import fluxion as fl
 from adapters.low_rank import Pair
+from fluxion.chain import PLAIN_CALLS
 
 if TYPE_CHECKING:
     from adapters.adapted import Active, Adapted
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from adapters.patch import Patch
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_FORWARD = nn.Linear.forward
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 
@@ -43,14 +46,15 @@ class Fusion:
         own: The parameters of the layer by name.
     """
 
-    __slots__ = ("_base", "_children", "_of_patch", "_parts", "branches", "own")
+    __slots__ = ("_base", "_children", "_layer", "_of_patch", "_parts", "branches", "own")
 
     def __init__(self, node: Adapted) -> None:
-        base, self.branches = node.base, node.branches
+        self._layer = base = node.base
+        self.branches = node.branches
         self.own = base._parameters
         self._children = tuple(node._modules.values())
         self._base = _Parts([vars(base)])
-        fits = node.inner is base and type(base).forward is nn.Linear.forward and not self._base.covered
+        fits = node.inner is base and type(base).__call__ in PLAIN_CALLS and not self._base.covered
         found = {branch: _Parts.of(branch) for branch in self.branches if fits and branch.beside}
         self._parts = {branch: parts for branch, parts in found.items() if parts is not None}
         self._of_patch: dict[Patch, list[Branch]] = {}
@@ -63,7 +67,12 @@ class Fusion:
 
     def pairs(self, active: Active) -> list[Pair] | None:
         """What these branches compute beside the layer; None if there is one that has to run by itself."""
-        if any(self._base.tables) or any(_GLOBAL_HOOKS):
+        if (
+            any(_GLOBAL_HOOKS)
+            or self._base.are_hooked()
+            or "bias" not in self.own  # It may be computed, or a buffer.
+            or type(self._layer).forward is not _FORWARD
+        ):
             return None
         pairs: list[Pair] = []
         for branch, scale in active:
@@ -92,19 +101,19 @@ class _Parts:
     """Modules by their `__dict__`s: attributes of what has a `__getattr__` take five times as long.
 
     Attributes:
-        tables: Their tables for hooks, where they have some already.
         covered: Whether one is called in another way than torch's.
     """
 
-    __slots__ = ("_all", "_children", "_count", "_states", "covered", "tables")
+    __slots__ = ("_all", "_children", "_count", "_states", "_tables", "covered")
 
     def __init__(self, states: list[dict[str, Any] | None]) -> None:
         self._states = states
         self._all = [state for state in states if state is not None]
         self._count = sum(map(len, self._all))
         self._children = tuple(self._all[0]["_modules"].values())
-        self.tables = [state[name] for state in self._all for name in _HOOKS if name in state]
-        self.covered = any(state.get("forward") or state.get("_compiled_call_impl") for state in self._all)
+        tables = [(state, name) for state in self._all for name in _HOOKS if name in state]
+        self._tables = [state for state, _ in tables], [name for _, name in tables]
+        self.covered = any("forward" in state or "_compiled_call_impl" in state for state in self._all)
 
     @classmethod
     def of(cls, branch: Branch) -> _Parts | None:
@@ -116,6 +125,10 @@ class _Parts:
         """Whether there is nothing that was not there before: a table for hooks that is new is one attribute more."""
         return sum(map(len, self._all)) == self._count
 
+    def are_hooked(self) -> bool:
+        """Whether there are hooks in the tables for them that were there before, or in what has replaced one."""
+        return any(map(getitem, *self._tables))  # As fast as a loop over as many lookups can be.
+
     def pair(self, scale: float) -> Pair | None:
         """What a branch, of these modules, computes at the moment; None if it was given what it is not made of."""
         own, down, up, multiply, dropout = self._states
@@ -125,13 +138,17 @@ class _Parts:
             self.covered
             or sum(map(len, self._all)) != self._count
             or tuple(own["_modules"].values()) != self._children  # type: ignore[index]
-            or any(self.tables)
+            or self.are_hooked()
             or type(a) is not nn.Parameter
             or type(b) is not nn.Parameter
-            or downs["bias"] is not None
-            or ups["bias"] is not None
-            or (multiply is not None and multiply["bias"])
+            or downs.get("bias", downs) is not None  # Nor is one that is no parameter.
+            or ups.get("bias", ups) is not None
         ):
             return None
+        if multiply is not None:
+            factor, bias = multiply.get("scale"), multiply.get("bias")
+            if not isinstance(factor, (int, float)) or not isinstance(bias, (int, float)) or bias:
+                return None
+            scale *= factor
         rate = dropout["p"] if dropout is not None and dropout["training"] else 0.0
-        return a, b, scale if multiply is None else scale * multiply["scale"], rate
+        return (a, b, scale, rate) if 0 <= rate < 1 else None

@@ -26,12 +26,13 @@ multiplied by; and the probability of dropping each input of A."""
 
 
 def is_ready(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether the ways of this module may be gone: for plain tensors of one dtype, and outside of any transform."""
+    """Whether the ways of this module may be gone: for plain tensors of one real dtype, outside of any transform."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
         and (bias is None or (type(bias) is nn.Parameter and bias.dtype is x.dtype))
         and x.dtype is weight.dtype
+        and x.dtype.is_floating_point
         and x.ndim > 1
         and not torch._C._is_any_autocast_enabled()
         and torch._C._functorch.maybe_current_level() is None
@@ -50,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
     """
     down, up, scale, dropout = _joined(pairs, x.dtype)
     # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
-    seed = int(torch.randint(2**63 - 1, ())) if dropout else 0
+    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
     if torch.is_grad_enabled() and (
         down.requires_grad
         or up.requires_grad
@@ -100,10 +101,10 @@ def linear_of_rows(
         if others:
             down = torch.stack([down, *(pair[0] for _, _, pair in others)])
             up = torch.stack([up, *(pair[1] for _, _, pair in others)])
-            product = torch.bmm(inputs[some].view(len(down), -1, x.shape[-1]), down.mT)
+            product = torch.bmm(inputs[some].reshape(len(down), -1, x.shape[-1]), down.mT)
             outputs[some].view(len(down), -1, output.shape[-1]).baddbmm_(product, up.mT, alpha=scale)
         else:
-            product = functional.linear(inputs[some].view(-1, x.shape[-1]), down)
+            product = functional.linear(inputs[some].flatten(0, -2), down)
             outputs[some].view(-1, output.shape[-1]).addmm_(product, up.t(), alpha=scale)
     return output if order is None else output.index_select(0, places.to(x.device))
 
@@ -176,7 +177,8 @@ class _Linear(torch.autograd.Function):
         shape, mask = x.shape, None
         if dropout and (for_x or for_down):
             mask = _mask(x, dropout, seed).flatten(0, -2)
-        x, grad, small = x.flatten(0, -2), grad.flatten(0, -2), small.flatten(0, -2)
+        x, small = x.flatten(0, -2), small.flatten(0, -2)
+        grad = grad.reshape(len(x), weight.shape[0])  # It may be a batch of gradients, which torch does not flatten.
         if torch.is_grad_enabled():  # Gradients of gradients: what was kept knows nothing of where it came from.
             small = functional.linear(x if mask is None else x * mask, down)
         inner = (grad @ up) * scale if for_x or for_down else None
@@ -197,8 +199,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
+    # In one layout, whatever that of the input: what is kept for gradients may come back in another one.
+    mask = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 _with_gradients = cast(Callable[..., Tensor], _Linear.apply)

@@ -19,15 +19,16 @@ _numbers = itertools.count()
 _nodes: WeakValueDictionary[int, Adapted] = WeakValueDictionary()
 
 
-def number_of(node: Adapted) -> int:
-    """A new number for a node, by which graphs know it."""
+def number_of(node: Adapted) -> Tensor:
+    """A new number for a node, by which graphs know it: an input of theirs, so that equal blocks share one graph."""
     number = next(_numbers)
     _nodes[number] = node
-    return number
+    return torch.scalar_tensor(number, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("adapters::strengths", mutates_args=())
-def strengths(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
+# What is looked up is not what a captured CUDA graph could repeat.
+@torch.library.custom_op("adapters::strengths", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def strengths(x: Tensor, node: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """How strongly each branch of a node acts on each row of a batch, at the moment, in this thread or task.
 
     Args:
@@ -42,7 +43,7 @@ def strengths(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
     Raises:
         RowsError: There is a choice for each row, and the input has another number of them.
     """
-    here = _nodes[node]
+    here = _nodes[int(node)]
     branches, chosen, rows = here.branches, here.chosen(), x.shape[0]
     if isinstance(chosen, Rows):
         if chosen.count != rows:
@@ -59,5 +60,5 @@ def strengths(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 @strengths.register_fake
-def _(x: Tensor, node: int, count: int, dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, node: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[0], count), dtype=dtype)
