@@ -121,7 +121,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         return next(place.path for branch in self.branches for place in branch.patch.places if place.branch is branch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_fusion": None}
+        return {**super().__getstate__(), "_fusion": None, "_number": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -15,15 +15,23 @@ from adapters.errors import RowsError
 if TYPE_CHECKING:
     from adapters.adapted import Adapted
 
-_numbers = itertools.count()
 _nodes: WeakValueDictionary[int, Adapted] = WeakValueDictionary()
+_numbers: list[tuple[int, Tensor]] = []  # Those to give next, made many at a time, which is quicker.
+_blocks = itertools.count()
+_BLOCK = 1024
 
 
 def number_of(node: Adapted) -> Tensor:
     """A new number for a node, by which graphs know it: an input of theirs, so that equal blocks share one graph."""
-    number = next(_numbers)
-    _nodes[number] = node
-    return torch.scalar_tensor(number, dtype=torch.int64, device="cpu")
+    while True:
+        try:
+            number, tensor = _numbers.pop()  # One thread gets it.
+        except IndexError:
+            start = next(_blocks) * _BLOCK
+            _numbers.extend(enumerate(torch.arange(start, start + _BLOCK, device="cpu").unbind(), start))
+        else:
+            _nodes[number] = node
+            return tensor
 
 
 # What is looked up is not what a captured CUDA graph could repeat.
