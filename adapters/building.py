@@ -48,8 +48,9 @@ def build_all(wanted: Sequence[tuple[Method, Site]]) -> list[Branch]:
         first = build(method, sites[0], shared[method])
         if next(first.named_weights(), None) is None:
             raise TargetError(f"{method} has nothing to train at {sites[0].path}: exclude it, or choose other numbers.")
-        mould = Mould.of(first) if len(sites) > 1 else None
-        values = None if mould is None else method.starts(sites[1:], mould.parameters)
+        mould, values = Mould.of(first), None
+        if mould is not None:
+            values = method.starts(sites[1:], mould.parameters) if len(sites) > 1 else ()
         if mould is None or values is None:
             made = [first, *(build(method, site, shared[method]) for site in sites[1:])]
         else:  # The first one as well: compiled graphs of blocks that are alike are shared if all of them are.

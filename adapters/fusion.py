@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapters.patch import Patch
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_NUMBERS = (float, int)
 _FORWARD = nn.Linear.forward
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
@@ -147,7 +148,7 @@ class _Parts:
             return None
         if multiply is not None:
             factor, bias = multiply.get("scale"), multiply.get("bias")
-            if not isinstance(factor, (int, float)) or not isinstance(bias, (int, float)) or bias:
+            if type(factor) not in _NUMBERS or type(bias) not in _NUMBERS or bias:
                 return None
             scale *= factor
         rate = dropout["p"] if dropout is not None and dropout["training"] else 0.0
