@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 import fluxion as fl
+from adapters.branch import Branch
 from adapters.low_rank import Pair
 
 if TYPE_CHECKING:
     from adapters.adapted import Active, Adapted
-    from adapters.branch import Branch
     from adapters.choice import Rows
     from adapters.patch import Patch
 
@@ -43,16 +43,16 @@ class Fusion:
         own: The parameters of the layer by name.
     """
 
-    __slots__ = ("_base", "_children", "_of_patch", "_parts", "branches", "own")
+    __slots__ = ("_base", "_children", "_fits", "_of_patch", "_parts", "branches", "own")
 
     def __init__(self, node: Adapted) -> None:
-        base, self.branches = node.base, node.branches
+        base = node.base
         self.own = base._parameters
-        self._children = tuple(node._modules.values())
+        self._children = tuple(node._modules.values())  # Looked at once: others may come meanwhile.
+        self.branches = [child for child in self._children if isinstance(child, Branch)]
         self._base = _Parts([vars(base)])
-        fits = node.inner is base and type(base).forward is nn.Linear.forward and not self._base.covered
-        found = {branch: _Parts.of(branch) for branch in self.branches if fits and branch.beside}
-        self._parts = {branch: parts for branch, parts in found.items() if parts is not None}
+        self._fits = self._children[0] is base and type(base).forward is nn.Linear.forward and not self._base.covered
+        self._parts: dict[Branch, _Parts | None] = {}  # Of those that have acted: there may be hundreds that never do.
         self._of_patch: dict[Patch, list[Branch]] = {}
         for branch in self.branches:
             self._of_patch.setdefault(branch.patch, []).append(branch)
@@ -67,7 +67,9 @@ class Fusion:
             return None
         pairs: list[Pair] = []
         for branch, scale in active:
-            if (parts := self._parts.get(branch)) is None:
+            if branch not in self._parts:
+                self._parts[branch] = _Parts.of(branch) if self._fits and branch.beside else None
+            if (parts := self._parts[branch]) is None:
                 return None
             pair = parts.pair(scale)
             if pair is None:  # It is not what it was: perhaps in a way that makes no difference.
