@@ -76,19 +76,17 @@ def resolved(choices: Iterable[Choice], known: Mapping[str, Patch], by_row: bool
     Raises:
         PatchNameError: A name is none of theirs.
     """
-    from adapters.patch import named
-
-    weights = [
-        {
-            patch: patch.scale if scale is None else scale
-            for name, scale in choice.items()
-            for patch in [named(known, name)]
-        }
-        for choice in choices
-    ]
+    weights = [_weights(choice, known) for choice in choices]
     if by_row:
         return dict.fromkeys(known.values(), Rows(weights))
     chosen: dict[Patch, float | Rows] = dict.fromkeys(known.values(), 0.0)
     for some in weights:
         chosen.update(some)
     return chosen
+
+
+def _weights(choice: Choice, known: Mapping[str, Patch]) -> dict[Patch, float]:
+    from adapters.patch import named
+
+    found = {named(known, name): scale for name, scale in choice.items()}
+    return {patch: patch.scale if scale is None else scale for patch, scale in found.items()}
