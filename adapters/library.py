@@ -19,7 +19,6 @@ from adapters.errors import AdapterError, BudgetError, PatchNameError, PatchStat
 from adapters.loading import read
 from adapters.models import Model, as_module
 from adapters.patch import Patch, patches, without_collections
-from weights.errors import listed
 
 Source = str | PathLike[str] | weights.AdapterFile
 
@@ -253,17 +252,18 @@ class Library:
         """What has to leave the model for some pages to come, besides which those of `names` stay."""
         needed = sum(page.nbytes for page in coming.values())
         held = {name: page for name, page in self._pages.items() if page.users or name in names}
-        together = needed + sum(page.nbytes for name, page in held.items() if name in names)
+        wanted = {**coming, **{name: page for name, page in held.items() if name in names}}
+        together = sum(page.nbytes for page in wanted.values())
         if together > self.budget:
             raise BudgetError(
-                f"{listed([*map(repr, names)])} take {together:,} bytes together, and the budget is {self.budget:,}:"
-                " raise budget, or use fewer at once."
+                f"A budget of {self.budget:,} bytes is too small for the {together:,} of"
+                f" {', '.join(map(repr, wanted))}: raise budget, or use fewer at once."
             )
         left = self.budget - sum(page.nbytes for page in held.values())
         if needed > left:
             raise BudgetError(
-                f"{listed([*map(repr, coming)])} take {needed:,} bytes, and adapters in use leave {left:,} of"
-                f" {self.budget:,}: raise budget, or use fewer at once."
+                f"Adapters in use leave {left:,} bytes of a budget of {self.budget:,}, too few for the {needed:,} of"
+                f" {', '.join(map(repr, coming))}: raise budget, or use fewer at once."
             )
         free = self.budget - self._total() - needed
         victims: dict[str, _Page] = {}
