@@ -114,8 +114,8 @@ class Paging(RuleBasedStateMachine):
     def start(self, fits: int) -> None:
         self.case = build(MODEL)
         self.before = snapshot(self.case.model)
-        self.budget = max(self.shelf.sizes.values()) * fits // 2
-        known = self.names[:4]
+        self.budget = sum(sorted(self.shelf.sizes[name] for name in self.names)[-fits:])
+        known = self.names[:5]
         self.library = Library(self.case.model, {name: self.shelf.sources[name] for name in known}, budget=self.budget)
         self.known, self.here = set(known), OrderedDict[str, int]()
         self.blocks: list[tuple[list[str], contextlib.AbstractContextManager[None]]] = []
@@ -151,10 +151,12 @@ class Paging(RuleBasedStateMachine):
             return True
         return False
 
-    @rule(name=st.sampled_from(names))
-    def use(self, name: str) -> None:
+    @rule(name=st.sampled_from(names), stay=st.booleans())
+    def use(self, name: str, stay: bool) -> None:
         if self.enter([name], self.library.use(name)):
             assert torch.equal(self.case(), self.shelf.outputs[name])
+            if not stay:
+                self.leave()
 
     @rule(chosen=st.lists(st.sampled_from(names), min_size=2, max_size=3, unique=True))
     def use_several(self, chosen: list[str]) -> None:
@@ -257,25 +259,35 @@ def test_patches_come_and_go_while_other_threads_run_the_model(name: str) -> Non
     done = threading.Event()
 
     def work(number: int) -> None:
-        if number:
+        if number > 1:
             while not done.is_set():
                 with adapters.use(case.model):
                     assert torch.equal(case(), base)
             return
         try:
-            for step in range(60):
-                with adapters.use(case.model):
-                    patches = [adapters.inject(case.model, LoRA(rank=1), name=f"p{step}{key}") for key in "abc"]
-                for patch in patches:
-                    patch.enabled = False  # Threads that were in a block already would see it.
-                assert [*adapters.patches(case.model)] == [patch.name for patch in patches]
+            for step in range(40):
+                names = [f"{number}{key}{step}" for key in "abc"]
+                patches = [adapters.inject(case.model, LoRA(rank=1), name=name) for name in names]  # They do nothing.
+                assert [name for name in adapters.patches(case.model) if name.startswith(str(number))] == names
                 for patch in random.sample(patches, 3):
                     patch.eject()
         finally:
             done.set()
 
     run_threads(work, 4)
+    assert adapters.patches(case.model) == {}
     assert snapshot(case.model) == before
+
+
+def test_what_reads_a_node_is_not_disturbed_by_branches_that_come_and_go() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    patches = [adapters.inject(model, LoRA(rank=1), name=name) for name in "ab"]
+    reading = iter(model[0])
+    found = [next(reading)]
+    patches.append(adapters.inject(model, LoRA(rank=1), name="c"))
+    found.append(next(reading))
+    patches[1].eject()
+    assert [*found, *reading] == [model[0].base, patches[0].places[0].branch, patches[1].places[0].branch]
 
 
 def test_threads_get_their_own_answers_while_adapters_come_and_go(shelf: Shelf) -> None:
@@ -424,7 +436,8 @@ def test_an_exchange_that_fails_halfway_is_undone(shelf: Shelf, monkeypatch: pyt
     monkeypatch.setattr(adapters.Patch, "inject", failing)
     with pytest.raises(PatchStateError, match="No"), library.use("a2"):
         pass
-    assert library.resident == ("a0",) and library.nbytes == shelf.sizes["a0"]
+    assert library.resident == (*adapters.patches(case.model),) == ("a0",)
+    assert library.nbytes == shelf.sizes["a0"]
     with library.use("a0"):
         assert torch.equal(case(), shelf.outputs["a0"])
 
@@ -501,21 +514,19 @@ def test_models_of_a_pipeline_share_a_library(tmp_path: Path) -> None:
 def test_a_call_keeps_no_branch_that_leaves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps what it has found a node to be made of."""
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
-    stays, leaves = (adapters.inject(model, LoRA(rank=1), name=name) for name in ("stays", "leaves"))
-    tensors = [weakref.ref(tensor) for tensor in leaves.parameters()]
+    stays, *leaving = (adapters.inject(model, LoRA(rank=1), name=name) for name in ("stays", "leaves"))
+    tensors = [weakref.ref(tensor) for tensor in leaving[0].parameters()]
     find = adapted.Fusion
 
     def finding(node: adapters.Adapted) -> adapted.Fusion:
         found = find(node)
-        if leaves.injected:
-            leaves.eject()
+        leaving.pop().eject()
         return found
 
     monkeypatch.setattr(adapted, "Fusion", finding)
     with adapters.use(model, "stays"):
         model(x)
     monkeypatch.undo()
-    del leaves, finding
     gc.collect()
     assert not any(ref() is not None for ref in tensors)
     assert stays.injected
