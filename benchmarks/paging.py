@@ -29,7 +29,8 @@ def model() -> nn.Sequential:
 
 def written(folder: Path) -> tuple[dict[str, Path], int]:
     """Adapters in PEFT's files, by name, and the bytes of the tensors of each."""
-    patch = adapters.inject(model(), adapters.LoRA(rank=RANK))
+    base = model()
+    patch = adapters.inject(base, adapters.LoRA(rank=RANK))
     sources = {str(number): patch.save_pretrained(folder / str(number)) for number in range(COUNT)}
     return sources, sum(tensor.nbytes for tensor in patch.state_dict().values())
 
@@ -71,7 +72,8 @@ def times(sources: dict[str, Path], budget: int) -> list[Row]:
         timed("absent", lambda: use(name))
         timed("load and eject", lambda: by_hand(name))
         timed("PEFT", lambda: theirs.exchange(name, sources[name]))
-        timed("resident", lambda: use(random.choice(library.resident)))
+        name = random.choice(library.resident)
+        timed("resident", lambda: use(name))
 
     taken = rounds(one_round, seconds=10.0, collect=True)
     found: list[Row] = []

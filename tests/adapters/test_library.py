@@ -281,13 +281,15 @@ def test_patches_come_and_go_while_other_threads_run_the_model(name: str) -> Non
 
 def test_what_reads_a_node_is_not_disturbed_by_branches_that_come_and_go() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    patches = [adapters.inject(model, LoRA(rank=1), name=name) for name in "ab"]
-    reading = iter(model[0])
-    found = [next(reading)]
-    patches.append(adapters.inject(model, LoRA(rank=1), name="c"))
-    found.append(next(reading))
-    patches[1].eject()
-    assert [*found, *reading] == [model[0].base, patches[0].places[0].branch, patches[1].places[0].branch]
+    first = adapters.inject(model, LoRA(rank=1), name="first")
+    before = iter(model[0])
+    assert next(before) is model[0].base
+    second = adapters.inject(model, LoRA(rank=1), name="second")
+    between = iter(model[0])
+    assert next(between) is model[0].base
+    second.eject()
+    branches = [patch.places[0].branch for patch in (first, second)]
+    assert [*before] == branches[:1] and [*between] == branches and model[0].branches == branches[:1]
 
 
 def test_threads_get_their_own_answers_while_adapters_come_and_go(shelf: Shelf) -> None:
@@ -368,6 +370,19 @@ def test_what_leaves_is_freed_at_once(shelf: Shelf) -> None:
                     assert not any(ref() is not None for ref in held), name
     finally:
         gc.enable()
+
+
+def test_what_is_in_use_stays_whenever_it_was_used(shelf: Shelf) -> None:
+    case = build(MODEL)
+    library = Library(case.model, shelf.sources, budget=shelf.sizes["a0"] + 2 * shelf.sizes["a2"])
+    with library.use("a0"):
+        for name in ("a2", "a5", "a8"):  # All of one size.
+            with library.use(name):
+                assert torch.equal(case(), shelf.outputs[name])
+        assert library.resident == ("a0", "a5", "a8")
+        assert torch.equal(case(), shelf.outputs["a0"])
+    with library.use("a2"):
+        assert library.resident == ("a8", "a2")
 
 
 def test_files_are_read_when_they_are_used(shelf: Shelf, tmp_path: Path) -> None:
