@@ -333,4 +333,4 @@ def _exchange(leaving: Collection[_Page], coming: Collection[_Page]) -> None:
             undo.callback(page.patch.eject)
         undo.pop_all()
     for page in leaving:
-        page.patch.give_up()
+        page.patch._give_up()

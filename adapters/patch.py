@@ -344,7 +344,7 @@ class Patch:
         for place in reversed(self.places):
             place.detach()
 
-    def give_up(self) -> None:
+    def _give_up(self) -> None:
         """Let go of its adapters after `eject`, for good and at once: it and they hold each other."""
         self.places = []
 
