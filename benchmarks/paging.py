@@ -70,10 +70,10 @@ def times(sources: dict[str, Path], budget: int) -> list[Row]:
     def one_round(timed: Timed) -> None:
         name = random.choice([*sources.keys() - {*library.resident, *adapters.patches(other), *theirs.here}])
         timed("absent", lambda: use(name))
+        there = random.choice(library.resident)
+        timed("resident", lambda: use(there))
         timed("load and eject", lambda: by_hand(name))
         timed("PEFT", lambda: theirs.exchange(name, sources[name]))
-        name = random.choice(library.resident)
-        timed("resident", lambda: use(name))
 
     taken = rounds(one_round, seconds=10.0, collect=True)
     found: list[Row] = []
