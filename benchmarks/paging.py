@@ -68,12 +68,13 @@ def times(sources: dict[str, Path], budget: int) -> list[Row]:
         use(name)
 
     def one_round(timed: Timed) -> None:
-        name = random.choice([*sources.keys() - {*library.resident, *adapters.patches(other), *theirs.here}])
-        timed("absent", lambda: use(name))
+        absent = sources.keys() - {*library.resident, *adapters.patches(other), *theirs.here}
+        ours, loaded, theirs_next = random.sample(sorted(absent), 3)  # None finds a file that another has just read.
+        timed("absent", lambda: use(ours))
         there = random.choice(library.resident)
         timed("resident", lambda: use(there))
-        timed("load and eject", lambda: by_hand(name))
-        timed("PEFT", lambda: theirs.exchange(name, sources[name]))
+        timed("load and eject", lambda: by_hand(loaded))
+        timed("PEFT", lambda: theirs.exchange(theirs_next, sources[theirs_next]))
 
     taken = rounds(one_round, seconds=10.0, collect=True)
     found: list[Row] = []
