@@ -19,6 +19,7 @@ from adapters.combine import combine
 from adapters.disk import merge_files
 from adapters.errors import (
     AdapterError,
+    BudgetError,
     LayerMismatchError,
     PatchNameError,
     PatchStateError,
@@ -26,6 +27,7 @@ from adapters.errors import (
     TargetError,
 )
 from adapters.initialize import initialize
+from adapters.library import Library
 from adapters.loading import load
 from adapters.method import Method, Site
 from adapters.methods import *
@@ -37,7 +39,9 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "Branch",
+    "BudgetError",
     "LayerMismatchError",
+    "Library",
     "Method",
     "Patch",
     "PatchNameError",

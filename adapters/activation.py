@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adapters.choice import Rows, choosing, finite
@@ -33,28 +33,60 @@ def use(model: Model, *names: str | Mapping[str, float], rows: Sequence[RowChoic
         PatchNameError: The model has no patch of that name.
         AdapterError: Both names and rows are given, there are no rows, or a choice is no name, or a scale no number.
     """
-    from adapters.patch import find, patches  # A patch needs this module to know whether it acts.
+    from adapters.patch import patches  # A patch needs this module to know whether it acts.
 
-    def weights(choice: RowChoice) -> dict[Patch, float]:
-        if choice is None:
-            return {}
-        if isinstance(choice, Mapping):
-            return {find(model, name): finite(scale, f"The scale of {name!r}") for name, scale in choice.items()}
-        listed = [choice] if isinstance(choice, str) else choice
-        if not isinstance(listed, Sequence):
-            raise AdapterError(f"A patch is chosen by its name, or by a mapping of names to scales, not by {choice!r}.")
-        return {patch: patch.scale for patch in (find(model, name) for name in listed)}
-
-    if rows is not None:
-        if names:
-            raise AdapterError("Pass names for the whole batch or rows= for each row, not both.")
-        if isinstance(rows, str) or not rows:
-            raise AdapterError(f"rows= needs a list with a choice for each row of the batch, not {rows!r}.")
-        grouped = Rows([weights(choice) for choice in rows])
-        chosen: dict[Patch, float | Rows] = dict.fromkeys(patches(model).values(), grouped)
-    else:
-        chosen = dict.fromkeys(patches(model).values(), 0.0)
-        for choice in names:
-            chosen.update(weights(choice))
-    with choosing(chosen):
+    choices = choices_of(names, rows)
+    with choosing(resolved(choices, patches(model), rows is not None)):
         yield
+
+
+Choice = Mapping[str, float | None]
+"""Names of patches, and how strongly each acts: None is its own scale."""
+
+
+def choices_of(names: Sequence[RowChoice], rows: Sequence[RowChoice] | None) -> list[Choice]:
+    """The arguments of `use` in one form: the choice of each row, or those that the whole batch has together.
+
+    Raises:
+        AdapterError: Both names and rows are given, there are no rows, or a choice is no name, or a scale no number.
+    """
+    if rows is None:
+        return [_choice(choice) for choice in names]
+    if names:
+        raise AdapterError("Pass names for the whole batch or rows= for each row, not both.")
+    if isinstance(rows, str) or not rows:
+        raise AdapterError(f"rows= needs a list with a choice for each row of the batch, not {rows!r}.")
+    return [_choice(choice) for choice in rows]
+
+
+def _choice(choice: RowChoice) -> Choice:
+    if choice is None:
+        return {}
+    if isinstance(choice, Mapping):
+        return {name: finite(scale, f"The scale of {name!r}") for name, scale in choice.items()}
+    listed = [choice] if isinstance(choice, str) else choice
+    if not isinstance(listed, Sequence):
+        raise AdapterError(f"A patch is chosen by its name, or by a mapping of names to scales, not by {choice!r}.")
+    return dict.fromkeys(listed)
+
+
+def resolved(choices: Iterable[Choice], known: Mapping[str, Patch], by_row: bool) -> dict[Patch, float | Rows]:
+    """What to choose for each of some patches, so that of them just those in the choices act.
+
+    Raises:
+        PatchNameError: A name is none of theirs.
+    """
+    weights = [_weights(choice, known) for choice in choices]
+    if by_row:
+        return dict.fromkeys(known.values(), Rows(weights))
+    chosen: dict[Patch, float | Rows] = dict.fromkeys(known.values(), 0.0)
+    for some in weights:
+        chosen.update(some)
+    return chosen
+
+
+def _weights(choice: Choice, known: Mapping[str, Patch]) -> dict[Patch, float]:
+    from adapters.patch import named
+
+    found = {named(known, name): scale for name, scale in choice.items()}
+    return {patch: patch.scale if scale is None else scale for patch, scale in found.items()}

@@ -104,16 +104,18 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """Append a new branch, under a name like this one."""
         while name in self._modules or hasattr(type(self), name):
             name += "_"
-        self._modules[name] = branch  # Past the checks of what it is, and for what else has that name.
         branch._set_parent(self)
-        self.__dict__["_fusion"] = None
+        self._become({**self._modules, name: branch})  # Past the checks of what it is, and for other uses of the name.
 
     def release(self, branch: Branch) -> None:
         """Take a branch out."""
-        modules = self._modules
-        del modules[next(key for key, child in modules.items() if child is branch)]
+        self._become({key: child for key, child in self._modules.items() if child is not branch})
         branch._set_parent(None)
-        self.__dict__["_fusion"] = None  # It would keep the branch.
+
+    def _become(self, children: dict[str, nn.Module]) -> None:
+        """Have other children from now on, in a table of their own: calls in other threads are reading the old one."""
+        self.__dict__["_modules"] = children
+        self.__dict__["_fusion"] = None  # It would keep a branch that left.
 
     @property
     def path(self) -> str:
@@ -155,6 +157,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         fusion: Fusion | None = state["_fusion"]
         if fusion is None or not fusion.holds(state):
             fusion = state["_fusion"] = Fusion(self)
+            if not fusion.holds(state):  # A branch came or left meanwhile.
+                state["_fusion"] = None
         chosen = _chosen(fusion.branches)
         if len(args) == 1 and not kwargs and not state["_merged"]:
             output = self._short(fusion, chosen, args[0])

@@ -25,6 +25,10 @@ class LayerMismatchError(AdapterError):
     """An adapter file that does not fit the model: layers that are missing, or tensors of another shape."""
 
 
+class BudgetError(AdapterError):
+    """Adapters that do not fit the memory that they may have in a model."""
+
+
 class RowsError(AdapterError):
     """A layer that cannot have a choice of patches for each row, because it is not given a row for each.
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from operator import getitem
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import nn
 
 import fluxion as fl
+from adapters.branch import Branch
 from adapters.low_rank import Pair
 from fluxion.chain import PLAIN_CALLS
 
 if TYPE_CHECKING:
     from adapters.adapted import Active, Adapted
-    from adapters.branch import Branch
     from adapters.choice import Rows
     from adapters.patch import Patch
 
@@ -47,17 +47,16 @@ class Fusion:
         own: The parameters of the layer by name.
     """
 
-    __slots__ = ("_base", "_children", "_layer", "_of_patch", "_parts", "branches", "own")
+    __slots__ = ("_base", "_children", "_fits", "_layer", "_of_patch", "_parts", "branches", "own")
 
     def __init__(self, node: Adapted) -> None:
         self._layer = base = node.base
-        self.branches = node.branches
         self.own = base._parameters
-        self._children = tuple(node._modules.values())
+        self._children = tuple(node._modules.values())  # Looked at once: others may come meanwhile.
+        self.branches = [child for child in self._children if isinstance(child, Branch)]
         self._base = _Parts([vars(base)])
-        fits = node.inner is base and type(base).__call__ in PLAIN_CALLS and not self._base.covered
-        found = {branch: _Parts.of(branch) for branch in self.branches if fits and branch.beside}
-        self._parts = {branch: parts for branch, parts in found.items() if parts is not None}
+        self._fits = self._children[0] is base and type(base).__call__ in PLAIN_CALLS and not self._base.covered
+        self._parts: dict[Branch, _Parts | None] = {}  # Of those that have acted: there may be hundreds that never do.
         self._of_patch: dict[Patch, list[Branch]] = {}
         for branch in self.branches:
             self._of_patch.setdefault(branch.patch, []).append(branch)
@@ -77,7 +76,9 @@ class Fusion:
             return None
         pairs: list[Pair] = []
         for branch, scale in active:
-            if (parts := self._parts.get(branch)) is None:
+            if branch not in self._parts:
+                self._parts[branch] = _Parts.of(branch) if self._fits and branch.beside else None
+            if (parts := self._parts[branch]) is None:
                 return None
             pair = parts.pair(scale)
             if pair is None:  # It is not what it was: perhaps in a way that makes no difference.
@@ -150,6 +151,6 @@ class _Parts:
             factor, bias = multiply.get("scale"), multiply.get("bias")
             if type(factor) not in _NUMBERS or type(bias) not in _NUMBERS or bias:
                 return None
-            scale *= factor
+            scale *= cast(float, factor)
         rate = dropout["p"] if dropout is not None and dropout["training"] else 0.0
         return (a, b, scale, rate) if 0 <= rate < 1 else None

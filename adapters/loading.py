@@ -28,7 +28,6 @@ from adapters.rotary import in_halves
 from adapters.targets import Layer, layers, select, structure
 
 
-@without_collections()
 def load(
     model: Model,
     source: str | PathLike[str] | weights.AdapterFile,
@@ -61,6 +60,26 @@ def load(
         PatchNameError: The name is in use.
         weights.WeightsError: The source cannot be read.
     """
+    patch = read(
+        model, source, name, scale=scale, component=component, revision=revision, strict=strict, trainable=trainable
+    )
+    with without_collections():
+        return patch.inject()
+
+
+@without_collections()
+def read(
+    model: Model,
+    source: str | PathLike[str] | weights.AdapterFile,
+    name: str | None = None,
+    *,
+    scale: float = 1.0,
+    component: str | None = None,
+    revision: str | None = None,
+    strict: bool = True,
+    trainable: bool = False,
+) -> Patch:
+    """The patch that `load` puts into a model, which is not there yet."""
     model = as_module(model)
     if isinstance(source, weights.AdapterFile):
         file, name, source = _copied(source), name or "default", "The adapter"
@@ -94,7 +113,7 @@ def load(
     places = _restored(entries, everything, file, trainable)
     patch = Patch(name, model, places, scale, freezes=trainable)
     patch.skipped = (*sorted(missing), *file.others)
-    return patch.inject()
+    return patch
 
 
 def _copied(file: weights.AdapterFile) -> weights.AdapterFile:

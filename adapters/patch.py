@@ -7,6 +7,7 @@ import difflib
 import gc
 import itertools
 import tempfile
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from weights.card import CARD
 from weights.errors import listed
 
 _numbers = itertools.count()
+# Held while patches come and go, and while those that are there are looked for: so nobody sees one that is half there.
+_changing = threading.RLock()
 # The nodes in a model keep its patches alive, and a patch may keep its model alive: neither may be kept from here.
 _known: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Patch]] = WeakKeyDictionary()
 
@@ -299,24 +302,27 @@ class Patch:
             PatchStateError: It is injected already, or its layers are no longer in the model.
             PatchNameError: Another patch of the model has its name by now.
         """
-        if self.injected:
-            raise PatchStateError(f"The patch {self.name!r} is injected already.")
-        model = self.model
-        check_name(model, self.name)
-        others = patches(model)
-        occupied = [(place, *place.occupied()) for place in self.places]
-        self._number = next(_numbers)
-        _known.clear()
-        with _all_or_nothing() as undo:
-            undo.callback(_known.clear)
-            undo.callback(setattr, self, "_number", -1)
-            undo.callback(self._detach)
-            name = self.name.replace(".", "_")
-            for place, layer, slots in occupied:
-                place.attach(layer, slots, f"{place.branch.method.key}_{name}")
-            if self._freezes:
-                self._freeze(model)
-        _known[model] = WeakValueDictionary({**others, self.name: self})  # As finding them again would show.
+        with _changing:
+            if self.injected:
+                raise PatchStateError(f"The patch {self.name!r} is injected already.")
+            if not self.places:
+                raise PatchStateError(f"The patch {self.name!r} has given its adapters up: load it again.")
+            model = self.model
+            check_name(model, self.name)
+            others = patches(model)
+            occupied = [(place, *place.occupied()) for place in self.places]
+            self._number = next(_numbers)
+            with _all_or_nothing() as undo:
+                undo.callback(_known.clear)
+                undo.callback(setattr, self, "_number", -1)
+                undo.callback(self._detach)
+                name = self.name.replace(".", "_")
+                for place, layer, slots in occupied:
+                    place.attach(layer, slots, f"{place.branch.method.key}_{name}")
+                if self._freezes:
+                    self._freeze(model)
+            _known.clear()
+            _known[model] = WeakValueDictionary({**others, self.name: self})  # As finding them again would show.
         return self
 
     def _freeze(self, model: nn.Module) -> None:
@@ -340,7 +346,15 @@ class Patch:
         for place in reversed(self.places):
             place.detach()
 
+    def _give_up(self) -> None:
+        """Let go of its adapters after `eject`, for good and at once: it and they hold each other."""
+        self.places = []
+
     def _leave(self, model: nn.Module) -> None:
+        with _changing:
+            self._take_out(model)
+
+    def _take_out(self, model: nn.Module) -> None:
         others = {name: patch for name, patch in patches(model).items() if patch is not self}
         self._detach()
         self._number = -1
@@ -653,6 +667,15 @@ def patches(model: Model) -> dict[str, Patch]:
     model = as_module(model)
     found = _known.get(model)
     if found is None:
+        with _changing:
+            found = _looked_up(model)
+    return dict(found.items())
+
+
+def _looked_up(model: nn.Module) -> WeakValueDictionary[str, Patch]:
+    """The same, found in the model, or by another thread meanwhile."""
+    found = _known.get(model)
+    if found is None:
         here = dict.fromkeys(nodes(model))
         if copies := [node for node in here if not node.slots]:  # They learn where they are.
             for node, slots in find_all_slots(model, copies).items():
@@ -663,7 +686,7 @@ def patches(model: Model) -> dict[str, Patch]:
                 patch._settle(model, here)
         ordered = sorted(unique.values(), key=lambda patch: patch._number)
         _known[model] = found = WeakValueDictionary((patch.name, patch) for patch in ordered)
-    return dict(found.items())
+    return found
 
 
 def _base_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
@@ -681,7 +704,11 @@ def find(model: Model, name: str) -> Patch:
     Raises:
         PatchNameError: There is none.
     """
-    known = patches(model)
+    return named(patches(model), name)
+
+
+def named(known: Mapping[str, Patch], name: str) -> Patch:
+    """The patch of that name, of those of a model by name; raises a PatchNameError where there is none."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1) or list(known)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "it has no patches."
