@@ -142,7 +142,7 @@ def _joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
 def _is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:
     """Whether it takes less to make the weight of both together: for many tokens, and where it is exact enough."""
     outputs, inputs = weight.shape
-    return x.dtype.itemsize >= 4 and x.numel() // inputs * (inputs + outputs) > _MARGIN * inputs * outputs
+    return x.dtype.itemsize >= 4 and x.numel() * (inputs + outputs) > _MARGIN * inputs * inputs * outputs
 
 
 class _Linear(torch.autograd.Function):
