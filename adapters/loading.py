@@ -174,7 +174,7 @@ class _Entry:
     @cached_property
     def kind(self) -> object:
         """Equal for entries of which one fits its layer if the other does, unless a method goes by something else."""
-        tensors = frozenset((name, _kind(tensor)) for name, tensor in self.tensors.items())
+        tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in self.tensors.items())
         return id(self.method), type(self.layer.module), self.layer.parameter, self.site.matrix, tensors
 
 
