@@ -10,7 +10,7 @@ from torch import nn
 import fluxion as fl
 from adapters.branch import Branch
 from adapters.low_rank import Pair
-from fluxion.chain import PLAIN_CALLS
+from fluxion.chain import GLOBAL_HOOKS, PLAIN_CALLS
 
 if TYPE_CHECKING:
     from adapters.adapted import Active, Adapted
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _NUMBERS = (float, int)
 _FORWARD = nn.Linear.forward
-_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 
 class Thin(NamedTuple):
@@ -68,7 +67,7 @@ class Fusion:
     def pairs(self, active: Active) -> list[Pair] | None:
         """What these branches compute beside the layer; None if there is one that has to run by itself."""
         if (
-            any(_GLOBAL_HOOKS)
+            any(GLOBAL_HOOKS)
             or self._base.are_hooked()
             or "bias" not in self.own  # It may be computed, or a buffer.
             or type(self._layer).forward is not _FORWARD

@@ -22,7 +22,7 @@ from fluxion.walk import Predicate, walk
 T = TypeVar("T", bound=nn.Module)
 
 _MODULE_CALL = nn.Module.__call__
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     nn.modules.module._global_forward_pre_hooks,
     nn.modules.module._global_forward_hooks,
     nn.modules.module._global_backward_pre_hooks,
@@ -710,7 +710,7 @@ def entry(layer: nn.Module) -> Callable[..., Any]:
         or state.get("_forward_hooks")
         or state.get("_backward_pre_hooks")
         or state.get("_backward_hooks")
-        or any(_GLOBAL_HOOKS)
+        or any(GLOBAL_HOOKS)
         or layer._compiled_call_impl is not None
         or type(layer).__call__ not in PLAIN_CALLS
         or torch.compiler.is_compiling()
