@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import fluxion
 import weights
+from adapters import folding
 from adapters.adapted import Active, Adapted, adapted_weights
 from adapters.branch import Branch
 from adapters.checkpoint import Checkpoint
 from adapters.choice import finite
 from adapters.errors import AdapterError
 from adapters.folding import Product
-from adapters.forms import LowRank
 from adapters.layers import is_narrow, widened
 from adapters.loading import load
 from adapters.methods import METHODS
@@ -36,7 +36,6 @@ from weights.streaming import ByRows, Change
 
 Source = str | PathLike[str] | weights.AdapterFile
 
-_AT_ONCE = 1 << 19  # numbers that are changed at once, so that they stay in the cache of the processor
 _HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "WithLMHead")
 
 
@@ -197,7 +196,7 @@ def _changes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
             full = f"{path}.{name}"
             if full in checkpoint.slots:
                 _check_stored(checkpoint, full)
-                if _is_low_rank(active, name):
+                if all(folding.is_low_rank(branch, name) for branch, _ in active):
                     yield full, ByRows(_LowRankRows(active, checkpoint.slots[full].shape[0], dtype))
                 else:
                     yield full, partial(_changed, checkpoint, path, name, others, active, dtype)
@@ -304,17 +303,6 @@ def _changed(
         return cast(Tensor, adapted_weights({**own, name: tensor}, active)[name])
 
 
-def _is_low_rank(active: Active, name: str) -> bool:
-    """Whether all that becomes of a weight is that products of two factors are added."""
-    return all(
-        isinstance(branch.method, LowRank)
-        and type(branch.method).change is LowRank.change
-        and branch.parameter == name
-        and branch.matrix.layout != "transposed"
-        for branch, _ in active
-    )
-
-
 class _LowRankRows:
     """Adds products of factors to rows of a weight in place.
 
@@ -326,41 +314,14 @@ class _LowRankRows:
 
     def __init__(self, active: Active, count: int, dtype: torch.dtype | None) -> None:
         self.active, self.count, self.dtype = active, count, dtype
-        self._factors: list[Product] = []  # While rows of this weight are changed.
+        self._products: list[Product] = []  # While rows of this weight are changed.
 
     def __call__(self, rows: Tensor, first: int) -> Tensor:
         rows = rows if self.dtype is None else widened(rows)
-        with torch.no_grad():
-            self._factors = self._factors or [self._of(branch, scale, rows) for branch, scale in self.active]
-            factors = [(up[first : first + len(rows)], down, scale) for up, down, scale in self._factors]
-            if factors[0][0].ndim == 2:
-                _add(rows.flatten(1), factors)
-            else:
-                for expert, matrix in enumerate(rows):
-                    _add(matrix, [(up[expert], down[first + expert], scale) for up, down, scale in factors])
+        if not self._products:
+            wide = widened(rows[:0]).dtype
+            self._products = [folding.product_of(branch, scale, wide) for branch, scale in self.active]
+        folding.add(rows, self._products, first)
         if first + len(rows) == self.count:
-            self._factors = []
+            self._products = []
         return rows
-
-    def _of(self, branch: Branch, scale: float, rows: Tensor) -> Product:
-        """The factors of what is added to the weight, as a matrix with its rows."""
-        values = branch.values(widened(rows[:0]).dtype)
-        up, down = cast(LowRank, branch.method).factors(values)
-        return (down.mT, up.mT, scale) if branch.matrix.layout == "columns" else (up, down, scale)
-
-
-def _add(weight: Tensor, factors: Sequence[Product]) -> None:
-    """Add products of factors to a matrix in place, in the precision of the factors."""
-    dtype = factors[0][0].dtype
-    if weight.dtype == dtype:
-        for up, down, scale in factors:
-            weight.addmm_(up, down, alpha=scale)
-        return
-    count = max(1, _AT_ONCE // weight.shape[1])
-    scratch = torch.empty(min(count, len(weight)), weight.shape[1], dtype=dtype)  # New memory is slow.
-    for start in range(0, len(weight), count):
-        rows = weight[start : start + count]
-        wide = scratch[: len(rows)].copy_(rows)
-        for up, down, scale in factors:
-            wide.addmm_(up[start : start + count], down, alpha=scale)
-        rows.copy_(wide)

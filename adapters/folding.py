@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from adapters.adapted import Active, Adapted, base_modules
+from adapters.branch import Branch
 from adapters.forms import LowRank
-from adapters.layers import Matrix, is_narrow
+from adapters.layers import is_narrow
 
 Product = tuple[Tensor, Tensor, float]
-"""Factors, `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack, and a strength."""
+"""Two factors and a strength: what is added to the rows of a weight, with the experts in front for a stack."""
+
+_AT_ONCE = 1 << 19  # numbers that are changed at once, so that they stay in the cache of the processor
 
 
 @dataclass
 class Fold:
-    """What is to be added to one weight.
-
-    Attributes:
-        weight: The parameter.
-        matrix: What it is as a matrix.
-        products: What is added.
-    """
+    """What is to be added to one weight."""
 
     weight: nn.Parameter
-    matrix: Matrix
     products: list[Product]
 
 
@@ -42,10 +39,23 @@ def _memory(parameter: nn.Parameter) -> int:
     return parameter.untyped_storage()._cdata
 
 
+def is_low_rank(branch: Branch, parameter: str) -> bool:
+    """Whether all that becomes of a parameter is that the product of two factors is added to it."""
+    method = branch.method
+    own = isinstance(method, LowRank) and type(method).change is LowRank.change
+    return own and branch.parameter == parameter and branch.matrix.layout != "transposed"
+
+
+def product_of(branch: Branch, scale: float, dtype: torch.dtype) -> Product:
+    """What such a branch adds at a strength, in a dtype."""
+    up, down = cast(LowRank, branch.method).factors(branch.values(dtype))
+    return (down.mT, up.mT, scale) if branch.matrix.layout == "columns" else (up, down, scale)
+
+
 def fold_of(node: Adapted, branches: Active, held: Counter[int]) -> Fold | None:
     """What these branches add to their weight, if nothing else has its memory and it can be added in place."""
-    first = branches[0][0]
-    weight = node.base._parameters.get(first.parameter)
+    name = branches[0][0].parameter
+    weight = node.base._parameters.get(name)
     if (
         node.merged
         or type(weight) is not nn.Parameter
@@ -55,35 +65,41 @@ def fold_of(node: Adapted, branches: Active, held: Counter[int]) -> Fold | None:
         or not weight.is_floating_point()
         or is_narrow(weight.dtype)
         or not weight.is_contiguous()
-        or first.matrix.layout == "transposed"
+        or not all(is_low_rank(branch, name) and branch.names == (name,) for branch, _ in branches)
     ):
         return None
-    products = []
-    for branch, scale in branches:
-        method = branch.method
-        if not (isinstance(method, LowRank) and method.additive and branch.names == (first.parameter,)):
-            return None
-        up, down = method.factors(branch.values(torch.promote_types(weight.dtype, torch.float32)))
-        products.append((up, down, scale))
-    return Fold(weight, first.matrix, products)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return Fold(weight, [product_of(branch, scale, wide) for branch, scale in branches])
 
 
 @torch.no_grad()
-def add(folds: Iterable[Fold]) -> None:
-    """Add what is to be added, in at least single precision: a weight of fewer bits goes through one buffer for all."""
-    buffer = torch.empty(0)
-    for fold in folds:
-        wide = torch.promote_types(fold.weight.dtype, torch.float32)
-        if fold.weight.dtype == wide:
-            _add_products(fold.matrix.read(fold.weight), fold.products)
-            continue
-        if (buffer.dtype, buffer.device) != (wide, fold.weight.device) or len(buffer) < fold.weight.numel():
-            buffer = torch.empty(fold.weight.numel(), dtype=wide, device=fold.weight.device)
-        weight = buffer[: fold.weight.numel()].view(fold.weight.shape).copy_(fold.weight)
-        _add_products(fold.matrix.read(weight), fold.products)
-        fold.weight.copy_(weight)
+def add(rows: Tensor, products: Sequence[Product], first: int = 0) -> None:
+    """Add products to rows of a weight in place, in the precision of the factors.
+
+    Args:
+        rows: The rows, or the experts.
+        products: What is added to the whole weight.
+        first: The number of the first row.
+    """
+    some = slice(first, first + len(rows))
+    if products[0][0].ndim == 2:
+        _add(rows.flatten(1), [(up[some], down, scale) for up, down, scale in products])
+        return
+    for number, matrix in enumerate(rows, start=first):
+        _add(matrix, [(up[number], down[number], scale) for up, down, scale in products])
 
 
-def _add_products(matrix: Tensor, products: Sequence[Product]) -> None:
-    for up, down, scale in products:
-        (matrix.baddbmm_ if matrix.ndim == 3 else matrix.addmm_)(up, down, alpha=scale)
+def _add(matrix: Tensor, products: Sequence[Product]) -> None:
+    dtype = products[0][0].dtype
+    if matrix.dtype == dtype:
+        for up, down, scale in products:
+            matrix.addmm_(up, down, alpha=scale)
+        return
+    count = max(1, _AT_ONCE // matrix.shape[1])
+    scratch = torch.empty(min(count, len(matrix)), matrix.shape[1], dtype=dtype, device=matrix.device)
+    for start in range(0, len(matrix), count):
+        rows = matrix[start : start + count]
+        wide = scratch[: len(rows)].copy_(rows)
+        for up, down, scale in products:
+            wide.addmm_(up[start : start + count], down, alpha=scale)
+        rows.copy_(wide)

@@ -447,7 +447,8 @@ class Patch:
                     old = own[branches[0].parameter] if own[name] is None else own[name]
                     if weight is not None:
                         replaced.setdefault(id(old), []).append(weight)
-            folding.add(folds)  # At the very end: it cannot be undone.
+            for fold in folds:  # At the very end: it cannot be undone.
+                folding.add(fold.weight, fold.products)
         for patch in patches(model).values():
             patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
         self._leave(model)

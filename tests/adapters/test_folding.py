@@ -102,3 +102,27 @@ def test_other_patches_stay_and_act_on_the_new_weight() -> None:
     torch.testing.assert_close(model(x), expected)
     second.eject()
     assert type(model[0]) is nn.Linear and not torch.equal(model(x), expected)
+
+
+@dataclass(frozen=True)
+class Doubled(LoRA):
+    """It adds twice the product, by a formula of its own."""
+
+    key = "doubled"
+
+    def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
+        return weight + 2 * scale * self.delta(t)
+
+
+def test_a_method_with_another_formula_is_folded_by_that() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    before = model[0].weight.detach().clone()
+    patch = adapters.inject(model, Doubled(rank=2), scale=0.5)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            parameter.normal_()
+    down, up = patch.parameters()
+    expected = before + up.detach() @ down.detach()
+    patch.merge_and_eject()
+    torch.testing.assert_close(model[0].weight.detach(), expected)
