@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from torch import Tensor
 
@@ -130,32 +130,49 @@ class Workspace:
         sync_folder(self._target.parent)
 
 
-class Writer:
-    """Writes parts of files, each where the last one ended or anywhere else; one file is open at a time."""
+class OneFile:
+    """One file of several, which stays open until another one is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = ""
+    def __init__(self) -> None:
+        self._path = Path()
         self._file: FileIO | None = None
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
+    def at(self, path: Path) -> FileIO:
+        """The file at a path, open; raises an OSError where it cannot be."""
+        if self._file is None or path != self._path:
+            self.__exit__()
+            self._file, self._path = self.open(path), path
+        return self._file
+
+    def open(self, path: Path) -> FileIO:
+        """Open the file at a path, for reading."""
+        return FileIO(path)
+
+
+class Writer(OneFile):
+    """Writes parts of files, each where the last one ended or anywhere else."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def open(self, path: Path) -> FileIO:
+        """Open the file at a path, for writing, and make it if need be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Created by open(2) itself, so that the kernel applies the umask.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        return FileIO(os.open(path, flags, 0o666), "r+b")
+
     def write(self, path: str, start: int, content: bytes | Tensor) -> None:
         """Write bytes, or those of a tensor on the CPU, into a file from a place on."""
-        file = self._file
-        if file is None or path != self._path:
-            self.__exit__()
-            full = self._folder / path
-            full.parent.mkdir(parents=True, exist_ok=True)
-            # Created by open(2) itself, so that the kernel applies the umask.
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-            file = self._file = FileIO(os.open(full, flags, 0o666), "r+b")
-            self._path = path
+        file = self.at(self._folder / path)
         file.seek(start)
         rest = memoryview(content) if isinstance(content, bytes) else bytes_of(content)
         while rest:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from io import FileIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from weights.errors import FileFormatError, SourceNotFoundError, WeightsError
 from weights.files import bytes_of, encode_header, find_parts, has_tensors, locate_tensors, opened, read_bytes
 from weights.folders import Folder, TensorFile
 from weights.header import Slot
-from weights.resuming import Workspace
+from weights.resuming import OneFile, Workspace
 from weights.sources import INDEX, TENSORS
 
 
@@ -414,19 +413,8 @@ def _infinities(tensor: Tensor) -> int:
     return int((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isinf().sum())
 
 
-class _Reader:
-    """Reads parts of files, of which one is open at a time."""
-
-    def __init__(self) -> None:
-        self._path = Path()
-        self._file: FileIO | None = None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+class _Reader(OneFile):
+    """Reads parts of files."""
 
     def read(self, piece: _Piece, buffer: Tensor) -> None:
         """Read what a piece is made of."""
@@ -434,13 +422,8 @@ class _Reader:
             return
         path, stamp = piece.tensor.file.local()
         try:
-            file = self._file
-            if file is None or path != self._path:
-                self.__exit__()
-                file = self._file = FileIO(path)
-                self._path = path
             start = piece.tensor.slot.start + piece.offset
-            read_bytes(file, path, start, bytes_of(buffer[: piece.to_read]), stamp)
+            read_bytes(self.at(path), path, start, bytes_of(buffer[: piece.to_read]), stamp)
         except OSError as error:
             if isinstance(error, WeightsError):
                 raise
