@@ -55,6 +55,24 @@ def in_thread(state: State, call: Call) -> None:
         thread.submit(state, call).result()
 
 
+def changes(
+    toggled: Callable[[bool, Call], object],
+    scaled: Callable[[float, Call], object],
+    used: Callable[[Sequence[str], Call], object],
+    swapped: Callable[[dict[str, Tensor], Call], object],
+    others: Sequence[dict[str, Tensor]],
+    mixed: Callable[[Sequence[str], Call], object],
+) -> Changes:
+    """The states of each change, by how a library is put in one."""
+    return {
+        "toggle": [partial(toggled, on) for on in (True, False, True, False)],
+        "scale": [partial(scaled, scale) for scale in (1.0, 0.5, 0.25, 2.0)],
+        "use in another thread": [partial(in_thread, partial(used, names)) for names in USED],
+        "other values": [partial(swapped, tensors) for tensors in others],
+        "mixed rows with other names": [partial(mixed, rows) for rows in MIXED],
+    }
+
+
 def here() -> tuple[nn.Module, Changes]:
     model = base()
     one, *_ = (adapters.inject(model, LoRA(rank=RANK), nn.Linear, name=name) for name in NAMES)
@@ -80,13 +98,7 @@ def here() -> tuple[nn.Module, Changes]:
         with adapters.use(model, rows=rows):
             call()
 
-    return model, {
-        "toggle": [partial(toggled, on) for on in (True, False, True, False)],
-        "scale": [partial(scaled, scale) for scale in (1.0, 0.5, 0.25, 2.0)],
-        "use in another thread": [partial(in_thread, partial(used, names)) for names in USED],
-        "other values": [partial(swapped, tensors) for tensors in others],
-        "mixed rows with other names": [partial(mixed, rows) for rows in MIXED],
-    }
+    return model, changes(toggled, scaled, used, swapped, others, mixed)
 
 
 def with_peft() -> tuple[nn.Module, Changes]:
@@ -116,13 +128,10 @@ def with_peft() -> tuple[nn.Module, Changes]:
         peft.set_peft_model_state_dict(model, tensors, NAMES[0])
         call()
 
-    return model, {
-        "toggle": [partial(toggled, on) for on in (True, False, True, False)],
-        "scale": [partial(scaled, scale) for scale in (1.0, 0.5, 0.25, 2.0)],
-        "use in another thread": [partial(in_thread, partial(used, names)) for names in USED],
-        "other values": [partial(swapped, tensors) for tensors in others],
-        "mixed rows with other names": [lambda call, rows=rows: call(adapter_names=rows) for rows in MIXED],
-    }
+    def mixed(rows: Sequence[str], call: Call) -> None:
+        call(adapter_names=rows)
+
+    return model, changes(toggled, scaled, used, swapped, others, mixed)
 
 
 def count(library: Callable[[], tuple[nn.Module, Changes]], change: str) -> tuple[int, float, int]:
@@ -130,7 +139,7 @@ def count(library: Callable[[], tuple[nn.Module, Changes]], change: str) -> tupl
     states, and states."""
     torch._dynamo.reset()
     counter = Counter()
-    model, changes = library()
+    model, states = library()
     compiled = torch.compile(model, backend=counter)
     x = torch.randn(ROWS, SIZE, device=DEVICE)
 
@@ -138,7 +147,7 @@ def count(library: Callable[[], tuple[nn.Module, Changes]], change: str) -> tupl
         with torch.no_grad():  # Of this thread only.
             compiled(x, **kwargs)
 
-    first, *others = changes[change]
+    first, *others = states[change]
     first(call)
     first(call)
     counter.run = 0
