@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 import weights
-from benchmarks.harness import Row, report
+from benchmarks.harness import Row, Timed, median, ratio, report, rounds
 
 LAYERS, WIDTH, RANK = 62, 4096, 16  # 2.08 GB in half precision
-ROUNDS = 7
+ROUNDS = 5
 SHARED_MEMORY = Path("/dev/shm")
 
 # In a process of its own, as what it takes stays taken: the most memory beyond that of the imports, in bytes.
@@ -78,18 +77,6 @@ def naive(folder: Path) -> None:
     save_file(tensors, folder / "out.safetensors", {"format": "pt"})
 
 
-def seconds(way: Callable[[Path], None], folder: Path, synced: bool) -> float:
-    """How long it takes until the file is there, on the disk if that is waited for."""
-    (folder / "out.safetensors").unlink(missing_ok=True)
-    if synced:
-        subprocess.run(["sync"], check=True)
-    start = time.perf_counter()
-    way(folder)
-    if synced:
-        subprocess.run(["sync", folder / "out.safetensors"], check=True)
-    return time.perf_counter() - start
-
-
 def peak(folder: Path, way: str) -> float:
     (folder / "out.safetensors").unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-c", PEAK, str(folder), way], capture_output=True, text=True, check=True)
@@ -100,23 +87,30 @@ def measured(place: Path | None, dtype: torch.dtype, synced: bool) -> Row:
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         make(folder, dtype)
-        times: dict[str, list[float]] = {"cp": [], "here": [], "naive": []}
-        for _ in range(ROUNDS):
-            for way, run in (("cp", cp), ("here", here), ("naive", naive)):
-                times[way].append(seconds(run, folder, synced))
+
+        def until_there(way: Callable[[Path], None]) -> None:
+            """Until the file is there, on the disk if that is waited for."""
+            way(folder)
+            if synced:
+                subprocess.run(["sync", folder / "out.safetensors"], check=True)
+
+        def one_round(timed: Timed) -> None:
+            for way in (cp, here, naive):
+                (folder / "out.safetensors").unlink(missing_ok=True)
+                if synced:
+                    subprocess.run(["sync"], check=True)
+                timed(way.__name__, partial(until_there, way))
+
+        times = rounds(one_round, seconds=0.0, least=ROUNDS, warm=True)
         size = WIDTH * WIDTH * dtype.itemsize
+        most = 1 / (0.65 if synced else 0.8)
         row: Row = {
             "what": f"{str(dtype).removeprefix('torch.')}, {'on disk, synced' if synced else 'in shared memory'}",
-            "target": f"≥ {0.65 if synced else 0.8} of cp, ≤ 4 tensors",
-            "GB/s": (folder / "base.safetensors").stat().st_size / statistics.median(times["here"]) / 1e9,
+            "target": {"/ cp": most, "memory, in tensors": 4.0},
+            "GB/s": (folder / "base.safetensors").stat().st_size / median(times, "here") / 1e9,
         }
-        for other in ("cp", "naive"):
-            ratios = sorted(theirs / ours for ours, theirs in zip(times["here"], times[other], strict=True))
-            row[f"speed / {other}"] = statistics.median(times[other]) / statistics.median(times["here"])
-            row[f"quartiles / {other}"] = f"{ratios[ROUNDS // 4]:.2f} to {ratios[-1 - ROUNDS // 4]:.2f}"
-        row["memory, in tensors"] = peak(folder, "here") / size
-        row["of naive"] = peak(folder, "naive") / size
-        return row
+        row |= {f"/ {other}": ratio(times, "here", other) for other in ("cp", "naive")}
+        return row | {"memory, in tensors": peak(folder, "here") / size, "of naive": peak(folder, "naive") / size}
 
 
 def main() -> None:
@@ -128,8 +122,8 @@ def main() -> None:
     report(
         "disk",
         f"Merging LoRA of rank {RANK} for every layer into a checkpoint of 2.08 GB, in layers of {WIDTH} features;"
-        " medians, taken in turns. The speed is that of cp, or of loading all, merging and saving all, divided into"
-        " that of `merge_files`; the memory is the most beyond that of the imports and the adapter.",
+        " its time as a multiple of that of cp, and of that of loading all, merging and saving all. The memory is the"
+        " most beyond that of the imports and the adapter.",
         rows,
     )
 
