@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache
 from os import PathLike
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ from adapters.branch import Branch
 from adapters.building import Mould, build, share, tied_to
 from adapters.errors import AdapterError, LayerMismatchError, TargetError
 from adapters.layers import Matrix, buffers, is_narrow
-from adapters.matching import find_layers
+from adapters.matching import find_layers, places_of
 from adapters.method import Method, Site
 from adapters.methods import METHODS
 from adapters.models import Model, as_module
@@ -100,8 +100,9 @@ def read(
         )
     file = in_halves(model, file)
     everything = layers(model)
-    file, unnamed = with_names_of(everything, file)
-    found, missing, problems = find_layers(everything, file)
+    places = places_of(everything, file)
+    file, unnamed = with_names_of(places, file)
+    found, missing, problems = find_layers(everything, places, file)
     rooted = _rooted(model, file)
     found += rooted
     missing = [path for path in missing if path or not rooted]
@@ -110,8 +111,7 @@ def read(
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     if problems := problems + unfit:
         refuse(_mismatch(source, model, file), problems)
-    places = _restored(entries, everything, file, trainable)
-    patch = Patch(name, model, places, scale, freezes=trainable)
+    patch = Patch(name, model, _restored(entries, everything, file, trainable), scale, freezes=trainable)
     patch.skipped = (*sorted(missing), *file.others)
     return patch
 
@@ -152,30 +152,34 @@ def _rooted(model: nn.Module, file: weights.AdapterFile) -> list[tuple[Layer, st
     return [(layer, "") for (layer, *_), _ in chosen]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Entry:
-    """A layer of a file and where it belongs. Of methods that are equal, all entries have the same one."""
+    """A layer of a file and where it belongs. Of methods that are equal, all entries have the same one.
+
+    Attributes:
+        kind: Equal for entries of which one fits its layer if the other does, unless a method goes by something else.
+    """
 
     layer: Layer
     tensors: Mapping[str, Tensor]
     method: Method
     site: Site
+    kind: object = field(init=False)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        tensors = [(name, tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()]
+        layer = self.layer
+        self.kind = id(self.method), type(layer.module), layer.parameter, id(self.site.matrix), *tensors
+
+    @property
     def use(self) -> object:
         """Equal for entries that can share a branch."""
         return id(self.method), self.layer.use(self.method)
 
-    @cached_property
+    @property
     def structure(self) -> object:
         """Equal for entries whose branches differ only in their values, unless there is more to them than those."""
         return self.kind, self.site.kind
-
-    @cached_property
-    def kind(self) -> object:
-        """Equal for entries of which one fits its layer if the other does, unless a method goes by something else."""
-        tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in self.tensors.items())
-        return id(self.method), type(self.layer.module), self.layer.parameter, self.site.matrix, tensors
 
 
 def _entries(
@@ -199,7 +203,7 @@ def _entries(
             different = [] if entry.kind in fitting else _misfits(entry)
             if not different:
                 fitting.add(entry.kind)
-                entry.method.check_tensors(entry.site, entry.tensors)
+                method.check_tensors(entry.site, entry.tensors)
         except AdapterError as problem:
             different = [str(problem)]
         else:
@@ -314,11 +318,12 @@ def _restored(
     moulds: dict[object, _Mould] = {}
     built: list[Branch] = []
     for entry in entries:
-        first, same = uses.get(entry.use, (None, entry.tensors))
+        use, structure = entry.use, entry.structure
+        first, same = uses.get(use, (None, entry.tensors))
         if first is not None and _equal(entry.tensors, same):  # They were tied when the file was made.
             places.append(Place.of(entry.layer, tied_to(first)))
             continue
-        mould = moulds.get(entry.structure)
+        mould = moulds.get(structure)
         if mould is not None:
             branch = mould.cast(entry.tensors, trainable)
         else:
@@ -327,12 +332,12 @@ def _restored(
             _fill(own, entry.tensors)
             built.append(branch)
             if (mould := _Mould.of(branch, own)) is not None:
-                moulds[entry.structure] = mould
-        uses[entry.use] = branch, entry.tensors
+                moulds[structure] = mould
+        uses[use] = branch, entry.tensors
         places.append(Place.of(entry.layer, branch))
         if entry.method.tied_in_files:
             others = [other for other in everything if not file.layers.keys() & {*other.paths}]
-            tied = [other for other in others if (id(entry.method), other.use(entry.method)) == entry.use]
+            tied = [other for other in others if (id(entry.method), other.use(entry.method)) == use]
             places += [Place.of(other, tied_to(branch)) for other in tied]
     for branch in built:
         for _, parameter in branch.named_weights():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -24,8 +24,23 @@ _RENAMED = {"CrossAttention": ("Attention",), "CLIPAttention": ("CLIPSdpaAttenti
 _BLOCK = re.compile(r"(.*\btransformer_blocks\.\d+)\.(attn2\b)?")
 
 
+Places = Mapping[str, Sequence[Layer]]
+"""The layers of a model by their paths, as a file spells these: flattened ones may be those of several."""
+
+
+def places_of(layers: Sequence[Layer], file: weights.AdapterFile) -> Places:
+    """Where the layers of a model are."""
+    places: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for path in layer.paths:
+            there = places.setdefault(flat(path) if file.flattened else path, [])
+            if layer not in there:
+                there.append(layer)
+    return places
+
+
 def find_layers(
-    layers: Sequence[Layer], file: weights.AdapterFile
+    layers: Sequence[Layer], places: Places, file: weights.AdapterFile
 ) -> tuple[list[tuple[Layer, str]], list[str], list[str]]:
     """Those of the layers of a model that a file is for.
 
@@ -37,27 +52,23 @@ def find_layers(
         The layers with their names in the file, in the order of the model; the names that are not found; and what is
         wrong with the others.
     """
-    places: dict[str, dict[int, Layer]] = {}
-    for number, layer in enumerate(layers):
-        for path in layer.paths:
-            places.setdefault(flat(path) if file.flattened else path, {})[number] = layer
-    found: dict[int, list[str]] = {}
+    found: dict[Layer, list[str]] = {}
     missing: list[str] = []
     problems: list[str] = []
     numbered = _numbered(layers, file)
     for name in file.layers:
         candidates = numbered.get(name, ()) if file.counted else spellings(name, file)
-        at = next((places[spelling] for spelling in candidates if spelling in places), {})
+        at = next((places[spelling] for spelling in candidates if spelling in places), ())
         if len(at) > 1:
-            problems.append(f"{name} may be {' or '.join(layer.path for layer in at.values())}")
+            problems.append(f"{name} may be {' or '.join(layer.path for layer in at)}")
         elif not at:
             missing.append(name)
         else:
-            found.setdefault(next(iter(at)), []).append(name)
-    for number, names in found.items():
+            found.setdefault(at[0], []).append(name)
+    for layer, names in found.items():
         if len(names) > 1:
-            problems.append(f"{' and '.join(names)} are both for {layers[number].path}")
-    return [(layers[number], names[0]) for number, names in sorted(found.items())], missing, problems
+            problems.append(f"{' and '.join(names)} are both for {layer.path}")
+    return [(layer, found[layer][0]) for layer in layers if layer in found], missing, problems
 
 
 def spellings(name: str, file: weights.AdapterFile) -> Sequence[str]:

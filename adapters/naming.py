@@ -8,20 +8,20 @@ from itertools import accumulate
 
 import weights
 from adapters.layers import Matrix
-from adapters.matching import flat, spellings
+from adapters.matching import Places, flat, spellings
 from adapters.targets import Layer
 from weights.names import Part, translate
 from weights.rows import split_rows, take_rows
 
 
-def with_names_of(layers: Sequence[Layer], file: weights.AdapterFile) -> tuple[weights.AdapterFile, list[str]]:
+def with_names_of(places: Places, file: weights.AdapterFile) -> tuple[weights.AdapterFile, list[str]]:
     """A file with the names of a model for those layers that it knows by the names of the original.
 
     Returns:
         The file, where what is for a layer that the model has in parts is cut into these, and what the model has by
         no name is as it was; and what is wrong with the layers that cannot be cut.
     """
-    names = _Names(file, {flat(path) if file.flattened else path: layer for layer in layers for path in layer.paths})
+    names = _Names(file, places)
     renamed: dict[str, weights.LayerWeights] = {}
     sources: dict[str, str] = {}
     problems: list[str] = []
@@ -42,10 +42,10 @@ def with_names_of(layers: Sequence[Layer], file: weights.AdapterFile) -> tuple[w
 
 @dataclass(frozen=True)
 class _Names:
-    """What the names in a file mean in a model, whose layers are in `places` as the file would spell their paths."""
+    """What the names in a file mean in a model."""
 
     file: weights.AdapterFile
-    places: Mapping[str, Layer]
+    places: Places
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """What a layer is by other names; nothing if the model has it by this one, or does not have it."""
@@ -84,7 +84,9 @@ class _Names:
 
     def layer(self, name: str) -> Layer | None:
         """The layer of the model that has a name."""
-        return next((self.places[spelling] for spelling in spellings(name, self.file) if spelling in self.places), None)
+        known = (self.places[spelling] for spelling in spellings(name, self.file) if spelling in self.places)
+        found = next(known, ())
+        return found[-1] if found else None
 
     def size(self, name: str) -> int:
         """How many rows the layer has that has a name; 0 where there is none, or no weight in it."""

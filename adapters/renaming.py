@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import weights
-from adapters.matching import find_layers
+from adapters.matching import find_layers, places_of
 from adapters.naming import with_names_of
 from adapters.patch import refuse
 from adapters.targets import layers
@@ -31,8 +31,9 @@ def with_names_in(base: Mapping[str, weights.TensorFiles], file: weights.Adapter
         what += f", or for several: choose one out of {', '.join(file.components)}"
     everything = layers(_skeleton(base))
     whole = {"": file.layers[""]} if "" in file.layers else {}  # For the whole model, by whatever names.
-    file, problems = with_names_of(everything, file)
-    found, missing, more = find_layers(everything, file)
+    places = places_of(everything, file)
+    file, problems = with_names_of(places, file)
+    found, missing, more = find_layers(everything, places, file)
     problems += more + [f"there is no layer {name}" for name in sorted(missing) if name]
     refuse(what, problems)
     renamed: dict[str, weights.LayerWeights] = {}

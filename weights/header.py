@@ -12,9 +12,10 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -43,6 +44,8 @@ DTYPES = {
 }
 METADATA_KEY = "__metadata__"
 MAX_HEADER_BYTES = 25_000_000  # the Hub's own limit; a header of this size takes a second to parse
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_INT = {int}  # And not its subclass bool.
 _MAX_DIMENSIONS = 64  # what torch can index
 _MAX_DIMENSION = 2**40
 
@@ -71,8 +74,7 @@ class Stamp:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One tensor's type, shape and place: bytes `start` to `stop`, counted from the start of the file."""
 
     dtype: torch.dtype
@@ -133,7 +135,8 @@ def parse_header(name: str, size: int, read: Callable[[int, int], bytes]) -> Hea
 
 def check_name(name: str) -> None:
     """Raise a ValueError unless `name` is safe as a tensor's name."""
-    if not name or name == METADATA_KEY or not name.isprintable() or ".." in name.split("/"):
+    climbs = ".." in name and ".." in name.split("/")
+    if not name or name == METADATA_KEY or not name.isprintable() or climbs:
         raise ValueError(f"{name!r} is not allowed as a tensor's name")
 
 
@@ -165,26 +168,32 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
 
 def _checked_slot(name: str, fields: Any, first_byte: int) -> Slot:
     check_name(name)
-    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         raise ValueError(f"tensor {name!r} does not have exactly the fields dtype, shape and data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not _are_integers(shape) or not _are_integers(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has a malformed shape or malformed offsets")
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name!r} has the type {fields['dtype']!r}, which is not supported")
-    dtype = DTYPES[fields["dtype"]]
-    # Strides multiply the non-zero sizes, so these must not overflow even where the tensor is empty.
-    count = math.prod(shape)
-    absurd = len(shape) > _MAX_DIMENSIONS or max(shape, default=0) >= _MAX_DIMENSION
-    if absurd or (count or math.prod(size or 1 for size in shape)) >= 2**63:
+    (start, stop), dtype, sizes = offsets, DTYPES[fields["dtype"]], tuple(shape)
+    if (count := _count(sizes)) is None:
         raise ValueError(f"tensor {name!r} has an absurd shape")
-    if offsets[1] - offsets[0] != count * dtype.itemsize:
+    if stop - start != count * dtype.itemsize:
         raise ValueError(f"tensor {name!r} does not have as many bytes as its shape {shape} needs")
-    return Slot(dtype, tuple(shape), first_byte + offsets[0], first_byte + offsets[1])
+    return Slot(dtype, sizes, first_byte + start, first_byte + stop)
 
 
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
+@lru_cache(maxsize=1024)  # Files have few different shapes.
+def _count(shape: tuple[int, ...]) -> int | None:
+    """How many numbers a tensor of a shape has; None for a shape that no tensor can have."""
+    if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0 or max(shape, default=0) >= _MAX_DIMENSION:
+        return None
+    # Strides multiply the non-zero sizes, so these must not overflow even where the tensor is empty.
+    return None if math.prod(size or 1 for size in shape) >= 2**63 else math.prod(shape)
+
+
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and {*map(type, values)} <= _INT
 
 
 def _check_tiling(slots: Mapping[str, Slot], first_byte: int, size: int) -> None:

@@ -42,12 +42,12 @@ _COMMON = {ALPHA, "weight"}
 
 def split(key: str) -> tuple[str, str] | None:
     """The layer that a key names, and the end in LyCORIS' spelling, the longest there is; None for another kind."""
-    names = key.split(".")
-    for count in range(min(_MOST_NAMES, len(names) - 1), 0, -1):
-        stem, end = ".".join(names[:-count]), ".".join(names[-count:])
+    _, *ends = key.rsplit(".", _MOST_NAMES)
+    for first in range(len(ends)):
+        end = ".".join(ends[first:])
         if end in _ENDS:
-            return stem, _ENDS[end]
-        if end in _PROCESSOR_ENDS and (layer := _PROCESSOR.fullmatch(stem)):
+            return key[: -len(end) - 1], _ENDS[end]
+        if end in _PROCESSOR_ENDS and (layer := _PROCESSOR.fullmatch(key[: -len(end) - 1])):
             return "".join(layer.groups()), _PROCESSOR_ENDS[end]
     return None
 

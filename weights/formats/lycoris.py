@@ -73,8 +73,10 @@ def _is_control(found: Found) -> bool:
 
 def where(stem: str) -> str | None:
     """The path of what a key calls a layer, with its component and a dot in front; None if it has no known prefix."""
+    if "." in stem:
+        return None
     for prefix in _LONGEST_FIRST:
-        if stem.startswith(f"{prefix}_") and "." not in stem:
+        if stem.startswith(f"{prefix}_"):
             return f"{COMPONENTS[prefix]}.{stem.removeprefix(f'{prefix}_')}".removeprefix(".")
     return None
 

@@ -99,8 +99,11 @@ def parse(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: Pa
     _refuse(source, [f"the key {key!r} is not expected" for key in stray])
     _refuse(source, [] if named or beside else ["it has no adapter in it"])
     _refuse(source, (*_slow_patterns(fields, grammar, named), *_name_problems(named, grammar)))
+    common = _hyperparameters(fields, grammar)
     layers = {
-        where: LayerWeights(grammar.method, _hyperparameters(fields, grammar, where, own), dict(sorted(own.items())))
+        where: LayerWeights(
+            grammar.method, {**common, **_of_layer(fields, grammar, where, own)}, dict(sorted(own.items()))
+        )
         for where, own in named.items()
     }
     _refuse(source, (*_layer_problems(layers, grammar), *_shared_problems(shared, fields, grammar)))
@@ -185,12 +188,13 @@ def _adapter_key(key: str, grammar: Grammar) -> tuple[str | None, str] | None:
     for name, whole in grammar.shared.items():
         if key == whole or (key.startswith(PREFIX) and key.endswith(whole.removeprefix("base_model"))):
             return None, name
-    for end, name in grammar.ends.items():
-        if grammar.rooted and key == end:
-            return "", name
-        if not grammar.rooted and key.startswith(PREFIX) and key.endswith(f".{end}"):
-            where = key[len(PREFIX) : -len(end) - 1]
-            return besides.place_of(where, name) if grammar.whole else where, name
+    if grammar.rooted:
+        return ("", grammar.ends[key]) if key in grammar.ends else None
+    if key.startswith(PREFIX):
+        for end, name in grammar.ends.items():
+            if key.endswith(end) and key[-len(end) - 1] == ".":
+                where = key[len(PREFIX) : -len(end) - 1]
+                return besides.place_of(where, name) if grammar.whole else where, name
     return None
 
 
@@ -289,23 +293,30 @@ def _slow_patterns(fields: Mapping[str, Any], grammar: Grammar, layers: Collecti
             yield f"{name} has regular expressions that take too long to match: name the layers by whole paths instead"
 
 
-def _hyperparameters(
+def _hyperparameters(fields: Mapping[str, Any], grammar: Grammar) -> dict[str, Any]:
+    """What the settings say of all layers."""
+    return {key: _as_hyperparameter(fields[name], default) for key, (name, default) in grammar.settings.items()}
+
+
+def _of_layer(
     fields: Mapping[str, Any], grammar: Grammar, layer: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What the settings say of a layer with these tensors."""
-    found = {}
-    for hyperparameter, (name, default) in grammar.settings.items():
-        value = fields[name]
-        if hyperparameter in grammar.patterns:
-            value = fields[grammar.patterns[hyperparameter]].get(layer, value)
-        if type(default) is float:
-            value = float(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif _is_number(value):
-            value = _as_integer(value)
-        found[hyperparameter] = value
-    return {**found, **grammar.of_layer(fields, layer, tensors)}
+    """What they say of a layer with these tensors besides, or instead."""
+    found: dict[str, Any] = {}
+    for hyperparameter, pattern in grammar.patterns.items():
+        if fields[pattern].patterns:
+            name, default = grammar.settings[hyperparameter]
+            found[hyperparameter] = _as_hyperparameter(fields[pattern].get(layer, fields[name]), default)
+    return found | grammar.of_layer(fields, layer, tensors)
+
+
+def _as_hyperparameter(value: Any, default: Any) -> Any:
+    """A setting as methods take it, of the kind of a default."""
+    if type(default) is float:
+        return float(value)
+    if isinstance(value, list):
+        return tuple(value)
+    return _as_integer(value) if _is_number(value) else value
 
 
 def _grammar_of(layers: Mapping[str, LayerWeights], beside: Mapping[str, LayerWeights], path: Path) -> Grammar:
