@@ -130,9 +130,10 @@ def structure(model: nn.Module) -> str:
 
 def _below(parent: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn.Module]]:
     """The children of a module with their paths and slots, the last one first, without what computes its weights."""
-    computed = parametrize.is_parametrized(parent)
-    children = [(key, child) for key, child in parent._modules.items() if not (computed and key == "parametrizations")]
-    return [(prefix + key, parent, key, child) for key, child in reversed(children) if child is not None]
+    children = [(key, child) for key, child in parent._modules.items() if child is not None]
+    if "parametrizations" in parent._modules and parametrize.is_parametrized(parent):
+        children = [(key, child) for key, child in children if key != "parametrizations"]
+    return [(prefix + key, parent, key, child) for key, child in reversed(children)]
 
 
 def select(

@@ -86,11 +86,10 @@ class Grammar:
 
 def _lora_problem(layer: LayerWeights) -> str | None:
     """What is wrong with the names or the shapes of A and B."""
-    pairs = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
-    factors = {name: tensor for name, tensor in layer.tensors.items() if name.endswith(("_A", "_B"))}
-    if factors.keys() not in pairs:
+    factors = sorted(name for name in layer.tensors if name.endswith(("_A", "_B")))
+    if factors not in (["lora_A", "lora_B"], ["lora_embedding_A", "lora_embedding_B"]):
         return f"{', '.join(sorted(layer.tensors))} instead of lora_A and lora_B"
-    a, b = (tuple(factors[name].shape) for name in sorted(factors))
+    a, b = (tuple(layer.tensors[name].shape) for name in factors)
     rank = layer.hyperparameters.get("rank")
     if len(a) == len(b) >= 2 and set(b[2:]) <= {1} and rank and a[0] == rank and b[1] == rank:
         return None
@@ -113,8 +112,10 @@ def _lora_layer(config: Settings, path: str, tensors: Mapping[str, Tensor]) -> M
     if start in ("pissa", "olora") and "lora_embedding_A" not in tensors:  # Embeddings have none, whatever it says.
         found["init"] = start
     # PEFT sorts the patterns when it saves them, which can make another one the first that matches.
-    rank = next((len(tensor) for name, tensor in tensors.items() if name.endswith("_A")), 0)
-    return {**found, "rank": rank} if rank in config["rank_pattern"].found(path) else found
+    if ranks := config["rank_pattern"].found(path):
+        rank = next((len(tensor) for name, tensor in tensors.items() if name.endswith("_A")), 0)
+        found |= {"rank": rank} if rank in ranks else {}
+    return found
 
 
 def _adalora_problem(layer: LayerWeights) -> str | None:
