@@ -197,8 +197,9 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             if groups is None or not is_ready(x, weight, bias) or len(x) != chosen.count:
                 return None
             every = [pair for _, pairs in groups for pair in pairs]
-            trained = any(tensor.requires_grad for tensor in (x, weight, *(t for pair in every for t in pair[:2])))
-            if (trained and torch.is_grad_enabled()) or any(pair[3] for pair in every):
+            tensors = (x, weight, bias, *(tensor for pair in every for tensor in pair[:2]))
+            trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            if trained or any(pair[3] for pair in every):
                 return None
             return linear_of_rows(x, weight, bias, groups, chosen.order, chosen.places)
         pairs = fusion.pairs(chosen) if chosen else None

@@ -66,13 +66,18 @@ class Fusion:
 
     def pairs(self, active: Active) -> list[Pair] | None:
         """What these branches compute beside the layer; None if there is one that has to run by itself."""
-        if (
+        return self._pairs(active) if self._is_plain() else None
+
+    def _is_plain(self) -> bool:
+        """Whether nothing but torch's own code runs in the layer."""
+        return not (
             any(GLOBAL_HOOKS)
             or self._base.are_hooked()
             or "bias" not in self.own  # It may be computed, or a buffer.
             or type(self._layer).forward is not _FORWARD
-        ):
-            return None
+        )
+
+    def _pairs(self, active: Active) -> list[Pair] | None:
         pairs: list[Pair] = []
         for branch, scale in active:
             if branch not in self._parts:
@@ -89,10 +94,12 @@ class Fusion:
 
     def pairs_of_rows(self, rows: Rows) -> list[tuple[int, list[Pair]]] | None:
         """For each group of rows their number and what is computed beside the layer; None if that is another way."""
+        if not self._is_plain():
+            return None
         found: list[tuple[int, list[Pair]]] = []
         for weights, indices in rows.groups:
             active = [(b, scale) for patch, scale in weights.items() if scale for b in self._of_patch.get(patch, ())]
-            if (pairs := self.pairs(active)) is None:
+            if (pairs := self._pairs(active)) is None:
                 return None
             found.append((indices.shape[0], pairs))
         return found

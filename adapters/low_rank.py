@@ -7,8 +7,8 @@ output: so none is made besides the output.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,8 @@ from torch.nn import functional
 # Where the product of the two matrices is made first, its cost has to be clearly the lower one.
 _MARGIN = 1.5
 
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_transform_level = torch._C._functorch.maybe_current_level
 
 Pair = tuple[Tensor, Tensor, float, float]
 """Two matrices whose product is added to a weight: A, `(rank, inputs)`, and B, `(outputs, rank)`; what the product is
@@ -30,12 +32,12 @@ def is_ready(x: Any, weight: Any, bias: Any) -> bool:
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
-        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is x.dtype))
-        and x.dtype is weight.dtype
-        and x.dtype.is_floating_point
+        and (dtype := x.dtype) is weight.dtype
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is dtype))
+        and dtype.is_floating_point
         and x.ndim > 1
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._functorch.maybe_current_level() is None
+        and not _is_autocast_enabled()
+        and _transform_level() is None
         and forward_ad._current_level < 0
     )
 
@@ -86,33 +88,34 @@ def linear_of_rows(
     if order is not None:
         x = x.index_select(0, order.to(x.device))
     output = functional.linear(x, weight, bias).contiguous()
-    parts: list[tuple[int, int, Pair]] = []
-    start = 0
-    for count, pairs in groups:
-        if pairs:
-            parts.append((start, count, _joined(pairs, x.dtype)))
-        start += count
-    inputs, outputs = x.reshape(len(x), -1, x.shape[-1]), output.view(len(x), -1, output.shape[-1])
+    tokens = math.prod(x.shape[1:-1])  # Of each row.
+    parts = [(count * tokens, _joined(pairs, x.dtype) if pairs else None) for count, pairs in groups]
     # Groups of one size behind one another go through one product of batches, where that is the quicker way.
     together = x.is_cuda or x.dtype.itemsize < 4
-    for _, run in itertools.groupby(enumerate(parts), key=_alike if together else itemgetter(0)):
-        (start, count, (down, up, scale, _)), *others = (part for _, part in run)
-        some = slice(start, start + count * (1 + len(others)))
-        if others:
-            down = torch.stack([down, *(pair[0] for _, _, pair in others)])
-            up = torch.stack([up, *(pair[1] for _, _, pair in others)])
-            product = torch.bmm(inputs[some].reshape(len(down), -1, x.shape[-1]), down.mT)
-            outputs[some].view(len(down), -1, output.shape[-1]).baddbmm_(product, up.mT, alpha=scale)
-        else:
-            product = functional.linear(inputs[some].flatten(0, -2), down)
-            outputs[some].view(-1, output.shape[-1]).addmm_(product, up.t(), alpha=scale)
+    runs = [[*run] for _, run in itertools.groupby(parts, _alike)] if together else [[part] for part in parts]
+    sizes = [sum(count for count, _ in run) for run in runs]
+    inputs, outputs = x.reshape(-1, x.shape[-1]).split(sizes), output.view(-1, output.shape[-1]).split(sizes)
+    for run, some, result in zip(runs, inputs, outputs, strict=True):
+        if len(pairs := [pair for _, pair in run if pair]) > 1:
+            down, up = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+            some, result = (rows.unflatten(0, (len(pairs), -1)) for rows in (some, result))
+            _add(result, torch.bmm(some, down.mT), up.mT, pairs[0][2])
+        elif pairs:
+            down, up, scale, _ = pairs[0]
+            _add(result, functional.linear(some, down), up.t(), scale)
     return output if order is None else output.index_select(0, places.to(x.device))
 
 
-def _alike(item: tuple[int, tuple[int, int, Pair]]) -> object:
-    """Equal for groups of one size that follow one another, with pairs of one rank and scale."""
-    number, (start, count, (down, _, scale, _)) = item
-    return count, start - number * count, len(down), scale
+def _alike(part: tuple[int, Pair | None]) -> object:
+    """Equal for groups of one size with pairs of one rank and scale."""
+    count, pair = part
+    return pair and (count, len(pair[0]), pair[2])
+
+
+def _add(output: Tensor, small: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Add a product of two matrices, or of two batches of them."""
+    add = output.addmm_ if output.ndim == 2 else output.baddbmm_
+    return add(small, up) if scale == 1 else add(small, up, alpha=scale)  # Which takes longer to be called.
 
 
 def _beside(
@@ -121,9 +124,9 @@ def _beside(
     """The output, and what A makes of the input."""
     output, small = functional.linear(x, weight, bias), functional.linear(dropped, down)
     if x.ndim == 2:
-        return output.addmm_(small, up.t(), alpha=scale), small
+        return _add(output, small, up.t(), scale), small
     output = output.contiguous()
-    output.view(-1, output.shape[-1]).addmm_(small.flatten(0, -2), up.t(), alpha=scale)
+    _add(output.view(-1, output.shape[-1]), small.flatten(0, -2), up.t(), scale)
     return output, small
 
 

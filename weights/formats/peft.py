@@ -298,16 +298,14 @@ def _hyperparameters(fields: Mapping[str, Any], grammar: Grammar) -> dict[str, A
     return {key: _as_hyperparameter(fields[name], default) for key, (name, default) in grammar.settings.items()}
 
 
-def _of_layer(
-    fields: Mapping[str, Any], grammar: Grammar, layer: str, tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _of_layer(fields: Mapping[str, Any], grammar: Grammar, layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What they say of a layer with these tensors besides, or instead."""
     found: dict[str, Any] = {}
     for hyperparameter, pattern in grammar.patterns.items():
         if fields[pattern].patterns:
             name, default = grammar.settings[hyperparameter]
             found[hyperparameter] = _as_hyperparameter(fields[pattern].get(layer, fields[name]), default)
-    return found | grammar.of_layer(fields, layer, tensors)
+    return {**found, **grammar.of_layer(fields, layer, tensors)}
 
 
 def _as_hyperparameter(value: Any, default: Any) -> Any:
