@@ -46,47 +46,45 @@ class Fusion:
         own: The parameters of the layer by name.
     """
 
-    __slots__ = ("_base", "_children", "_fits", "_layer", "_of_patch", "_parts", "branches", "own")
+    __slots__ = ("_children", "_fits", "_layer", "_of_patch", "_parts", "branches", "own")
 
     def __init__(self, node: Adapted) -> None:
         self._layer = base = node.base
         self.own = base._parameters
         self._children = tuple(node._modules.values())  # Looked at once: others may come meanwhile.
         self.branches = [child for child in self._children if isinstance(child, Branch)]
-        self._base = _Parts([vars(base)])
-        self._fits = self._children[0] is base and type(base).__call__ in PLAIN_CALLS and not self._base.covered
+        self._fits = self._children[0] is base and type(base).__call__ in PLAIN_CALLS
         self._parts: dict[Branch, _Parts | None] = {}  # Of those that have acted: there may be hundreds that never do.
         self._of_patch: dict[Patch, list[Branch]] = {}
         for branch in self.branches:
             self._of_patch.setdefault(branch.patch, []).append(branch)
 
     def holds(self, state: dict[str, Any]) -> bool:
-        """Whether a node, whose `__dict__` this is, has the same children, and its layer no more than it had."""
-        return tuple(state["_modules"].values()) == self._children and self._base.are_as_before()
+        """Whether a node, whose `__dict__` this is, has the same children."""
+        return tuple(state["_modules"].values()) == self._children
 
     def pairs(self, active: Active) -> list[Pair] | None:
         """What these branches compute beside the layer; None if there is one that has to run by itself."""
         return self._pairs(active) if self._is_plain() else None
 
     def _is_plain(self) -> bool:
-        """Whether nothing but torch's own code runs in the layer."""
-        return not (
-            any(GLOBAL_HOOKS)
-            or self._base.are_hooked()
-            or "bias" not in self.own  # It may be computed, or a buffer.
-            or type(self._layer).forward is not _FORWARD
+        """Whether it is torch's code that runs in the layer, if there is nothing in the way of an object's own."""
+        return (
+            type(self._layer).forward is _FORWARD
+            and "bias" in self.own  # Otherwise it may be computed, or a buffer.
+            and not any(GLOBAL_HOOKS)
         )
 
     def _pairs(self, active: Active) -> list[Pair] | None:
         pairs: list[Pair] = []
         for branch, scale in active:
             if branch not in self._parts:
-                self._parts[branch] = _Parts.of(branch) if self._fits and branch.beside else None
+                self._parts[branch] = _Parts.of(self._layer, branch) if self._fits and branch.beside else None
             if (parts := self._parts[branch]) is None:
                 return None
             pair = parts.pair(scale)
             if pair is None:  # It is not what it was: perhaps in a way that makes no difference.
-                if (parts := _Parts.of(branch)) is None or (pair := parts.pair(scale)) is None:
+                if (parts := _Parts.of(self._layer, branch)) is None or (pair := parts.pair(scale)) is None:
                     return None
                 self._parts[branch] = parts
             pairs.append(pair)
@@ -106,36 +104,25 @@ class Fusion:
 
 
 class _Parts:
-    """Modules by their `__dict__`s: attributes of what has a `__getattr__` take five times as long.
+    """A layer, a branch and what is in it, by their `__dict__`s: attributes of modules take five times as long."""
 
-    Attributes:
-        covered: Whether one is called in another way than torch's.
-    """
+    __slots__ = ("_all", "_children", "_count", "_covered", "_states", "_tables")
 
-    __slots__ = ("_all", "_children", "_count", "_states", "_tables", "covered")
-
-    def __init__(self, states: list[dict[str, Any] | None]) -> None:
-        self._states = states
-        self._all = [state for state in states if state is not None]
+    def __init__(self, layer: nn.Module, branch: Branch, thin: Thin) -> None:
+        self._states = [None if part is None else vars(part) for part in (branch, *thin)]
+        self._all = [vars(layer), *(state for state in self._states if state is not None)]
         self._count = sum(map(len, self._all))
-        self._children = tuple(self._all[0]["_modules"].values())
+        self._children = tuple(branch._modules.values())
         tables = [(state, name) for state in self._all for name in _HOOKS if name in state]
         self._tables = [state for state, _ in tables], [name for _, name in tables]
-        self.covered = any("forward" in state or "_compiled_call_impl" in state for state in self._all)
+        # One may be called in another way than torch's.
+        self._covered = any("forward" in state or "_compiled_call_impl" in state for state in self._all)
 
     @classmethod
-    def of(cls, branch: Branch) -> _Parts | None:
+    def of(cls, layer: nn.Module, branch: Branch) -> _Parts | None:
         """Those of a branch that adds the product of two thin matrices."""
         thin = branch.method.thin(branch)
-        return None if thin is None else cls([None if part is None else vars(part) for part in (branch, *thin)])
-
-    def are_as_before(self) -> bool:
-        """Whether there is nothing that was not there before: a table for hooks that is new is one attribute more."""
-        return sum(map(len, self._all)) == self._count
-
-    def are_hooked(self) -> bool:
-        """Whether there are hooks in the tables for them that were there before, or in what has replaced one."""
-        return any(map(getitem, *self._tables))  # As fast as a loop over as many lookups can be.
+        return None if thin is None else cls(layer, branch, thin)
 
     def pair(self, scale: float) -> Pair | None:
         """What a branch, of these modules, computes at the moment; None if it was given what it is not made of."""
@@ -143,10 +130,10 @@ class _Parts:
         downs, ups = down["_parameters"], up["_parameters"]  # type: ignore[index]
         a, b = downs.get("weight"), ups.get("weight")
         if (
-            self.covered
-            or sum(map(len, self._all)) != self._count
+            self._covered
+            or sum(map(len, self._all)) != self._count  # A table for hooks that is new is one attribute more.
+            or any(map(getitem, *self._tables))  # As fast as a loop over as many lookups can be.
             or tuple(own["_modules"].values()) != self._children  # type: ignore[index]
-            or self.are_hooked()
             or type(a) is not nn.Parameter
             or type(b) is not nn.Parameter
             or downs.get("bias", downs) is not None  # Nor is one that is no parameter.
