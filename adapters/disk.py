@@ -6,11 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -28,9 +26,9 @@ from adapters.folding import Product
 from adapters.layers import is_narrow, widened
 from adapters.loading import load
 from adapters.methods import METHODS
-from adapters.renaming import with_names_in
-from adapters.rotary import in_halves
-from adapters.standins import Shapes
+from adapters.patch import refuse
+from adapters.placing import of_text, place, standins
+from adapters.renaming import other_base
 from weights.files import bytes_of, read_settings
 from weights.streaming import ByRows, Change
 
@@ -91,7 +89,7 @@ def merge_files(
     if not given:
         raise AdapterError("There are no adapters to merge: give some, with their scales.")
     key = _fingerprint(given)
-    model = _standins(checkpoint, [file for _, file, _ in given])
+    model = standins(checkpoint, [file for _, file, _ in given])
     while given:
         name, file, scale = given.pop(0)
         with _naming(name):
@@ -122,12 +120,6 @@ def _check_settings(base: str | PathLike[str], settings: Mapping[str, Mapping[st
             raise AdapterError(f"{base} is quantized, and its numbers are codes: merge into the model it was made of.")
 
 
-def _of_text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of a language model, which may be a part of another one."""
-    inside = settings.get("text_config")
-    return inside if isinstance(inside, dict) else settings
-
-
 def _placed(
     checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]], file: weights.AdapterFile
 ) -> weights.AdapterFile:
@@ -138,52 +130,9 @@ def _placed(
             raise AdapterError(f"{path or 'it'} cannot be merged: {what} is no change of weights. Load it at run time.")
     if file.counted:
         raise AdapterError("It has numbers for layers, which only the model tells: load and merge it in memory.")
-    config = nn.Module()  # All that there is of the model.
-    config.__dict__["config"] = SimpleNamespace(**_of_text(settings.get("", {})))
-    file = in_halves(config, file)
-    file = with_names_in(checkpoint.parts, replace(file, aliases={**file.aliases, **_prefixed(checkpoint, file)}))
-    if "" in checkpoint.parts:  # One model, which has no name.
-        file = replace(file, layers={file.component_of(path)[1]: layer for path, layer in file.layers.items()})
-    return replace(file, components=(), base_structure=None)
-
-
-def _prefixed(checkpoint: Checkpoint, file: weights.AdapterFile) -> dict[str, tuple[str, ...]]:
-    """What layers are called where the model has them in a module of its own, or has none around them.
-
-    A checkpoint of transformers may be of a model with a head or without: `bert.encoder.layer.0` or `encoder.layer.0`.
-    """
-    firsts = dict.fromkeys(name.partition(".")[0] for name in checkpoint.slots)
-    modules = {name.rpartition(".")[0] for name in checkpoint.slots}.union(checkpoint.slots)
-    found: dict[str, tuple[str, ...]] = {}
-    for path in file.layers:
-        inside = file.component_of(path)[1]
-        first, _, rest = inside.partition(".")
-        names = [name for name in (rest, *(f"{other}.{inside}" for other in firsts)) if name in modules]
-        if first not in firsts and len(names) == 1:
-            found[path] = (*file.aliases.get(path, ()), *names)
-    return found
-
-
-def _standins(checkpoint: Checkpoint, files: Sequence[weights.AdapterFile]) -> nn.Module:
-    """A model with the layers that adapters are for, without values."""
-    shapes = Shapes(checkpoint.slots)
-    contents: dict[str, list[weights.LayerWeights]] = {}
-    buffers: dict[str, set[str]] = {}
-    for file in files:
-        for path, layer in file.layers.items():
-            module = shapes.module(path)
-            contents.setdefault(module, []).append(layer)
-            method = METHODS.get(layer.method)
-            own = "weight" if module == path else path.rpartition(".")[2]
-            beside = layer.tensors.keys() - {own} if method is not None and method.files_have_buffers else ()
-            buffers.setdefault(module, set()).update(beside)
-    root = nn.Module()
-    for module, content in contents.items():
-        root._modules[module] = standin = shapes.layer(module, buffers[module], content)
-        for name in sorted(buffers[module]):
-            if f"{module}.{name}" in checkpoint.slots:
-                standin.register_buffer(name, checkpoint.read(f"{module}.{name}"))
-    return root
+    placed, problems = place(checkpoint, settings, file)
+    refuse(other_base(file), problems)
+    return placed
 
 
 def _changes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
@@ -238,8 +187,8 @@ def _check_tied(model: nn.Module, checkpoint: Checkpoint, settings: Mapping[str,
     That are the embedding and the output head of a language model: it would be changed for both.
     """
     for part, said in settings.items():
-        rows = _of_text(said).get("vocab_size")
-        tied = {**_of_text(said), **said}.get("tie_word_embeddings")
+        rows = of_text(said).get("vocab_size")
+        tied = {**of_text(said), **said}.get("tie_word_embeddings")
         slots = checkpoint.parts[part].slots
         large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
         headed = any(str(name).endswith(_HEADS) for name in said.get("architectures") or ())

@@ -107,13 +107,21 @@ def read(
     found += rooted
     missing = [path for path in missing if path or not rooted]
     problems += unnamed + [f"there is no layer {path}" for path in sorted(missing) if strict or not found]
-    entries, unfit = _entries(found, file, trainable)
+    entries, different = _entries(found, file, trainable)
+    unfit = [f"{path}: {problem}" for path, some in different.items() for problem in some]
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     if problems := problems + unfit:
         refuse(_mismatch(source, model, file), problems)
     patch = Patch(name, model, _restored(entries, everything, file, trainable), scale, freezes=trainable)
     patch.skipped = (*sorted(missing), *file.others)
     return patch
+
+
+def misfits(model: Model, file: weights.AdapterFile) -> dict[str, list[str]]:
+    """What is wrong with layers of a file that a model has by the same names, by their paths."""
+    everything = layers(as_module(model))
+    found, _, _ = find_layers(everything, places_of(everything, file), file)
+    return _entries(found, file, trainable=False)[1]
 
 
 def _copied(file: weights.AdapterFile) -> weights.AdapterFile:
@@ -184,9 +192,9 @@ class _Entry:
 
 def _entries(
     found: Sequence[tuple[Layer, str]], file: weights.AdapterFile, trainable: bool
-) -> tuple[list[_Entry], list[str]]:
-    """What a file has for the layers that were found, and what is wrong with the others."""
-    problems: list[str] = []
+) -> tuple[list[_Entry], dict[str, list[str]]]:
+    """What a file has for the layers that were found, and what is wrong with the others, by their paths."""
+    problems: dict[str, list[str]] = {}
     entries: list[_Entry] = []
     fitting: set[object] = set()
     methods: dict[str, tuple[Mapping[str, object], Method]] = {}
@@ -208,7 +216,8 @@ def _entries(
             different = [str(problem)]
         else:
             entries += [] if different else [entry]
-        problems += [f"{layer.path}: {problem}" for problem in different]
+        if different:
+            problems[layer.path] = different
     return entries, problems
 
 

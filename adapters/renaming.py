@@ -26,16 +26,29 @@ def with_names_in(base: Mapping[str, weights.TensorFiles], file: weights.Adapter
     Raises:
         LayerMismatchError: It has layers that the base model does not have; the message lists them.
     """
+    renamed, problems = names_in(base, file)
+    refuse(other_base(file), problems)
+    return renamed
+
+
+def other_base(file: weights.AdapterFile) -> str:
+    """What to say first of a file that has layers which a base model does not have."""
     what = "The adapter is for another base model"
     if len(file.components) > 1:
         what += f", or for several: choose one out of {', '.join(file.components)}"
+    return what
+
+
+def names_in(
+    base: Mapping[str, weights.TensorFiles], file: weights.AdapterFile
+) -> tuple[weights.AdapterFile, list[str]]:
+    """The same for the layers that the base model has, and what is wrong with the others."""
     everything = layers(_skeleton(base))
     whole = {"": file.layers[""]} if "" in file.layers else {}  # For the whole model, by whatever names.
     places = places_of(everything, file)
     file, problems = with_names_of(places, file)
     found, missing, more = find_layers(everything, places, file)
     problems += more + [f"there is no layer {name}" for name in sorted(missing) if name]
-    refuse(what, problems)
     renamed: dict[str, weights.LayerWeights] = {}
     components: dict[str, None] = {}
     for layer, name in found:
@@ -44,13 +57,14 @@ def with_names_in(base: Mapping[str, weights.TensorFiles], file: weights.Adapter
         renamed[path] = file.layers[name]
         components[component or path.partition(".")[0]] = None
     known = (*base,) if "" not in base else file.components
-    return replace(
+    file = replace(
         file,
         layers={**whole, **renamed},
         flattened=False,
         components=tuple(name for name in known if name in components),
         aliases={},
     )
+    return file, problems
 
 
 def _skeleton(base: Mapping[str, weights.TensorFiles]) -> nn.Module:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 from typing import Any
 
 import click
@@ -16,7 +19,10 @@ from adapters.cli.pull import pull
 from adapters.cli.push import push
 from adapters.cli.tree import tree
 
-# What a command needs beyond this package, which brings torch, it imports when it runs.
+# What a command needs beyond click it imports when it runs: torch takes seconds.
+
+_FAULT, _INTERRUPTED, _NO_READER = 70, 130, 141  # Codes at the end, as of sysexits.h and of shells.
+_EXPECTED = {"adapters.errors": "AdapterError", "fluxion.errors": "ChainError", "weights.errors": "WeightsError"}
 
 
 class Commands(click.Group):
@@ -26,25 +32,28 @@ class Commands(click.Group):
         replace_what_cannot_be_encoded()
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
+            raise
         except KeyboardInterrupt:
             click.echo("Aborted!", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:  # Who reads has enough; click ends quietly.
-            raise
+            ctx.exit(_INTERRUPTED)
+        except BrokenPipeError:  # Who reads has enough.
+            sys.stdout = open(os.devnull, "w")  # Or Python would complain when it ends.
+            ctx.exit(_NO_READER)
         except Exception as error:
-            if isinstance(error, _expected_errors()):
+            if _is_expected(error):
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
                 raise failure(plain(" ".join(str(error).split()))) from error
-            raise
+            traceback.print_exc()
+            click.echo("This is a fault of fluxion, not of what it was given.", err=True)
+            ctx.exit(_FAULT)
 
 
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """What can go wrong without a fault in the program; the messages say what to do."""
-    from adapters.errors import AdapterError
-    from fluxion.errors import ChainError
-    from weights.errors import WeightsError
-
-    return AdapterError, ChainError, WeightsError, OSError
+def _is_expected(error: Exception) -> bool:
+    """Whether this can go wrong without a fault in the program; the message then says what to do."""
+    # What was never imported has raised nothing.
+    raised = (getattr(sys.modules[module], name) for module, name in _EXPECTED.items() if module in sys.modules)
+    return isinstance(error, (OSError, *raised))
 
 
 @click.group(cls=Commands)

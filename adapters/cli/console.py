@@ -11,19 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
     from torch import Tensor
 
     from weights.header import Slot
@@ -41,6 +32,8 @@ def replace_what_cannot_be_encoded() -> None:
 
 def make_console() -> Console:
     """A console that neither wraps nor cuts lines where there is no terminal."""
+    from rich.console import Console
+
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
@@ -60,6 +53,9 @@ def _finite(value: Any) -> Any:
 @contextmanager
 def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on terminals, at the standard error, and what to call after each of so many steps."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True, markup=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)
@@ -69,6 +65,16 @@ def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
 @contextmanager
 def progress_in_bytes(text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on terminals, at the standard error, with rate and time left; and what to call with bytes done and all."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     console = Console(stderr=True, markup=False)
     shown = (
         TextColumn("{task.description}"),
@@ -84,6 +90,8 @@ def progress_in_bytes(text: str) -> Iterator[Callable[[int, int], None]]:
 
 def facts(console: Console, rows: Mapping[str, str]) -> None:
     """Names and what is said of them, in two columns; what is empty is left out."""
+    from rich.table import Table
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -101,6 +109,9 @@ def columns(*names: str, right: Collection[str] = (), cut: Collection[str] = ())
         right: Those of which the rows stand at the right.
         cut: Those that are cut at the edge where the terminal is narrow; others go on in the next line.
     """
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in names:
         table.add_column(

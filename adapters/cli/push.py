@@ -11,7 +11,6 @@ from pathlib import Path
 import click
 
 from adapters.cli.console import as_json, print_json
-from weights.card import CARD
 
 
 @click.command()
@@ -72,6 +71,7 @@ def push(
 def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
     """A folder to publish: what is given, or a copy for a while that has a model card with the license and the tags."""
     import weights
+    from weights.card import CARD
     from weights.publishing import files_in
 
     has_card = (source / CARD).is_file()

@@ -65,8 +65,10 @@ def test_an_expected_error_is_one_line(error: Exception) -> None:
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", "Error: No layer like that.\n")
 
 
-def test_a_fault_of_the_program_is_not_hidden() -> None:
-    assert isinstance(CliRunner().invoke(failing(ZeroDivisionError()), ["fail"]).exception, ZeroDivisionError)
+def test_a_fault_of_the_program_is_not_hidden_and_has_a_code_of_its_own() -> None:
+    done = CliRunner().invoke(failing(ZeroDivisionError("a fault")), ["fail"])
+    assert (done.exit_code, done.stdout) == (70, "")
+    assert "Traceback" in done.stderr and "ZeroDivisionError: a fault" in done.stderr
 
 
 def test_ctrl_c_ends_with_the_code_of_the_shell() -> None:
@@ -93,7 +95,7 @@ def test_a_reader_who_has_enough_hears_nothing(style: Path) -> None:
     running = installed("tree", style, "--json")
     assert running.stdout is not None and running.stderr is not None
     running.stdout.close()
-    assert (running.stderr.read(), running.wait()) == (b"", 1)
+    assert (running.stderr.read(), running.wait()) == (b"", 141)
 
 
 def test_letters_without_a_code_are_replaced(style: Path, tmp_path: Path) -> None:
