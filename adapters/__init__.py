@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # The same as the table below, for type checkers and editors.
     from adapters.branch import Tensors as Tensors
     from adapters.catalogue import methods as methods
     from adapters.combine import combine as combine
+    from adapters.combine_files import combine_files as combine_files
+    from adapters.combine_files import resize_file as resize_file
     from adapters.disk import merge_files as merge_files
     from adapters.errors import AdapterError as AdapterError
     from adapters.errors import BudgetError as BudgetError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # The same as the table below, for type checkers and editors.
     from adapters.errors import PatchStateError as PatchStateError
     from adapters.errors import RowsError as RowsError
     from adapters.errors import TargetError as TargetError
+    from adapters.extract import Reduction as Reduction
+    from adapters.extract import extract_files as extract_files
     from adapters.initialize import initialize as initialize
     from adapters.library import Library as Library
     from adapters.loading import load as load
@@ -52,8 +56,10 @@ _PUBLIC = {
     "branch": "Branch Tensors",
     "catalogue": "methods",
     "combine": "combine",
+    "combine_files": "combine_files resize_file",
     "disk": "merge_files",
     "errors": "AdapterError BudgetError LayerMismatchError PatchNameError PatchStateError RowsError TargetError",
+    "extract": "Reduction extract_files",
     "initialize": "initialize",
     "library": "Library",
     "loading": "load",

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import weights
+from adapters.layers import is_narrow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,13 @@ class Checkpoint:
         """Read one tensor."""
         part, own = self._places[name]
         return self.parts[part][own]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the numbers of a tensor are not the weight itself."""
+        dtype, scale = self.slots[name].dtype, f"{name.rpartition('.')[0]}.scale_weight"
+        return not dtype.is_floating_point or (
+            is_narrow(dtype) and any(other.startswith(f"{name}_scale") or other == scale for other in self.slots)
+        )
 
     @cached_property
     def _places(self) -> Mapping[str, tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adapters.branch import Branch
 from adapters.building import build
 from adapters.errors import AdapterError, PatchStateError
+from adapters.factored import Factors, error, full, reduced
 from adapters.forms import LowRank
 from adapters.layers import Matrix, read_weight
 from adapters.method import Site, is_integer, is_number
@@ -19,9 +20,6 @@ from adapters.methods import LoRA
 from adapters.models import Model, as_module
 from adapters.patch import Patch, Place, check_name, find
 from adapters.targets import Layer, layers
-
-Factors = tuple[Tensor, Tensor]
-"""`up @ down`, of shapes `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack."""
 
 Pruning = Callable[[list[Tensor], float, torch.Generator | None], Tensor]
 """Makes one matrix of several that are weighted already, given a density and where chance comes from."""
@@ -34,9 +32,11 @@ def combine(
     name: str = "combined",
     how: str = "exact",
     rank: int | None = None,
+    energy: float | None = None,
     density: float | None = None,
     seed: int | None = None,
     scale: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Patch:
     """Inject a new LoRA patch that stands for a weighted sum of patches of a model.
 
@@ -46,7 +46,8 @@ def combine(
 
     - `"exact"`: `Σ wᵢ Dᵢ`, what `use(model, weights)` computes, to rounding. Factors of low rank are put side by side,
       so that ranks add up, to no more than the full rank; no full matrix is made of them.
-    - `"svd"`: of all matrices of the given rank the nearest to `Σ wᵢ Dᵢ`, which is not made in full either.
+    - `"svd"`: of all matrices of the rank that is given, or that keeps the energy, the nearest to `Σ wᵢ Dᵢ`, which is
+      not made in full either.
     - `"magnitude"`: `Σ wᵢ trim(Dᵢ)`, where `trim` keeps the entries of the largest magnitude, a share `density` of
       them, and makes the others zero.
     - `"ties"` (arXiv:2306.01708): entry by entry, the mean of those `wᵢ trim(Dᵢ)` that are not zero and have the sign
@@ -64,9 +65,12 @@ def combine(
         how: One of the above.
         rank: The largest rank for a layer, for all but `"exact"`. Each layer gets the rank at which it is exact up to
             rounding, at most its full one, the smaller side of its matrix; and of these at most `rank`, if it is given.
+        energy: The share of the energy to keep, the squared Frobenius norm of the update, more than 0 and at most 1,
+            for all but `"exact"`: each layer gets the least rank that keeps it, at most `rank`, if that is given too.
         density: The share of entries to keep, more than 0 and at most 1, for `"magnitude"`, `"ties"` and `"dare"`.
         seed: Makes the masks of `"dare"` the same each time and on every device, without touching torch's generators.
         scale: How strongly the new patch acts.
+        progress: Called with the number of layers that are done, and that of all.
 
     Returns:
         The patch, injected. Each layer has a `LoRA` of a rank of its own, and `alpha = rank`. Its tensors are new, in
@@ -79,29 +83,32 @@ def combine(
         AdapterError: Nothing to combine, an unknown `how`, a number that is missing, out of its range or of no use,
             or a patch whose updates cannot be added up or are not finite.
     """
-    _check(weights, how, rank, density)
+    _check(weights, how, rank, energy, density)
     model = as_module(model)
     check_name(model, name)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     places: list[Place] = []
     errors: dict[str, float] = {}
     with torch.no_grad():
-        for site in _sites(model, weights):
-            if density is None:
-                update = site.weighted_sum()
-            else:
-                update = _full(PRUNINGS[how](site.updates(), density, generator))
+        sites = _sites(model, weights)
+        for number, site in enumerate(sites, start=1):
+            update = site.weighted_sum() if density is None else full(PRUNINGS[how](site.updates(), density, generator))
             if not all(factor.isfinite().all() for factor in update):
                 raise AdapterError(f"What to combine at {site.layer.path} is not finite.")
-            branch = site.branch(update if how == "exact" else _reduced(update, rank))
+            factors = update if how == "exact" else reduced(update, rank, energy)
+            branch = lora_of(site.layer, factors, site.dtype)
             places.append(Place.of(site.layer, branch))
-            errors[site.layer.path] = _error(site.factors(branch, 1.0), update)
+            errors[site.layer.path] = error(site.factors(branch, 1.0), update)
+            if progress is not None:
+                progress(number, len(sites))
     patch = Patch(name, model, places, scale, freezes=False)
     patch.errors = errors
     return patch.inject()
 
 
-def _check(weights: Mapping[str, float], how: str, rank: int | None, density: float | None) -> None:
+def _check(
+    weights: Mapping[str, float], how: str, rank: int | None, energy: float | None, density: float | None
+) -> None:
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError('combine needs the names of patches and their weights: {"style": 0.7, "pose": 0.3}.')
     for name, weight in weights.items():
@@ -110,16 +117,24 @@ def _check(weights: Mapping[str, float], how: str, rank: int | None, density: fl
     known = ("exact", "svd", *PRUNINGS)
     if how not in known:
         raise AdapterError(f"{how!r} is no way to combine: choose from {', '.join(known)}.")
-    if rank is not None and how == "exact":
-        raise AdapterError("how='exact' keeps every rank: leave rank= out, or choose how='svd' to reduce it.")
-    if rank is not None and not is_integer(rank, 1):
-        raise AdapterError(f"rank= has to be an integer of 1 or more, not {rank!r}.")
+    for name, number in (("rank", rank), ("energy", energy)):
+        if number is not None and how == "exact":
+            raise AdapterError(f"how='exact' keeps every rank: leave {name}= out, or choose how='svd' to reduce it.")
+    check_size(rank, energy)
     if density is None and how in PRUNINGS:
         raise AdapterError(f"how={how!r} needs density=, the share of entries to keep.")
     if density is not None and how not in PRUNINGS:
         raise AdapterError(f"how={how!r} keeps every entry: density= is for {', '.join(PRUNINGS)}.")
     if density is not None and not (is_number(density) and 0 < density <= 1):
         raise AdapterError(f"density= has to be more than 0 and at most 1, not {density!r}.")
+
+
+def check_size(rank: int | None, energy: float | None) -> None:
+    """Raise an AdapterError for what is no rank, or no share of an energy."""
+    if rank is not None and not is_integer(rank, 1):
+        raise AdapterError(f"rank= has to be an integer of 1 or more, not {rank!r}.")
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        raise AdapterError(f"energy= has to be more than 0 and at most 1, not {energy!r}.")
 
 
 # What there is to combine
@@ -167,7 +182,7 @@ class _Site:
         """The same matrix in factors, those of the method where it has some."""
         method = branch.method
         if not isinstance(method, LowRank):
-            return _full(self.update(branch, weight))
+            return full(self.update(branch, weight))
         up, down = method.factors(branch.values(self.precision))
         return (up * weight).to(self.device), down.to(self.device)
 
@@ -175,17 +190,18 @@ class _Site:
         """`Σ wᵢ upᵢ downᵢ = [w₁ up₁, w₂ up₂, ...] [down₁; down₂; ...]`, at most of full rank."""
         ups, downs = zip(*(self.factors(branch, weight) for branch, weight in self.sources), strict=True)
         up, down = torch.cat(ups, dim=-1), torch.cat(downs, dim=-2)
-        return (up, down) if up.shape[-1] <= min(up.shape[-2], down.shape[-1]) else _full(up @ down)
+        return (up, down) if up.shape[-1] <= min(up.shape[-2], down.shape[-1]) else full(up @ down)
 
-    def branch(self, factors: Factors) -> Branch:
-        """The branch of LoRA with these factors."""
-        method = LoRA(rank=factors[0].shape[-1])
-        # Made without memory at first: what it would be initialised with is of no use.
-        branch = build(method, Site.of(self.layer, method, "meta", self.dtype), {})
-        branch.to_empty(device=self.device).requires_grad_(False)
-        for own, factor in zip(method.file_tensors(branch).values(), reversed(factors), strict=True):  # A is first.
-            own.copy_(factor.reshape(own.shape))
-        return branch
+
+def lora_of(layer: Layer, factors: Factors, dtype: torch.dtype) -> Branch:
+    """The branch of LoRA at a layer that adds the product of two factors."""
+    method = LoRA(rank=factors[0].shape[-1])
+    # Made without memory at first: what it would be initialised with is of no use.
+    branch = build(method, Site.of(layer, method, "meta", dtype), {})
+    branch.to_empty(device=factors[0].device).requires_grad_(False)
+    for own, factor in zip(method.file_tensors(branch).values(), reversed(factors), strict=True):  # A is first.
+        own.copy_(factor.reshape(own.shape))
+    return branch
 
 
 def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
@@ -244,48 +260,3 @@ def _dare(updates: list[Tensor], density: float, generator: torch.Generator | No
 
 PRUNINGS: Mapping[str, Pruning] = {"magnitude": _magnitude, "ties": _ties, "dare": _dare}
 """What is computed on full matrices, by the name of `how`."""
-
-
-# Factors
-
-
-def _full(matrix: Tensor) -> Factors:
-    """A matrix and, on its smaller side, the identity."""
-    *stack, outputs, inputs = matrix.shape
-    size = min(outputs, inputs)
-    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device).expand(*stack, size, size)
-    return (identity, matrix) if outputs < inputs else (matrix, identity)
-
-
-def _reduced(factors: Factors, rank: int | None) -> Factors:
-    """The nearest factors of at most a rank: the singular value decomposition, cut off.
-
-    With `up = Q R` and `downᵀ = P S`, that of the small `R Sᵀ`, between `Q` and `Pᵀ`, is that of `up down`.
-    """
-    up, down = factors
-    (left, first), (right, second) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
-    u, singular, vt = torch.linalg.svd(first @ second.mT, full_matrices=False)
-    needed = _needed(singular, 16 * torch.finfo(up.dtype).eps)
-    kept = needed if rank is None else min(rank, needed)
-    root = singular[..., :kept].sqrt()  # Half in each, for the sake of dtypes that round much.
-    return left @ (u[..., :kept] * root.unsqueeze(-2)), (root.unsqueeze(-1) * vt[..., :kept, :]) @ right.mT
-
-
-def _needed(singular: Tensor, tolerance: float) -> int:
-    """How many singular values, 1 at least, make up a matrix but for a part of relative norm below a tolerance."""
-    squares = singular.to("cpu", torch.float64).square()
-    tails = squares.flip(-1).cumsum(-1).flip(-1).sqrt()  # The norms of what is left without the first ones.
-    return max(1, int((tails > tolerance * tails[..., :1]).sum(-1).max()))
-
-
-def _error(factors: Factors, of: Factors) -> float:
-    """`‖factors - of‖ / ‖of‖`, and 0 for nothing at all."""
-    size = _norm(of)
-    difference = torch.cat((factors[0], -of[0]), dim=-1), torch.cat((factors[1], of[1]), dim=-2)
-    return _norm(difference) / size if size else 0.0
-
-
-def _norm(factors: Factors) -> float:
-    """`‖up down‖`, in the Frobenius norm, by the triangles that remain of the factors without rotations."""
-    up, down = (torch.linalg.qr(factor, mode="r").R for factor in (factors[0], factors[1].mT))
-    return float(torch.linalg.vector_norm(up @ down.mT))

@@ -23,18 +23,16 @@ from adapters.checkpoint import Checkpoint
 from adapters.choice import finite
 from adapters.errors import AdapterError
 from adapters.folding import Product
-from adapters.layers import is_narrow, widened
+from adapters.layers import widened
 from adapters.loading import load
 from adapters.methods import METHODS
 from adapters.patch import refuse
-from adapters.placing import of_text, place, standins
+from adapters.placing import place, standins, tied_names
 from adapters.renaming import other_base
 from weights.files import bytes_of, read_settings
 from weights.streaming import ByRows, Change
 
 Source = str | PathLike[str] | weights.AdapterFile
-
-_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "WithLMHead")
 
 
 def merge_files(
@@ -79,20 +77,17 @@ def merge_files(
     """
     checkpoint, settings = Checkpoint.open(base), read_settings(base)
     _check_settings(base, settings)
-    given: list[tuple[str, weights.AdapterFile, float]] = []
-    for number, (source, scale) in enumerate(sources.items() if isinstance(sources, Mapping) else sources, start=1):
-        name, file = f"Adapter {number}", source
-        if not isinstance(file, weights.AdapterFile):
-            name, file = str(source), weights.read_adapter(source)
-        with _naming(name):
-            given.append((name, _placed(checkpoint, settings, file), finite(scale, "The scale")))
+    given = read_all(sources)
     if not given:
         raise AdapterError("There are no adapters to merge: give some, with their scales.")
+    for number, (name, file, scale) in enumerate(given):
+        with naming(name):
+            given[number] = name, _placed(checkpoint, settings, file), scale
     key = _fingerprint(given)
-    model = standins(checkpoint, [file for _, file, _ in given])
+    model = standins(checkpoint.slots, [file for _, file, _ in given], checkpoint.read)
     while given:
         name, file, scale = given.pop(0)
-        with _naming(name):
+        with naming(name):
             load(model, file, name=f"{len(given)}", scale=scale)
         del file  # The patch has tensors of its own.
     changes = dict(_changes(model, checkpoint, dtype))
@@ -102,8 +97,21 @@ def merge_files(
     )
 
 
+def read_all(
+    sources: Mapping[str | PathLike[str], float] | Iterable[tuple[Source, float]],
+) -> list[tuple[str, weights.AdapterFile, float]]:
+    """Adapters from where they are, each with what to call it and its scale."""
+    given: list[tuple[str, weights.AdapterFile, float]] = []
+    for number, (source, scale) in enumerate(sources.items() if isinstance(sources, Mapping) else sources, start=1):
+        name, file = f"Adapter {number}", source
+        if not isinstance(file, weights.AdapterFile):
+            name, file = str(source), weights.read_adapter(source)
+        given.append((name, file, finite(scale, f"The scale of {name}")))
+    return given
+
+
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Errors in this block begin with the name of an adapter."""
     try:
         yield
@@ -144,7 +152,9 @@ def _changes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
             active, others = _involved(node.branches, name)
             full = f"{path}.{name}"
             if full in checkpoint.slots:
-                _check_stored(checkpoint, full)
+                if checkpoint.is_quantized(full):
+                    kind = checkpoint.slots[full].dtype
+                    raise AdapterError(f"{full} is quantized, to {kind}: merge into the model it was made of.")
                 if all(folding.is_low_rank(branch, name) for branch, _ in active):
                     yield full, ByRows(_LowRankRows(active, checkpoint.slots[full].shape[0], dtype))
                 else:
@@ -173,35 +183,16 @@ def _makes_bias(branch: Branch) -> bool:
     return len(branch.names) > 1 and branch.method.update_bias(None, weight, branch.values()) is not None
 
 
-def _check_stored(checkpoint: Checkpoint, name: str) -> None:
-    """Raise an AdapterError for numbers that are not the weight itself."""
-    dtype, path = checkpoint.slots[name].dtype, name.rpartition(".")[0]
-    scaled = any(other.startswith(f"{name}_scale") or other == f"{path}.scale_weight" for other in checkpoint.slots)
-    if not dtype.is_floating_point or (is_narrow(dtype) and scaled):
-        raise AdapterError(f"{name} is quantized, to {dtype}: merge into the model it was made of.")
-
-
 def _check_tied(model: nn.Module, checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise an AdapterError for one tensor that is two weights of a model, of which an adapter is for one.
-
-    That are the embedding and the output head of a language model: it would be changed for both.
-    """
-    for part, said in settings.items():
-        rows = of_text(said).get("vocab_size")
-        tied = {**of_text(said), **said}.get("tie_word_embeddings")
-        slots = checkpoint.parts[part].slots
-        large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
-        headed = any(str(name).endswith(_HEADS) for name in said.get("architectures") or ())
-        if not headed or not (tied or (tied is None and len(large) == 1)):
-            continue
-        for path, node in model._modules.items():
-            name = f"{path}.weight".removeprefix(f"{part}.")
-            whole = not isinstance(node, Adapted) or all(branch.matrix.kind == "any" for branch in node.branches)
-            if name in large and not whole:
-                raise AdapterError(
-                    f"{path} is the embedding and the output head of the model at once, and the adapter is for one of"
-                    " them: merge it in memory, into a model with tie_word_embeddings=False."
-                )
+    """Raise an AdapterError for an adapter of one of two weights that are one tensor: it would be changed for both."""
+    tied = tied_names(checkpoint, settings)
+    for path, node in model._modules.items():
+        whole = not isinstance(node, Adapted) or all(branch.matrix.kind == "any" for branch in node.branches)
+        if f"{path}.weight" in tied and not whole:
+            raise AdapterError(
+                f"{path} is the embedding and the output head of the model at once, and the adapter is for one of"
+                " them: merge it in memory, into a model with tie_word_embeddings=False."
+            )
 
 
 def _fingerprint(given: Sequence[tuple[str, weights.AdapterFile, float]]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import weights
 from adapters.checkpoint import Checkpoint
@@ -15,12 +15,35 @@ from adapters.methods import METHODS
 from adapters.renaming import names_in
 from adapters.rotary import in_halves
 from adapters.standins import Shapes
+from weights.header import Slot
+
+# The ends of the names of classes that have an output head which may share the tensor of the embedding.
+_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "WithLMHead")
 
 
 def of_text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of a language model, which may be a part of another one."""
     inside = settings.get("text_config")
     return inside if isinstance(inside, dict) else settings
+
+
+def tied_names(checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The tensors of a checkpoint that are two weights of their model: the embedding and the head of a language model.
+
+    Args:
+        checkpoint: The tensors.
+        settings: What `config.json` says of each model.
+    """
+    tied: set[str] = set()
+    for part, said in settings.items():
+        rows = of_text(said).get("vocab_size")
+        says = {**of_text(said), **said}.get("tie_word_embeddings")
+        slots = checkpoint.parts[part].slots
+        large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
+        headed = any(str(name).endswith(_HEADS) for name in said.get("architectures") or ())
+        if headed and (says or (says is None and len(large) == 1)):
+            tied |= {f"{part}.{name}".removeprefix(".") for name in large}
+    return tied
 
 
 def place(
@@ -54,9 +77,17 @@ def _prefixed(checkpoint: Checkpoint, file: weights.AdapterFile) -> dict[str, tu
     return found
 
 
-def standins(checkpoint: Checkpoint, files: Sequence[weights.AdapterFile]) -> nn.Module:
-    """A model with the layers that adapters are for, without values."""
-    shapes = Shapes(checkpoint.slots)
+def standins(
+    slots: Mapping[str, Slot], files: Sequence[weights.AdapterFile], read: Callable[[str], Tensor] | None = None
+) -> nn.Module:
+    """A model with the layers that adapters are for, without values.
+
+    Args:
+        slots: The tensors of the model.
+        files: The adapters.
+        read: Reads one of the tensors, for buffers.
+    """
+    shapes = Shapes(slots)
     contents: dict[str, list[weights.LayerWeights]] = {}
     buffers: dict[str, set[str]] = {}
     for file in files:
@@ -71,6 +102,6 @@ def standins(checkpoint: Checkpoint, files: Sequence[weights.AdapterFile]) -> nn
     for module, content in contents.items():
         root._modules[module] = standin = shapes.layer(module, buffers[module], content)
         for name in sorted(buffers[module]):
-            if f"{module}.{name}" in checkpoint.slots:
-                standin.register_buffer(name, checkpoint.read(f"{module}.{name}"))
+            if read is not None and f"{module}.{name}" in slots:
+                standin.register_buffer(name, read(f"{module}.{name}"))
     return root

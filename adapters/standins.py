@@ -40,6 +40,11 @@ class Shapes:
                 self._in_columns.setdefault((_name(path), dims), set()).add(shown)
                 self._in_columns.setdefault(("", dims), set()).add(shown)
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """Those of all modules below the model itself."""
+        return [path for path in self._parameters if path]
+
     def module(self, path: str) -> str:
         """The path of the module that has the weight with a path: itself, but for parameters of other names."""
         return path if path in self._parameters else path.rpartition(".")[0]

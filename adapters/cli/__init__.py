@@ -9,14 +9,17 @@ from typing import Any
 
 import click
 
+from adapters.cli.combine import combine
 from adapters.cli.console import plain, replace_what_cannot_be_encoded
 from adapters.cli.convert import convert
 from adapters.cli.demo.command import demo
 from adapters.cli.diff import diff
+from adapters.cli.extract import extract
 from adapters.cli.inspect import inspect
 from adapters.cli.merge import merge
 from adapters.cli.pull import pull
 from adapters.cli.push import push
+from adapters.cli.resize import resize
 from adapters.cli.tree import tree
 
 # What a command needs beyond click it imports when it runs: torch takes seconds.
@@ -62,5 +65,5 @@ def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-for command in (demo, inspect, convert, merge, tree, diff, pull, push):
+for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, pull, push):
     main.add_command(command)

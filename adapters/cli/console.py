@@ -7,13 +7,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import ProgressColumn
     from rich.table import Table
     from torch import Tensor
 
@@ -62,27 +63,32 @@ def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-@contextmanager
-def progress_in_bytes(text: str) -> Iterator[Callable[[int, int], None]]:
+def progress_in_bytes(text: str) -> AbstractContextManager[Callable[[int, int], None]]:
     """A bar on terminals, at the standard error, with rate and time left; and what to call with bytes done and all."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    return _progress(text, DownloadColumn(), TransferSpeedColumn())
+
+
+def progress_in_layers(text: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """The same for layers."""
+    from rich.progress import MofNCompleteColumn, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.1f}/s")
+
+    return _progress(text, MofNCompleteColumn(), TextColumn("layers"), Rate())
+
+
+@contextmanager
+def _progress(text: str, *amounts: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, markup=False)
-    shown = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    shown = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
     with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

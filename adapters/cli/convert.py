@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import weights
 
-_FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
+FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
 _OTHERS = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth")
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -25,7 +25,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 @click.option(
     "--to",
     "form",
-    type=click.Choice(_FORMATS),
+    type=click.Choice(FORMATS),
     help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
 )
 @click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")

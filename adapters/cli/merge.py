@@ -18,7 +18,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kMGT]?B)", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
-def _scaled(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
+def scaled(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
     """Sources of adapters and their scales, 1 where none is said."""
     found: list[tuple[str, float]] = []
     for value in values:
@@ -51,7 +51,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
     "sources",
     multiple=True,
     required=True,
-    callback=_scaled,
+    callback=scaled,
     metavar="SOURCE[=SCALE]",
     help="An adapter and how strongly it acts, 1 if that is not said. Repeat it for several, in their order.",
 )

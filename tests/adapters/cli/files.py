@@ -101,5 +101,11 @@ def style(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned(style: Path) -> Path:
+    """The model with that adapter in its weights."""
+    return adapters.merge_files(MINILM, {style: 1.0}, style.parent / "tuned")
+
+
+@pytest.fixture(scope="session")
 def kohya(style: Path) -> Path:
     return by_kohya(style.parent / "kohya.safetensors", style)

@@ -17,10 +17,13 @@ README = Path(__file__).parents[3] / "README.md"
 
 
 @pytest.fixture
-def place(hub: HubServer, style: Path, kohya: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(
+    hub: HubServer, style: Path, kohya: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A folder with what the examples are about, and a Hub with the rest."""
     serve(hub, "someone/style-lora", style)
     serve(hub, "someone/model", MINILM)
+    serve(hub, "someone/tuned-model", tuned)
     folder = tmp_path / "place"
     folder.mkdir()
     shutil.copy(kohya, folder / "style.safetensors")

@@ -1,0 +1,67 @@
+"""`fluxion extract`: what a model was tuned to, as a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapters.cli import reduction
+from adapters.cli.console import as_json, progress_in_bytes
+from adapters.cli.convert import DTYPES, check_new
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.argument("destination", type=click.Path(path_type=Path))
+@reduction.rank
+@reduction.energy
+@reduction.to
+@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as in TUNED]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Where chance comes from.")
+@as_json
+def extract(
+    base: str,
+    tuned: str,
+    destination: Path,
+    rank: int | None,
+    energy: float | None,
+    form: str | None,
+    kind: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Write the difference of two checkpoints as a LoRA.
+
+    BASE and TUNED are files, folders with a model or a pipeline, or places on the Hub. DESTINATION is a new folder, or
+    the name of a new .safetensors file, which only lycoris, diffusers and fluxion have.
+
+    Each layer is reduced by itself, to the rank that is given, or to the one that keeps enough; its error is printed,
+    the norm of what is missing by that of the difference. A few tensors at a time are in memory. What no LoRA can hold,
+    such as biases and norms, is listed and left out.
+
+    \b
+    Examples:
+      fluxion extract someone/model someone/tuned-model lora --rank 8
+      fluxion extract someone/model someone/tuned-model smaller --energy 0.9 --rank 64
+    """
+    reduction.need_size(rank, energy)
+    import torch
+
+    import adapters
+
+    check_new(destination)
+    with progress_in_bytes("Extracting") as step:
+        made = adapters.extract_files(
+            base,
+            tuned,
+            destination,
+            rank=rank,
+            energy=energy,
+            dtype=getattr(torch, kind) if kind else None,
+            format=form,
+            seed=seed,
+            progress=step,
+        )
+    reduction.show(made, as_json, base=base, tuned=tuned)

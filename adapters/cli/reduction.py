@@ -1,0 +1,66 @@
+"""What the commands share that make an adapter stand for something else: how large it may be, and how well it does."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapters.cli.console import columns, make_console, plain, print_json
+from adapters.cli.convert import FORMATS
+
+if TYPE_CHECKING:
+    from adapters.extract import Reduction
+
+rank = click.option("--rank", type=click.IntRange(1), metavar="N", help="The largest rank at a layer.")
+energy = click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="How much of each update's squared norm to keep, such as 0.95, by the least rank that does.",
+)
+base = click.option(
+    "--base", metavar="MODEL", help="The base model, where the files do not say enough: its names and shapes are read."
+)
+to = click.option(
+    "--to",
+    "form",
+    type=click.Choice(FORMATS),
+    help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
+)
+
+
+def need_size(rank: int | None, energy: float | None) -> None:
+    """See to it that it is said how large an adapter may be."""
+    if rank is None and energy is None:
+        raise click.UsageError("Say how large the adapter may be: --rank 32, or --energy 0.95.")
+
+
+def show(made: Reduction, as_json: bool, **more: Any) -> None:
+    """Print what was made."""
+    layers = [{"path": path, "rank": rank, "error": made.errors[path]} for path, rank in made.ranks.items()]
+    if as_json:
+        said = {"destination": str(made.path), "format": made.format, **more, "layers": layers}
+        print_json({**said, "left_out": made.left_out})
+        return
+    console = make_console()
+    table = columns("layer", "rank", "error", right=("rank", "error"), cut=("layer",))
+    for path, rank in made.ranks.items():
+        table.add_row(plain(path), str(rank), f"{100 * made.errors[path]:.2f} %")
+    console.print(table)
+    if made.left_out:
+        left = columns("left out", "why", cut=("left out",))
+        for name, reason in made.left_out.items():
+            left.add_row(plain(name), reason)
+        console.print(left)
+    off = math.sqrt(sum(error**2 for error in made.errors.values()) / len(made.errors))
+    console.print(
+        f"{made.path}: {len(layers):,} {'layer' if len(layers) == 1 else 'layers'} in {made.format} format, of rank {_range([*made.ranks.values()])}, off by"
+        f" {100 * off:.2f} % (root mean square)."
+    )
+
+
+def _range(numbers: list[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"

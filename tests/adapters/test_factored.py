@@ -1,0 +1,99 @@
+"""Matrices as products of thin ones, against torch's decompositions of whole matrices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adapters.factored import full, nearest, norm, reduced
+
+
+def decaying(outputs: int, inputs: int, decay: float, *stack: int) -> Tensor:
+    """A matrix whose singular values are the powers of a number."""
+    size = min(outputs, inputs)
+    left = torch.linalg.qr(torch.randn(*stack, outputs, size, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(*stack, inputs, size, dtype=torch.float64)).Q
+    return (left * decay ** torch.arange(size, dtype=torch.float64)) @ right.mT
+
+
+def best(matrix: Tensor, rank: int) -> float:
+    """The least error there is (Eckart and Young)."""
+    singular = torch.linalg.svdvals(matrix)
+    return float(singular[..., rank:].norm() / singular.norm())
+
+
+def off(matrix: Tensor, factors: tuple[Tensor, Tensor]) -> float:
+    up, down = factors
+    return float((up @ down - matrix).norm() / matrix.norm())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    outputs=st.integers(1, 60),
+    inputs=st.integers(1, 60),
+    rank=st.integers(1, 20),
+    decay=st.floats(0.3, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_a_rank(outputs: int, inputs: int, rank: int, decay: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    matrix = decaying(outputs, inputs, decay)
+    up, down = nearest(matrix, rank=rank, generator=torch.Generator().manual_seed(seed))
+    assert up.shape[0] == outputs
+    assert down.shape[1] == inputs
+    assert up.shape[1] == down.shape[0] <= rank
+    assert off(matrix, (up, down)) <= best(matrix, min(rank, outputs, inputs)) * 1.01 + 1e-9
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(300, 200), (150, 400)])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
+def test_an_energy_is_kept_by_about_the_least_rank(
+    stack: tuple[int, ...], outputs: int, inputs: int, energy: float
+) -> None:
+    matrix = decaying(outputs, inputs, 0.9, *stack)
+    up, down = nearest(matrix, energy=energy, generator=torch.Generator().manual_seed(0))
+    kept = 1 - off(matrix, (up, down)) ** 2
+    assert kept >= energy - 1e-9
+    singular = torch.linalg.svdvals(matrix).square()
+    shares = singular.cumsum(-1) / singular.sum(-1, keepdim=True)
+    # Exact values are decomposed as far as rounding goes, and no further.
+    least = int((shares < min(energy, 1 - 1e-14)).sum(-1).max()) + 1
+    assert least - 1 <= up.shape[-1] <= least + 1 if energy < 1 else up.shape[-1] <= min(outputs, inputs)
+
+
+def test_a_rank_goes_before_an_energy() -> None:
+    matrix = decaying(200, 200, 0.99)
+    up, _ = nearest(matrix, rank=7, energy=0.99, generator=torch.Generator().manual_seed(0))
+    assert up.shape[-1] == 7
+    up, _ = nearest(matrix, rank=150, energy=0.5, generator=torch.Generator().manual_seed(0))
+    assert up.shape[-1] < 50
+
+
+def test_one_seed_gives_the_same_and_leaves_torchs_own_numbers_alone() -> None:
+    matrix = decaying(200, 100, 0.9)
+    before = torch.get_rng_state()
+    one, other = (nearest(matrix, 4, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_low_rank_is_found_exactly() -> None:
+    matrix = torch.randn(500, 5, dtype=torch.float64) @ torch.randn(5, 300, dtype=torch.float64)
+    for size in ({"rank": 20}, {"energy": 1.0}, {"rank": 5}):
+        factors = nearest(matrix, **size, generator=torch.Generator().manual_seed(0))
+        assert factors[0].shape[-1] == 5
+        assert off(matrix, factors) < 1e-12
+
+
+def test_reduced_by_energy_is_the_least_rank_that_keeps_it() -> None:
+    matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64))  # Energies 16, 4, 1, 0.25 of 21.25.
+    for energy, rank in ((0.5, 1), (0.75, 1), (0.76, 2), (0.94, 2), (0.95, 3), (0.99, 4), (1.0, 4)):
+        assert reduced(full(matrix), energy=energy)[0].shape[-1] == rank, energy
+    assert math.isclose(norm(full(matrix)), math.sqrt(21.25))
