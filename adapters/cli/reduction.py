@@ -55,12 +55,8 @@ def show(made: Reduction, as_json: bool, **more: Any) -> None:
             left.add_row(plain(name), reason)
         console.print(left)
     off = math.sqrt(sum(error**2 for error in made.errors.values()) / len(made.errors))
+    least, most = min(made.ranks.values()), max(made.ranks.values())
     console.print(
-        f"{made.path}: {len(layers):,} {'layer' if len(layers) == 1 else 'layers'} in {made.format} format, of rank {_range([*made.ranks.values()])}, off by"
-        f" {100 * off:.2f} % (root mean square)."
+        f"{made.path}: {len(layers):,} {'layer' if len(layers) == 1 else 'layers'} in {made.format} format, of rank"
+        f" {least if least == most else f'{least} to {most}'}, off by {100 * off:.2f} % (root mean square)."
     )
-
-
-def _range(numbers: list[int]) -> str:
-    least, most = min(numbers), max(numbers)
-    return str(least) if least == most else f"{least} to {most}"
