@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # The same as the table below, for type checkers and editors.
     from adapters.method import Method as Method
     from adapters.method import Site as Site
     from adapters.methods import *
+    from adapters.parallel import parallel_plan as parallel_plan
     from adapters.patch import Patch as Patch
     from adapters.patch import inject as inject
     from adapters.patch import patches as patches
@@ -67,6 +68,7 @@ _PUBLIC = {
     "methods": "METHODS AdaLoRA BOFT Bat BitFit Bottleneck C3A Copy DeLoRA DiagOFT DoHa DoKr DoRA FourierFT Full GLoRA "
     "GraLoRA HRA HiRA IA3 LoHa LoKr LoRA LycorisGLoRA MiSS NormTuning OFT OutputBOFT PrefixTuning PromptTuning "
     "RandLoRA RoAd SHiRA TrainableTokens VBLoRA VeRA register",
+    "parallel": "parallel_plan",
     "patch": "Patch inject patches",
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}

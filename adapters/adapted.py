@@ -28,6 +28,7 @@ from adapters.layers import (
 )
 from adapters.low_rank import is_ready, linear, linear_of_rows
 from adapters.quantized import is_quantized
+from adapters.sharded import is_sharded, whole
 from adapters.traced import number_of, strengths
 from fluxion.chain import PLAIN_CALLS, entry
 from fluxion.module import Late, Template
@@ -117,6 +118,10 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         self.__dict__["_modules"] = children
         self.__dict__["_fusion"] = None  # It would keep a branch that left.
 
+    def divide(self, run: Callable[..., Any] | None) -> None:
+        """From now on let it be computed by a function of this node, of what is chosen, and of the input."""
+        self.__dict__["_divided"] = run
+
     @property
     def path(self) -> str:
         """The path of the layer in the model, as its patches know it."""
@@ -154,6 +159,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and args and self._is_traceable():
             return self._traced(*args, **kwargs)
         state = self.__dict__
+        if (divided := state.get("_divided")) is not None:
+            return divided(self, self.chosen(), *args, **kwargs)
         fusion: Fusion | None = state["_fusion"]
         if fusion is None or not fusion.holds(state):
             fusion = state["_fusion"] = Fusion(self)
@@ -283,7 +290,11 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def own_weight(self, name: str) -> Tensor | None:
         """A weight of the layer without any branch, merged or not."""
-        return self._own[name] if name in self._own else read_weight(self.base, name)
+        if name not in self._own:
+            return read_weight(self.base, name)
+        own = self._own[name]
+        # While FSDP has gathered the parts of the layer's parameters, those that are kept are gathered too.
+        return whole(own) if is_sharded(own) and not is_sharded(self.base._parameters.get(name)) else own
 
     def stored(self, name: str) -> Tensor | None:
         """A parameter of the layer, without what is merged into it, as it is stored: perhaps in codes."""
@@ -314,19 +325,32 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         """
         own = {**{name: self.own_weight(name) for name in self._names(self._merged)}, **(own or {})}
         own = {**{name: self.own_weight(name) for name in self._names(branches)}, **own}
+        for name, weight in own.items():
+            # A parameter in parts stays in its place, which FSDP knows, and is written to: so a copy is kept.
+            if weight is not None and is_sharded(weight) and weight is self.base._parameters.get(name):
+                own[name] = _parameter(weight.detach().clone(), weight)
         order = {_use(branch): place for place, branch in enumerate(self.branches)}
         branches = sorted(branches, key=lambda item: order.get(_use(item[0]), len(order)))
         outcome = self.folded(own, branches, made)
         for name, weight in own.items():
             table = self._computed
             if is_stored(self.base, name):
-                self.base._parameters[name] = cast("nn.Parameter | None", outcome.get(name, weight))
+                self._set_parameter(name, cast("nn.Parameter | None", outcome.get(name, weight)))
                 table = self._own
             table.pop(name, None)
         for name in outcome:  # A weight that is computed from others stays so, and the outcome is used instead.
             stored = is_stored(self.base, name)
             (self._own if stored else self._computed)[name] = own[name] if stored else outcome[name]
         self._merged[:] = branches
+
+    def _set_parameter(self, name: str, weight: nn.Parameter | None) -> None:
+        """Give the layer another parameter, or if it has it in parts other values."""
+        there = self.base._parameters.get(name)
+        if not is_sharded(there):
+            self.base._parameters[name] = weight
+        elif weight is not there:
+            with torch.no_grad():
+                there.copy_(weight)
 
     @staticmethod
     def _names(branches: Active) -> list[str]:
@@ -463,6 +487,12 @@ def _chosen(branches: Iterable[Branch]) -> Active | Rows:
         if scale != 0:
             active.append((branch, scale))
     return active
+
+
+def is_merged_as(node: Adapted, active: Active) -> bool:
+    """Whether what is merged into a layer is what is to act first."""
+    merged = node.merged
+    return _uses(active[: len(merged)]) == _uses(merged)
 
 
 def _use(branch: Branch) -> object:

@@ -25,6 +25,7 @@ from adapters.models import Model, as_module
 from adapters.naming import with_names_of
 from adapters.patch import Patch, Place, check_name, refuse, without_collections
 from adapters.rotary import in_halves
+from adapters.sharded import check_before
 from adapters.targets import Layer, layers, select, structure
 
 
@@ -112,6 +113,7 @@ def read(
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     if problems := problems + unfit:
         refuse(_mismatch(source, model, file), problems)
+    check_before(model, (entry.layer for entry in entries), trainable)
     patch = Patch(name, model, _restored(entries, everything, file, trainable), scale, freezes=trainable)
     patch.skipped = (*sorted(missing), *file.others)
     return patch

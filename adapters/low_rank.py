@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
         bias: `(outputs,)`.
         pairs: One or more, in any dtype: they are converted to that of the input.
     """
-    down, up, scale, dropout = _joined(pairs, x.dtype)
+    down, up, scale, dropout = joined(pairs, x.dtype)
     # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
     seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
     if torch.is_grad_enabled() and (
@@ -89,7 +89,7 @@ def linear_of_rows(
         x = x.index_select(0, order.to(x.device))
     output = functional.linear(x, weight, bias).contiguous()
     tokens = math.prod(x.shape[1:-1])  # Of each row.
-    parts = [(count * tokens, _joined(pairs, x.dtype) if pairs else None) for count, pairs in groups]
+    parts = [(count * tokens, joined(pairs, x.dtype) if pairs else None) for count, pairs in groups]
     # Groups of one size behind one another go through one product of batches, where that is the quicker way.
     together = x.is_cuda or x.dtype.itemsize < 4
     runs = [[*run] for _, run in itertools.groupby(parts, _alike)] if together else [[part] for part in parts]
@@ -130,7 +130,7 @@ def _beside(
     return output, small
 
 
-def _joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
+def joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
     """One pair, of as much rank as several have together; these drop nothing."""
     if len(pairs) == 1:
         down, up, scale, dropout = pair = pairs[0]

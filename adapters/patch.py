@@ -31,6 +31,7 @@ from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
 from adapters.quantized import is_quantized
+from adapters.sharded import check_before, check_leaving, is_sharded, once, parted, settle, whole
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
 from weights.card import CARD
 from weights.errors import listed
@@ -186,6 +187,7 @@ class Patch:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters, named by the path of the layer and the name of the tensor; those of tied layers once."""
+        self._settle_parts()
         seen: set[int] = set()
         for place in self.places:
             for name, parameter in place.branch.named_weights():
@@ -231,6 +233,7 @@ class Patch:
         return {name: tensor.detach() for name, tensor in self._named_tensors()}
 
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        self._settle_parts()
         seen: set[int] = set()
         for place in self.places:
             for name, tensor in (*place.branch.named_parameters(), *place.branch.named_buffers()):
@@ -258,9 +261,13 @@ class Patch:
             self.unmerge()
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(state_dict[name])
+                parameter.copy_(parted(state_dict[name], parameter))
         if merged:
             self.merge()
+
+    def _settle_parts(self) -> None:
+        if self._model is not None and (model := self._model()) is not None:
+            settle(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None, "_models": None}
@@ -338,6 +345,7 @@ class Patch:
         """
         self._require_injected()
         model = self.model
+        check_leaving((place.path, node) for place in self.places if (node := place.node) is not None)
         if self.merged:
             self.unmerge()
         self._leave(model)
@@ -396,6 +404,7 @@ class Patch:
 
     def _remerge(self, added: bool) -> None:
         """Merge at each layer what is merged there by others, and this patch or not."""
+        self._settle_parts()
         made: Made = {}
         with _all_or_nothing() as undo:
             for node, branches in self._nodes():
@@ -417,6 +426,8 @@ class Patch:
         self._require_injected()
         self._require_mergeable()
         model = self.model
+        check_leaving((place.path, node) for place in self.places if (node := place.node) is not None)
+        settle(model)
         for node, branches in self._nodes():
             names = [name for branch in branches for name in branch.names]
             if any(is_quantized(node.base._parameters.get(name)) for name in names):
@@ -445,7 +456,7 @@ class Patch:
                 for name, weight in new.items():
                     # A bias that is new thaws with the weight.
                     old = own[branches[0].parameter] if own[name] is None else own[name]
-                    if weight is not None:
+                    if weight is not None and not is_sharded(weight):
                         replaced.setdefault(id(old), []).append(weight)
             for fold in folds:  # At the very end: it cannot be undone.
                 folding.add(fold.weight, fold.products)
@@ -485,6 +496,7 @@ class Patch:
                 several models, which have their names already.
         """
         model = self.model
+        settle(model)
         several = tuple(name for name, _ in model.named_children()) if isinstance(model, Models) else ()
         if component and several:
             raise AdapterError(f"component={component!r} is for one model, and the patch {self.name!r} is in several.")
@@ -497,7 +509,7 @@ class Patch:
             method, tensors = place.branch.method.saved(place.branch)
             if method.files_have_buffers and place.branch.parameter == "weight" and place.target is not None:
                 tensors = {**tensors, **buffers(place.target)}
-            own = {name: tensor.detach() for name, tensor in tensors.items()}
+            own = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
             path = "" if method.rooted else ".".join(filter(None, (front, place.path)))
             if path in content:
                 raise PatchStateError(f"A file holds one {type(method).__name__}, not another at {place.path}.")
@@ -508,7 +520,7 @@ class Patch:
                         f"The layers of the patch {self.name!r} do not all share the same {name}, and a file has one:"
                         " make a patch for each set of hyperparameters."
                     )
-        shared = {name: tensor.detach() for name, tensor in shared.items()}
+        shared = {name: whole(tensor.detach()) for name, tensor in shared.items()}
         return weights.AdapterFile(
             content,
             base_model=_base_model_name(model),
@@ -521,7 +533,7 @@ class Patch:
     def save_pretrained(
         self, path: str | PathLike[str], format: str | None = None, *, component: str | None = None
     ) -> Path:
-        """Write it to files. Returns the path.
+        """Write it to files. Returns the path. Where it is in parts, all processes must call, and the first one writes.
 
         Args:
             path: A folder, which gets tensors, configuration and model card; or for `"lycoris"`, and if you like for
@@ -534,7 +546,8 @@ class Patch:
         Raises:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
-        write_file(self.adapter_file(component), Path(path), format)
+        file = self.adapter_file(component)
+        once(self.parameters(), lambda: write_file(file, Path(path), format))
         return Path(path)
 
     def push_to_hub(
@@ -554,6 +567,8 @@ class Patch:
     ) -> str:
         """Publish it in a repository of the Hugging Face Hub, in one commit. Returns the address of the commit.
 
+        Where it is in parts on several processes, all must call, and the first one publishes.
+
         Args:
             repo_id: `"user/name"`; made if it does not exist.
             private: Whether the repository is private; by default as it is, or as the account makes new ones.
@@ -572,21 +587,25 @@ class Patch:
             weights.WeightsError: The patch cannot be saved.
         """
         file = self.adapter_file(component)
-        with tempfile.TemporaryDirectory() as folder:
-            alone = [f"{repo_id.rpartition('/')[2]}.safetensors"] if format == "lycoris" else []
-            format = write_file(file, Path(folder, *alone), format)
-            card = weights.model_card(file, format, repo_id=repo_id, license=license, tags=tags)
-            Path(folder, CARD).write_text(card, encoding="utf-8")
-            return weights.publish(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                token=token,
-                commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}",
-                dry_run=dry_run,
-            )
+
+        def publish() -> str:
+            with tempfile.TemporaryDirectory() as folder:
+                alone = [f"{repo_id.rpartition('/')[2]}.safetensors"] if format == "lycoris" else []
+                written = write_file(file, Path(folder, *alone), format)
+                card = weights.model_card(file, written, repo_id=repo_id, license=license, tags=tags)
+                Path(folder, CARD).write_text(card, encoding="utf-8")
+                return weights.publish(
+                    folder,
+                    repo_id,
+                    private=private,
+                    revision=revision,
+                    create_pr=create_pr,
+                    token=token,
+                    commit_message=commit_message or f"Upload {repo_id.rpartition('/')[2]}",
+                    dry_run=dry_run,
+                )
+
+        return once(self.parameters(), publish)
 
 
 def inject(
@@ -643,7 +662,9 @@ def inject(
             raise AdapterError(f"{value!r} is no method: pass one with its numbers, such as LoRA(rank=8).")
     with without_collections():
         with _seeded(seed):
-            places = _new_places(select(model, rules, exclude), device, dtype)
+            chosen = select(model, rules, exclude)
+            check_before(model, (layer for layers, _ in chosen for layer in layers), trainable=True)
+            places = _new_places(chosen, device, dtype)
         return Patch(name, model, places, scale, freeze_base).inject()
 
 

@@ -1,0 +1,126 @@
+"""Tensors that several processes have in parts: the `DTensor`s of FSDP2 and of tensor parallelism.
+
+Nothing of them is imported here: where there is such a tensor, that has been done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapters.errors import PatchStateError, TargetError
+
+if TYPE_CHECKING:
+    from adapters.targets import Layer
+
+T = TypeVar("T")
+
+
+def is_sharded(tensor: Any) -> TypeGuard[Any]:
+    """Whether a tensor is a `DTensor`, of which this process has a part, or a copy that others have too."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all of its parts. All processes have to ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def parted(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has whole, in the parts that another one of its shape is in."""
+    if is_sharded(tensor) or not is_sharded(like):
+        return tensor
+    distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+    return distribute(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def once(tensors: Iterable[Tensor], run: Callable[[], T]) -> T:
+    """Do something in one process if tensors are in parts on several; all go on when it is done, or raise its error."""
+    if not any(map(is_sharded, tensors)):
+        return run()
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = run()
+        except Exception as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
+
+
+# FSDP2
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that `fully_shard` was called with."""
+    if not _are_several() or (module := sys.modules.get("torch.distributed.fsdp")) is None:
+        return []
+    return [part for part in model.modules() if isinstance(part, module.FSDPModule)]
+
+
+def _are_several() -> bool:
+    """Whether this is one of several processes that work together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def settle(model: nn.Module) -> None:
+    """Let parameters be in parts, as they are outside of `forward`: between two steps, the outermost unit has copies.
+
+    A copy is not what an optimizer has to change, and what is written to it is lost.
+    """
+    for unit in units(model):
+        unit.reshard()  # type: ignore[operator]
+
+
+def check_before(model: nn.Module, layers: Iterable[Layer], trainable: bool) -> None:
+    """Raise unless new adapters compute, and train, what they would in one process.
+
+    FSDP and DDP average the gradients of the parameters that they were given, and know no others.
+
+    Args:
+        model: The model.
+        layers: Those that are to have one.
+        trainable: Whether they are to be trained.
+
+    Raises:
+        TargetError: The layers are in parts already, or gradients are averaged by what does not know the adapters.
+    """
+    if not _are_several():
+        return
+    inside = {id(part) for unit in units(model) for part in unit.modules()}
+    parallel = nn.parallel.DistributedDataParallel
+    wrapped = {id(part) for ddp in model.modules() if isinstance(ddp, parallel) for part in ddp.modules()}
+    for layer in layers:
+        key, weight = id(layer.module), layer.module._parameters.get(layer.parameter)
+        if trainable and key in wrapped:
+            raise TargetError(
+                f"{layer.path} is in DistributedDataParallel, which would not average the gradients of an adapter that"
+                " comes later: inject before it is wrapped."
+            )
+        if trainable and key in inside:
+            raise TargetError(
+                f"{layer.path} is sharded by fully_shard, which would not average the gradients of an adapter that"
+                " comes later: inject before fully_shard."
+            )
+        if is_sharded(weight) and (trainable or key not in inside or weight.device_mesh.ndim > 1):
+            raise TargetError(
+                f"{layer.path} is in parts on several processes: inject or load before parallelize_module, and give"
+                " that the plan of adapters.parallel_plan."
+            )
+
+
+def check_leaving(nodes: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise a PatchStateError for a node that is a unit of FSDP: without it, nothing would gather the layer's parts."""
+    for path, node in nodes:
+        if node in units(node):
+            raise PatchStateError(
+                f"{path} was given to fully_shard together with its adapter, and one cannot be without the other: give"
+                " it the block around the layer, or the layer itself, if patches are to be ejected."
+            )

@@ -1,0 +1,367 @@
+"""What `test_distributed.py` runs on several processes: every scenario, and a table of what came out.
+
+Each process computes the same on its own too: that is what training on several has to be equal to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import adapters
+import fluxion as fl
+from adapters import LoRA, Patch
+
+STEPS, BATCH, WIDTH = 20, 8, 16
+Model = Any
+
+
+def chain() -> nn.Module:
+    torch.manual_seed(0)
+    return fl.Chain(fl.Chain(fl.Linear(WIDTH, 32), fl.GeLU(), fl.Linear(32, WIDTH)) for _ in range(2))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attn_implementation="sdpa",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """The same for models of both kinds; a mean over rows, of which every process has as many."""
+    if x.is_floating_point():
+        return (model(x) - x.roll(1, -1)).square().mean()
+    return model(input_ids=x, labels=x, use_cache=False).loss
+
+
+def batch(step: int, words: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    if words:
+        return torch.randint(0, 64, (BATCH, 6), generator=generator)
+    return torch.randn(BATCH, WIDTH, generator=generator)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], bool, list[str]]] = {
+    "chain": (chain, False, ["Linear_1", "Linear_2"]),
+    "llama": (llama, True, ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]),
+}
+PLANS = {
+    "chain": {"*.Linear_1": "colwise", "*.Linear_2": "rowwise"},
+    "llama": {
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.k_proj": "colwise",
+        "model.layers.*.self_attn.v_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    },
+}
+
+
+def patched(kind: str) -> tuple[nn.Module, Patch]:
+    make, _, targets = KINDS[kind]
+    model = make()
+    return model, adapters.inject(model, LoRA(rank=4, alpha=6), targets, name="style", seed=1)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return list(model) if isinstance(model, fl.Chain) else list(model.model.layers)
+
+
+def train(model: nn.Module, patch: Patch, words: bool, mesh: DeviceMesh | None = None, steps: int = STEPS) -> list[float]:
+    """Train, with a part of each batch for each process of a mesh. Returns the losses, of the whole batch."""
+    optimizer = torch.optim.Adam(patch.parameters(), lr=1e-2)
+    losses = []
+    for step in range(steps):
+        x = batch(step, words)
+        if mesh is not None:
+            x = x.chunk(mesh.size())[mesh.get_local_rank()]
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean(loss, mesh))
+    return losses
+
+
+def mean(loss: Tensor, mesh: DeviceMesh | None) -> float:
+    value = loss.detach().clone()
+    if mesh is not None:
+        dist.all_reduce(value, group=mesh.get_group())
+        value /= mesh.size()
+    return float(value)
+
+
+def nodes(model: nn.Module) -> list[adapters.Adapted]:
+    return [module for module in model.modules() if isinstance(module, adapters.Adapted)]
+
+
+UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
+    "root": lambda model: [],
+    "block": blocks,
+    "adapted layer": nodes,
+    "inner layer": lambda model: [node.base for node in nodes(model)],
+    "branch": lambda model: [branch for node in nodes(model) for branch in node.branches],
+}
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, units: str = "block") -> None:
+    for unit in UNITS[units](model):
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+class Scenarios:
+    """All of them, and what came out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.found = folder, {}
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.mesh = init_device_mesh("cpu", (self.world,))
+        self.expected: dict[str, list[float]] = {}
+        self.saved: dict[str, bytes] = {}
+        for kind, (_, words, _) in KINDS.items():
+            model, patch = patched(kind)
+            self.expected[kind] = train(model, patch, words)
+            self.saved[kind] = self.bytes_of(patch, f"{kind}-alone-{self.rank}")
+            patch.eject()
+
+    def bytes_of(self, patch: Patch, name: str) -> bytes:
+        path = patch.save_pretrained(self.folder / name)
+        return (path / "adapter_model.safetensors").read_bytes()
+
+    def off(self, kind: str, losses: list[float]) -> float:
+        return max(abs(one - other) for one, other in zip(losses, self.expected[kind], strict=True))
+
+    def run(self) -> None:
+        for name in [name for name in dir(self) if name.startswith("check_")]:
+            try:
+                outcome: Any = getattr(self, name)()
+            except Exception:
+                outcome = {"fault": traceback.format_exc()}
+            gathered: list[Any] = [None] * self.world
+            dist.all_gather_object(gathered, outcome)
+            self.found[name.removeprefix("check_")] = gathered
+        if self.rank == 0:
+            (self.folder / "found.json").write_text(json.dumps(self.found))
+
+    # Training
+
+    def check_fsdp(self) -> dict[str, float]:
+        found = {}
+        for kind, (_, words, _) in KINDS.items():
+            for units in UNITS:
+                model, patch = patched(kind)
+                shard(model, self.mesh, units)
+                found[f"{kind}, {units}"] = self.off(kind, train(model, patch, words, self.mesh))
+        return found
+
+    def check_ddp(self) -> dict[str, float]:
+        found = {}
+        for kind, (_, words, _) in KINDS.items():
+            model, patch = patched(kind)
+            found[kind] = self.off(kind, train(DistributedDataParallel(model), patch, words, self.mesh))
+        return found
+
+    def check_tensor_parallel(self) -> dict[str, float]:
+        found = {}
+        for kind, (_, words, _) in KINDS.items():
+            model, patch = patched(kind)
+            parallelize_module(model, self.mesh, adapters.parallel_plan(model, PLANS[kind]))
+            found[kind] = self.off(kind, train(model, patch, words))
+        return found
+
+    def check_both(self) -> dict[str, float]:
+        if self.world < 4:
+            return {}
+        found = {}
+        mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("data", "tensor"))
+        for kind, (_, words, _) in KINDS.items():
+            model, patch = patched(kind)
+            parallelize_module(model, mesh["tensor"], adapters.parallel_plan(model, PLANS[kind]))
+            shard(model, mesh["data"])
+            found[kind] = self.off(kind, train(model, patch, words, mesh["data"]))
+        return found
+
+    def check_messages(self) -> dict[str, list[int]]:
+        """How many there are in `forward` and in `backward` of the model alone, and with adapters."""
+        found = {}
+        for name, with_adapters in (("alone", False), ("adapted", True)):
+            model = chain()
+            plan: Any = PLANS["chain"]
+            if with_adapters:
+                adapters.inject(model, LoRA(rank=4), KINDS["chain"][2], seed=1)
+            x = batch(0, False).requires_grad_()
+            parallelize_module(model, self.mesh, adapters.parallel_plan(model, plan))
+            with CommDebugMode() as forward:
+                loss = loss_of(model, x)
+            with CommDebugMode() as backward:
+                loss.backward()
+            found[name] = [forward.get_total_counts(), backward.get_total_counts()]
+        return found
+
+    # After sharding
+
+    def check_too_late(self) -> dict[str, str]:
+        """What would train wrong is refused, and nothing is changed."""
+        found = {}
+
+        def attempt(name: str, model: nn.Module, act: Callable[[], object]) -> None:
+            before = [(key, id(module)) for key, module in model.named_modules()]
+            try:
+                act()
+                found[name] = "done"
+            except adapters.TargetError as error:
+                same = before == [(key, id(module)) for key, module in model.named_modules()]
+                found[name] = f"{error}{'' if same else ' (changed)'}"
+
+        path = self.folder / f"chain-alone-{self.rank}"
+        for name in ("fsdp", "fsdp after a step", "ddp", "tensor"):
+            model: nn.Module = chain()
+            if name == "tensor":
+                parallelize_module(model, self.mesh, adapters.parallel_plan(model, PLANS["chain"]))
+            elif name == "ddp":
+                model = DistributedDataParallel(model)
+            else:
+                shard(model, self.mesh, "root")
+            if name == "fsdp after a step":
+                loss_of(model, batch(0, False)).backward()
+            attempt(name, model, lambda model=model: adapters.inject(model, LoRA(rank=2)))  # type: ignore[misc]
+            inner = model.module if name == "ddp" else model
+            attempt(f"{name}, loaded to train", model, lambda m=inner: adapters.load(m, path, trainable=True))  # type: ignore[misc]
+        return found
+
+    def check_loaded_after_sharding(self) -> bool:
+        """An adapter that is not trained may come later."""
+        model, patch = patched("chain")
+        path = self.folder / f"chain-alone-{self.rank}"
+        patch.eject()
+        adapters.load(model, path)
+        x = batch(3, False)
+        with torch.no_grad():
+            expected = model(x)
+            other = chain()
+            shard(other, self.mesh)
+            adapters.load(other, path)
+            return torch.equal(other(x), expected)
+
+    def check_used(self) -> dict[str, bool]:
+        """Switching, weighing, merging, saving, loading and ejecting, each as in one process."""
+        found: dict[str, bool] = {}
+        x = batch(5, False)
+        alone, own = patched("chain")
+        with torch.no_grad():
+            for number, (_, parameter) in enumerate(own.named_parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        path = self.folder / "values"
+        if self.rank == 0:
+            own.save_pretrained(path)
+        dist.barrier()
+        bare = chain()
+
+        def close(one: Tensor, other: Tensor) -> bool:
+            return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+        for way in ("fsdp", "tensor"):
+            model, patch = patched("chain")
+            patch.load_state_dict(own.state_dict())
+            if way == "tensor":
+                parallelize_module(model, self.mesh, adapters.parallel_plan(model, PLANS["chain"]))
+            else:
+                shard(model, self.mesh)
+            with torch.no_grad():
+                found[f"{way}: the same"] = close(model(x), alone(x))
+                patch.scale = own.scale = 0.5
+                found[f"{way}: scaled"] = close(model(x), alone(x))
+                with adapters.use(model), adapters.use(alone):
+                    found[f"{way}: none"] = close(model(x), bare(x))
+                name = f"{way}-{self.world}"
+                found[f"{way}: saved"] = self.bytes_of(patch, name) == (path / "adapter_model.safetensors").read_bytes()
+                weights = {key: whole(tensor).clone() for key, tensor in model.state_dict().items()}
+                patch.merge()
+                found[f"{way}: merged"] = close(model(x), alone(x))
+                found[f"{way}: saved while merged"] = self.bytes_of(patch, f"{name}-merged") == self.bytes_of(
+                    patch, name
+                )
+                if way == "fsdp":
+                    with adapters.use(model):
+                        found[f"{way}: none while merged"] = close(model(x), bare(x))
+                patch.unmerge()
+                after = {key: whole(tensor) for key, tensor in model.state_dict().items()}
+                found[f"{way}: unmerged, every bit"] = all(torch.equal(weights[key], after[key]) for key in weights)
+                zeros = {key: torch.zeros_like(tensor) for key, tensor in own.state_dict().items()}
+                patch.load_state_dict(zeros)
+                found[f"{way}: other values"] = close(model(x), bare(x))
+                patch.load_state_dict(own.state_dict())
+                found[f"{way}: the values again"] = close(model(x), alone(x))
+                patch.eject()
+                found[f"{way}: ejected"] = close(model(x), bare(x)) and not nodes(model)
+                keys = [*model.state_dict()] == [*bare.state_dict()]
+                found[f"{way}: the keys of the base"] = keys
+                patch.inject()
+                found[f"{way}: back"] = close(model(x), alone(x))
+                patch.scale = own.scale = 1.0
+                patch.merge_and_eject()
+                found[f"{way}: for good"] = close(model(x), alone(x)) and not nodes(model)
+        return found
+
+    def check_units_that_cannot_leave(self) -> str:
+        model, patch = patched("chain")
+        shard(model, self.mesh, "adapted layer")
+        try:
+            patch.eject()
+        except adapters.PatchStateError as error:
+            return f"{error}{'' if patch.injected else ' (ejected)'}"
+        return "done"
+
+    def check_an_error_of_the_one_that_writes(self) -> str:
+        model, patch = patched("chain")
+        shard(model, self.mesh)
+        file = self.folder / "file"
+        file.write_text("")
+        try:
+            patch.save_pretrained(file / "inside")
+        except Exception as error:
+            return type(error).__name__
+        return "done"
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    Scenarios(Path(sys.argv[1])).run()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
