@@ -106,6 +106,8 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         while name in self._modules or hasattr(type(self), name):
             name += "_"
         branch._set_parent(self)
+        if branch.divided is not None:
+            self.__dict__["_divided"] = branch.divided
         self._become({**self._modules, name: branch})  # Past the checks of what it is, and for other uses of the name.
 
     def release(self, branch: Branch) -> None:
@@ -118,9 +120,11 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         self.__dict__["_modules"] = children
         self.__dict__["_fusion"] = None  # It would keep a branch that left.
 
-    def divide(self, run: Callable[..., Any] | None) -> None:
+    def divide(self, run: Callable[..., Any]) -> None:
         """From now on let it be computed by a function of this node, of what is chosen, and of the input."""
         self.__dict__["_divided"] = run
+        for branch in self.branches:
+            branch.divided = run
 
     @property
     def path(self) -> str:
@@ -327,7 +331,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         own = {**{name: self.own_weight(name) for name in self._names(branches)}, **own}
         for name, weight in own.items():
             # A parameter in parts stays in its place, which FSDP knows, and is written to: so a copy is kept.
-            if weight is not None and is_sharded(weight) and weight is self.base._parameters.get(name):
+            if weight is not None and weight is self.base._parameters.get(name) and is_sharded(weight):
                 own[name] = _parameter(weight.detach().clone(), weight)
         order = {_use(branch): place for place, branch in enumerate(self.branches)}
         branches = sorted(branches, key=lambda item: order.get(_use(item[0]), len(order)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Branch(fl.Chain):
         constants: The names of parameters that are never trained.
         patch: The patch it belongs to.
         tied: Whether its tensors are those of another branch, at another use of the same weight.
+        divided: What computes the node it is in, if its tensors are divided with the layer's on several processes.
     """
 
     _tag = ""  # It is that of the method, in the label.
@@ -75,6 +76,7 @@ class Branch(fl.Chain):
     constants: frozenset[str] = frozenset()
     patch: Patch
     tied: bool = False
+    divided: Callable[..., Any] | None = None
 
     def change(self, weights: Mapping[str, Tensor | None], scale: float) -> dict[str, Tensor | None]:
         """The weights of a layer that computes what the layer of these weights and this branch compute together.

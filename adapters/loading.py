@@ -113,7 +113,7 @@ def read(
     unfit += _shared_misfits(entries, file, partial=len(found) < len(file.layers))
     if problems := problems + unfit:
         refuse(_mismatch(source, model, file), problems)
-    check_before(model, (entry.layer for entry in entries), trainable)
+    check_before((entry.layer for entry in entries), trainable)
     patch = Patch(name, model, _restored(entries, everything, file, trainable), scale, freezes=trainable)
     patch.skipped = (*sorted(missing), *file.others)
     return patch

@@ -96,7 +96,7 @@ class Divided(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         node = cast(Adapted, module)
         self.style._apply(node.base, device_mesh)  # Which also does for the layer after `eject`.
-        placements: tuple[Placement, Placement] = (Replicate(), Shard(0)) if self.by_outputs else (Shard(1), Replicate())
+        placements: list[Placement] = [Replicate(), Shard(0)] if self.by_outputs else [Shard(1), Replicate()]
         for branch in node.branches:
             thin = branch.method.thin(branch)
             if thin is not None:

@@ -663,7 +663,7 @@ def inject(
     with without_collections():
         with _seeded(seed):
             chosen = select(model, rules, exclude)
-            check_before(model, (layer for layers, _ in chosen for layer in layers), trainable=True)
+            check_before((layer for layers, _ in chosen for layer in layers), trainable=True)
             places = _new_places(chosen, device, dtype)
         return Patch(name, model, places, scale, freeze_base).inject()
 

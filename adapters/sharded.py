@@ -5,6 +5,7 @@ Nothing of them is imported here: where there is such a tensor, that has been do
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
@@ -79,13 +80,18 @@ def settle(model: nn.Module) -> None:
         unit.reshard()  # type: ignore[operator]
 
 
-def check_before(model: nn.Module, layers: Iterable[Layer], trainable: bool) -> None:
+def _averaging() -> tuple[type[nn.Module], ...]:
+    """The classes of what averages gradients."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return (nn.parallel.DistributedDataParallel, *(() if module is None else (module.FSDPModule,)))
+
+
+def check_before(layers: Iterable[Layer], trainable: bool) -> None:
     """Raise unless new adapters compute, and train, what they would in one process.
 
     FSDP and DDP average the gradients of the parameters that they were given, and know no others.
 
     Args:
-        model: The model.
         layers: Those that are to have one.
         trainable: Whether they are to be trained.
 
@@ -94,9 +100,13 @@ def check_before(model: nn.Module, layers: Iterable[Layer], trainable: bool) -> 
     """
     if not _are_several():
         return
-    inside = {id(part) for unit in units(model) for part in unit.modules()}
-    parallel = nn.parallel.DistributedDataParallel
-    wrapped = {id(part) for ddp in model.modules() if isinstance(ddp, parallel) for part in ddp.modules()}
+    # A module does not know what it is in, so all that there is in this process is looked at.
+    wrappers = [made for made in gc.get_objects() if issubclass(type(made), _averaging())]
+    ddp = nn.parallel.DistributedDataParallel
+    inside, wrapped = (
+        {id(part) for outer in wrappers if isinstance(outer, ddp) == is_ddp for part in outer.modules()}
+        for is_ddp in (False, True)
+    )
     for layer in layers:
         key, weight = id(layer.module), layer.module._parameters.get(layer.parameter)
         if trainable and key in wrapped:
