@@ -1,4 +1,4 @@
-"""What of an adapter fits a checkpoint, of which nothing but names and shapes is known, and the branches it makes there.
+"""What of an adapter fits a checkpoint, of which only names and shapes are known, and the branches that it makes there.
 
 Without a checkpoint, the branches are made beside layers of the shapes that the tensors of the adapter have.
 """
