@@ -5,10 +5,9 @@ Without a checkpoint, the branches are made beside layers of the shapes that the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,25 +135,27 @@ def _standin(layer: weights.LayerWeights) -> nn.Module | None:
     method, tensors = METHODS.get(layer.method), layer.tensors
     if method is None or not method.additive:
         return None
+    kernel: list[int] = []
     if {"lora_A", "lora_B"} <= tensors.keys():
-        (outputs, *_), (_, *sizes) = tensors["lora_B"].shape, tensors["lora_A"].shape
+        (outputs, *_), (_, inputs, *kernel) = tensors["lora_B"].shape, tensors["lora_A"].shape
     elif {"hada_w1_a", "hada_w1_b"} <= tensors.keys() and "hada_t1" not in tensors:
-        outputs, sizes = tensors["hada_w1_a"].shape[0], tensors["hada_w1_b"].shape[1:]
-    elif any(name.startswith("lokr_w1") for name in tensors) and "lokr_t2" not in tensors:
-        (rows, columns), (outputs, *sizes) = _product(tensors, "lokr_w1"), _product(tensors, "lokr_w2")
-        outputs, sizes = rows * outputs, [columns * sizes[0], *sizes[1:]]
+        outputs, inputs = tensors["hada_w1_a"].shape[0], tensors["hada_w1_b"].shape[-1]
+    elif (first := _product(tensors, "lokr_w1")) and (second := _product(tensors, "lokr_w2")):
+        outputs, inputs, *kernel = first[0] * second[0], first[1] * second[1], *second[2:]
     else:
         return None
-    inputs, *kernel = sizes
     if len(kernel) > len(CONVOLUTIONS):
         return None
     if not kernel:
         return nn.Linear(inputs, outputs, bias=False, device="meta")
-    return CONVOLUTIONS[len(kernel) - 1](inputs, outputs, kernel, bias=False, device="meta")
+    convolution: Any = CONVOLUTIONS[len(kernel) - 1]
+    return cast(nn.Module, convolution(inputs, outputs, kernel, bias=False, device="meta"))
 
 
 def _product(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a factor, which may be a product itself."""
+    """The shape of a factor, which may be a product itself; nothing for what is none."""
     if name in tensors:
-        return tuple(tensors[name].shape)
-    return tensors[f"{name}_a"].shape[0], math.prod(tensors[f"{name}_b"].shape[1:])
+        return tuple(tensors[name].shape) if tensors[name].ndim > 1 else ()
+    if f"{name}_a" in tensors and f"{name}_b" in tensors and "lokr_t2" not in tensors:
+        return tensors[f"{name}_a"].shape[0], tensors[f"{name}_b"].shape[-1]
+    return ()

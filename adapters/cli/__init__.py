@@ -20,6 +20,7 @@ from adapters.cli.merge import merge
 from adapters.cli.pull import pull
 from adapters.cli.push import push
 from adapters.cli.resize import resize
+from adapters.cli.report import report
 from adapters.cli.tree import tree
 
 # What a command needs beyond click it imports when it runs: torch takes seconds.
@@ -65,5 +66,5 @@ def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, pull, push):
+for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, report, pull, push):
     main.add_command(command)

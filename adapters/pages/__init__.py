@@ -11,7 +11,8 @@ import hashlib
 import json
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
 
 MARK = '<meta name="generator" content="fluxion report">'
 """What a page that was made here has in its head."""
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that was made here, by what it begins with."""
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1024)
+
+
+def check_charts() -> None:
+    """Raise an AdapterError if the library that draws the charts is not installed."""
+    _plotly()
 
 
 def page(report: Report) -> str:
@@ -73,7 +85,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": view.number, "share": view.share}
+    environment.filters |= {"number": view.number, "share": view.share, "cosine": view.cosine}
     return environment
 
 
@@ -81,14 +93,15 @@ def _text(name: str) -> str:
     return (files("adapters.pages") / name).read_text("utf-8")
 
 
+@cache
 def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise AdapterError(
-            "The charts of a report are drawn by plotly, which is not installed: pip install 'fluxion-adapters[report]'."
+            "The charts of a report need plotly, which is not installed: pip install 'fluxion-adapters[report]'."
         ) from error
-    return get_plotlyjs()
+    return cast(str, get_plotlyjs())
 
 
 def _hash(script: str) -> str:

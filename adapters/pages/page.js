@@ -101,16 +101,19 @@
 
   // Blocks that differ in their number only are called by it.
   const numbers = data.blocks.map((block) => block.match(/^(.*?)(\d+)$/));
-  const alike = numbers.every((match) => match && match[1] === numbers[0][1]);
-  const columns = data.blocks.map((block, number) => (alike ? numbers[number][2] : block || "·"));
-  const across = alike ? short(numbers[0][1].replace(/\.$/, ""), 40) : "";
+  const fronts = new Set(numbers.filter((match) => match).map((match) => match[1]));
+  const alike = fronts.size === 1 && numbers.every((match, number) => match || !data.blocks[number]);
+  const columns = data.blocks.map((block, number) => (block ? (alike ? numbers[number][2] : block) : "other"));
+  const across = alike ? short([...fronts][0].replace(/\.$/, ""), 40) : "";
 
-  function map(id, values, scale, text, tick) {
+  function map(id, values, scale, text) {
     const blank = () => data.kinds.map(() => data.blocks.map(() => null));
     const [cells, names] = [blank(), blank()];
     data.grid.forEach(([block, kind], layer) => {
-      cells[kind][block] = values(layer);
-      names[kind][block] = cells[kind][block] === null ? "" : `${plain(data.paths[layer])}<br><b>${text(cells[kind][block])}</b>`;
+      const value = values(layer);
+      if (value === null) return;
+      cells[kind][block] = scale.place ? scale.place(value) : value;
+      names[kind][block] = `${plain(data.paths[layer])}<br><b>${text(value)}</b>`;
     });
     const narrow = find(id).clientWidth < 500;
     Plotly.react(find(id), [{
@@ -121,8 +124,18 @@
       hoverongaps: false,
       xgap: data.blocks.length > 60 ? 0 : 2,
       ygap: 2,
-      colorbar: { thickness: 10, outlinewidth: 0, tickformat: tick, nticks: 5, len: 1, ...(narrow ? { orientation: "h", y: 1.02, yanchor: "bottom" } : {}) },
-      ...scale,
+      colorscale: scale.colours,
+      zmin: scale.from,
+      zmax: scale.to,
+      colorbar: {
+        thickness: 10,
+        outlinewidth: 0,
+        tickangle: 0,
+        tickvals: scale.ticks.map((value) => (scale.place ? scale.place(value) : value)),
+        ticktext: scale.ticks.map(text),
+        len: 1,
+        ...(narrow ? { orientation: "h", y: 1.02, yanchor: "bottom" } : {}),
+      },
     }], layout({
       height: Math.max(220, 110 + 26 * data.kinds.length + (narrow ? 40 : 0)),
       xaxis: axis(across, { tickvals: columns.map((_, number) => number), ticktext: columns.map((name) => short(name, narrow ? 10 : 18)), showgrid: false, ...(columns.length > 40 ? { tickmode: "auto", nticks: 20, showticklabels: alike } : {}) }),
@@ -137,16 +150,20 @@
     const own = data[which][Number(find("map-adapter")?.value ?? 0)];
     const sized = which === "sizes";
     const most = Math.max(...data[which].flat().filter((value) => value !== null), 0);
-    map("map", (layer) => own[layer], { colorscale: steps(), zmin: 0, zmax: most || 1 }, sized ? told : digits, sized && data.relative ? ".1~%" : "~g");
+    const ticks = [0, most / 4, most];
+    const scale = sized
+      ? { colours: steps(), from: 0, to: Math.sqrt(most) || 1, place: Math.sqrt, ticks } // As the tree has them.
+      : { colours: steps(), from: 0, to: most || 1, ticks: [0, most / 2, most] };
+    map("map", (layer) => own[layer], scale, sized ? told : digits);
   }
 
   function drawPairs() {
     const pair = data.overlaps[Number(find("pair").value)];
     const which = Number(find("pair-value").value);
     const scale = which
-      ? { colorscale: steps(), zmin: 0, zmax: 1 }
-      : { colorscale: [[0, "#E66100"], [0.5, colour("hover")], [1, "#1A85FF"]], zmin: -1, zmax: 1 };
-    map("pairs", (layer) => pair.layers[layer]?.[which] ?? null, scale, (value) => digits(value), "~g");
+      ? { colours: steps(), from: 0, to: 1, ticks: [0, 0.5, 1] }
+      : { colours: [[0, "#E66100"], [0.5, colour("hover")], [1, "#1A85FF"]], from: -1, to: 1, ticks: [-1, 0, 1] };
+    map("pairs", (layer) => pair.layers[layer]?.[which] ?? null, scale, digits);
   }
 
   const falling = (values) => values.map((value) => value / values[0]);
@@ -190,7 +207,7 @@
     Plotly.react(find("spectrum"), lines, layout({
       height: 320,
       xaxis: axis("singular value", longest < 13 ? { dtick: 1 } : {}),
-      yaxis: axis("by the largest", { type: "log", dtick: 1, exponentformat: "power" }),
+      yaxis: axis("by the largest", { type: "log", dtick: "D2", tickformat: "~g" }),
     }), config);
   }
 

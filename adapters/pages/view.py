@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weights.layer_tree import numbers_apart
 
 if TYPE_CHECKING:
+    from adapters.fitting import Fit
     from adapters.patch import Patch
     from adapters.report import AdapterReport, Layer, Report
 
@@ -37,7 +38,7 @@ def number(value: float | None) -> str:
     """`12.9`, with three digits; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return _rounded(value)
 
 
 def share(value: float | None) -> str:
@@ -45,8 +46,13 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{_rounded(100 * value)} %"
 
 
+def cosine(value: float | None) -> str:
+    """`0.123`."""
+    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"  # No minus where nothing is left.
+
+
 def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:#.3g}" if value else "0"
 
 
 # The tree
@@ -194,8 +200,8 @@ def _paint(row: Row, largest: float) -> None:
 
 
 def step_of(value: float, largest: float) -> int:
-    """The colour of a size, from 0, on a scale from zero to the largest."""
-    return min(STEPS - 1, int(STEPS * value / largest)) if largest else 0
+    """The colour of a size, from 0, by its square root: where one is large, small ones are still told apart."""
+    return min(STEPS - 1, int(STEPS * math.sqrt(value / largest))) if largest else 0
 
 
 # A report
@@ -218,7 +224,7 @@ def of_report(report: Report) -> View:
         "adapters": [_adapter(one, layers[place]) for place, one in enumerate(report.adapters)],
         "tree": tree,
         "told": told,
-        "legend": [told(largest * step / STEPS) for step in range(STEPS + 1)],
+        "legend": [told(0.0), told(largest / 4), told(largest)],  # At the ends and in the middle.
         "steps": range(STEPS),
         "measured": bool(sizes),
         "untouched": len(untouched),
@@ -264,7 +270,6 @@ def _adapter(one: AdapterReport, shown: Mapping[str, Layer]) -> View:
     of = math.fsum(layer.weight_norm**2 for layer in measured if layer.weight_norm is not None)
     effective = [layer.effective_rank for layer in measured if layer.effective_rank is not None]
     unmeasured = Counter(clean(layer.note, 300) for layer in one.layers if layer.note)
-    fit = one.fit
     return {
         "name": clean(one.name, 80),
         "source": clean(one.source, 300),
@@ -283,12 +288,16 @@ def _adapter(one: AdapterReport, shown: Mapping[str, Layer]) -> View:
         "unmeasured": unmeasured.most_common(5),
         "metadata": [*_metadata(one.metadata)],
         "metadata_left_out": max(0, len(one.metadata) - _MOST_ENTRIES),
-        "fit": fit and {
-            "loads": len(fit.loads),
-            "refused": [clean(sentence, 500) for sentence in fit.refused[:_MOST_REFUSED]],
-            "refused_count": len(fit.refused),
-            "unchecked": [clean(path, 400) or "the whole model" for path in fit.unchecked[:_MOST_REFUSED]],
-        },
+        "fit": None if one.fit is None else _fit(one.fit),
+    }
+
+
+def _fit(fit: Fit) -> View:
+    return {
+        "loads": len(fit.loads),
+        "refused": [clean(sentence, 500) for sentence in fit.refused[:_MOST_REFUSED]],
+        "refused_count": len(fit.refused),
+        "unchecked": [clean(path, 400) or "the whole model" for path in fit.unchecked[:_MOST_REFUSED]],
     }
 
 
