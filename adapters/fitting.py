@@ -95,16 +95,19 @@ def beside_own_shapes(file: weights.AdapterFile) -> Fitted:
 
 def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     """What a branch adds to a weight at scale 1; None where that depends on a weight which is not given."""
-    method = branch.method
+    method, matrix = branch.method, branch.matrix
     if isinstance(method, LowRank) and type(method).change is LowRank.change:
         return Update(*method.factors(branch.values(torch.float64)))
     if method.additive:
-        zero = torch.zeros(branch.matrix.shape)
-        return Update(method.change(zero, branch.values(zero.dtype), 1.0))
-    if weight is None:
+        zero = torch.zeros(matrix.shape)
+        update = method.change(zero, branch.values(zero.dtype), 1.0)
+    elif weight is not None:
+        before = matrix.read(weight)
+        update = method.change(before, branch.values(before.dtype), 1.0) - before
+    else:
         return None
-    matrix = branch.matrix.read(weight)
-    return Update(method.change(matrix, branch.values(matrix.dtype), 1.0) - matrix)
+    # A method that takes weights as they are takes those of convolutions too.
+    return Update(update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update)
 
 
 def _branches(model: nn.Module, file: weights.AdapterFile) -> tuple[dict[str, tuple[str, Branch]], dict[str, str]]:
@@ -138,6 +141,9 @@ def _standin(layer: weights.LayerWeights) -> nn.Module | None:
     kernel: list[int] = []
     if {"lora_A", "lora_B"} <= tensors.keys():
         (outputs, *_), (_, inputs, *kernel) = tensors["lora_B"].shape, tensors["lora_A"].shape
+    elif {"lora_embedding_A", "lora_embedding_B"} <= tensors.keys():
+        rows, size = tensors["lora_embedding_A"].shape[-1], tensors["lora_embedding_B"].shape[0]
+        return nn.Embedding(rows, size, device="meta")
     elif {"hada_w1_a", "hada_w1_b"} <= tensors.keys() and "hada_t1" not in tensors:
         outputs, inputs = tensors["hada_w1_a"].shape[0], tensors["hada_w1_b"].shape[-1]
     elif (first := _product(tensors, "lokr_w1")) and (second := _product(tensors, "lokr_w2")):

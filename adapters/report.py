@@ -335,13 +335,13 @@ def _measure(fitted: Fitted, path: str, weight_of: _Weight) -> tuple[Layer, tupl
         return layer, None
     name, branch = fitted.branches[path]
     weight, size = weight_of(name)
-    layer = replace(layer, shape=branch.matrix.shape, weight_norm=size)
     update = update_of(branch, weight)
+    layer = replace(layer, shape=branch.matrix.shape if update is None else update.shape, weight_norm=size)
     if update is None:
         return replace(layer, note="its update depends on the weight, of which the base has no numbers"), None
     if not update.is_finite():
         return replace(layer, note="it has NaN or infinity"), None
-    if len(branch.matrix.shape) < 2:
+    if len(update.shape) < 2:
         norm = float(torch.linalg.vector_norm(update.up.double()))
         return replace(layer, norm=norm, relative=norm / size if size else None), None
     spectrum = Spectrum.of(update)

@@ -75,7 +75,9 @@
 
   // Charts
 
-  const LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]; // Okabe and Ito's
+  // Okabe and Ito's, of which the light ones go first on a dark ground.
+  const LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+  const lineOf = (number) => (isDark() ? [...LINES].reverse() : LINES)[number % LINES.length];
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const MARKERS = ["circle", "square", "diamond", "triangle-up", "x", "cross"];
   const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
@@ -189,7 +191,7 @@
       name: short(name, 30),
       x: data.spectra[number][layer].map((_, place) => place + 1),
       y: falling(data.spectra[number][layer]),
-      line: { color: LINES[number % LINES.length], dash: DASHES[number % DASHES.length], width: 2 },
+      line: { color: lineOf(number), dash: DASHES[number % DASHES.length], width: 2 },
       marker: { symbol: MARKERS[number % MARKERS.length], size: 6 },
       hovertemplate: "σ<sub>%{x}</sub> / σ<sub>1</sub> = %{y:.3~g}<extra></extra>",
       showlegend: !single,
@@ -220,7 +222,7 @@
       x: used.map((_, place) => place + 1),
       y: used.map((layer) => data.ranks[number][layer]),
       text: used.map((layer) => plain(data.paths[layer])),
-      marker: { color: LINES[number % LINES.length], symbol: MARKERS[number % MARKERS.length], size: used.length > 200 ? 5 : 8 },
+      marker: { color: lineOf(number), symbol: MARKERS[number % MARKERS.length], size: used.length > 200 ? 5 : 8 },
       hovertemplate: "%{text}<br><b>%{y:.3~g}</b><extra></extra>",
       showlegend: data.adapters.length > 1,
     })), layout({ height: 300, xaxis: axis("layer, in order"), yaxis: axis("effective rank", { rangemode: "tozero" }) }), config);
