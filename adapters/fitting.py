@@ -24,6 +24,7 @@ from adapters.placing import place, standins
 from adapters.spectra import Update
 
 _ONLY_THE_MODEL = "only the model itself shows whether it loads"
+_ABSENT = "the base has no layer of this name"
 _NEEDS_BASE = "its update is known only with the base model"
 
 
@@ -47,7 +48,7 @@ class Fitted:
     """An adapter beside layers that have shapes and no values.
 
     Attributes:
-        file: The adapter, with the paths of the base.
+        file: The adapter, with the paths of the base where that has the layers.
         branches: What there is for a weight and the name of that in the base, by the path of the layer.
         notes: Why there is no branch for a layer, by its path.
         fit: What would load, where there is a base.
@@ -65,7 +66,7 @@ def fit(file: weights.AdapterFile, checkpoint: Checkpoint, settings: Mapping[str
         alone = beside_own_shapes(file)
         return replace(alone, fit=Fit((), (), tuple(file.layers)))
     try:
-        file, refused = place(checkpoint, settings, file)
+        file, absent, refused = place(checkpoint, settings, file)
     except AdapterError as problem:
         alone = beside_own_shapes(file)
         return replace(alone, fit=Fit((), (str(problem),), ()))
@@ -75,7 +76,9 @@ def fit(file: weights.AdapterFile, checkpoint: Checkpoint, settings: Mapping[str
     branches, wrong = _branches(model, replace(file, layers=checked))
     refused += [f"{path}: {problem}" for path, problem in wrong.items()]
     refused += [f"{name} is for no layer" for name in file.others]
-    return Fitted(file, branches, {**unchecked, **wrong}, Fit((*branches,), (*refused,), (*unchecked,)))
+    notes = {**unchecked, **wrong, **dict.fromkeys(absent, _ABSENT)}
+    file = replace(file, layers={**file.layers, **absent})
+    return Fitted(file, branches, notes, Fit((*branches,), (*refused,), (*unchecked,)))
 
 
 def beside_own_shapes(file: weights.AdapterFile) -> Fitted:

@@ -320,7 +320,7 @@ def _weight_of(checkpoint: Checkpoint | None) -> _Weight:
         if last[0] != name:
             last = (None, None, None)  # So that there is only one at a time.
             tensor = widened(checkpoint.read(name))
-            last = (name, tensor, float(torch.linalg.vector_norm(tensor)))
+            last = (name, tensor, float(torch.linalg.vector_norm(tensor, dtype=torch.float64)))
         return last[1:]
 
     return weight_of

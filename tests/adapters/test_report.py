@@ -86,8 +86,8 @@ def test_measures_are_those_of_what_merging_adds(name: str, base: Path, tmp_path
     for layer in found.layers:
         weight, update = expected[layer.path]
         assert layer.norm == pytest.approx(float(update.norm()), rel=1e-4)
-        relative = float(update.norm() / weight.norm()) if weight.any() else None
-        assert layer.relative == pytest.approx(relative, rel=1e-4)
+        relative = float(update.norm()) / float(weight.norm()) if weight.any() else None
+        assert layer.relative == (relative and pytest.approx(relative, rel=1e-4))
         if update.ndim == 2:
             check_spectrum(layer, update)
 
