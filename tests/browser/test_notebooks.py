@@ -36,7 +36,9 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page, _ = HTMLExporter(template_name="basic").from_notebook_node(book)
     path = tmp_path_factory.mktemp("notebook") / "notebook.html"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += '<meta name="color-scheme" content="light dark"><style>pre {overflow-x: auto}</style>'
+    head += (
+        '<meta name="color-scheme" content="light dark"><style>body {background: Canvas} pre {overflow-x: auto}</style>'
+    )
     path.write_text(
         f"<!doctype html><html><head>{head}<title>Notebook</title></head><body>{page}</body></html>", "utf-8"
     )
