@@ -72,7 +72,7 @@ def fit(file: weights.AdapterFile, checkpoint: Checkpoint, settings: Mapping[str
         return replace(alone, fit=Fit((), (str(problem),), ()))
     unchecked = {path: _ONLY_THE_MODEL for path, layer in file.layers.items() if not path or _is_beside(layer)}
     checked = {path: layer for path, layer in file.layers.items() if path not in unchecked}
-    model = standins(checkpoint, [replace(file, layers=checked)])
+    model = standins(checkpoint.slots, [replace(file, layers=checked)], checkpoint.read)
     branches, wrong = _branches(model, replace(file, layers=checked))
     refused += [f"{path}: {problem}" for path, problem in wrong.items()]
     refused += [f"{name} is for no layer" for name in file.others]

@@ -19,8 +19,8 @@ from adapters.cli.inspect import inspect
 from adapters.cli.merge import merge
 from adapters.cli.pull import pull
 from adapters.cli.push import push
-from adapters.cli.resize import resize
 from adapters.cli.report import report
+from adapters.cli.resize import resize
 from adapters.cli.tree import tree
 
 # What a command needs beyond click it imports when it runs: torch takes seconds.

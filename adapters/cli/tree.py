@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import click
 
 from adapters.cli.console import as_json, columns, make_console, megabytes, plain, print_json, shape_of, type_of, types
-from weights.layer_tree import natural
 
 if TYPE_CHECKING:
     from weights.header import Slot
@@ -90,6 +89,8 @@ class Module:
 
     def collapse(self) -> object:
         """Put in order what is inside, and make one of neighbours that are alike. Equal for modules that are alike."""
+        from weights.layer_tree import natural
+
         alike = {name: module.collapse() for name, module in self.inside.items()}
         names = sorted(self.inside, key=natural)
         found: dict[str, Module] = {}
@@ -135,6 +136,8 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
 
 def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[str, str, str]]:
     """The lines of a module: its name, two of its own tensors in each, and how many parameters it has."""
+    from weights.layer_tree import natural
+
     named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", natural(item[0])))
     kinds = {own: "" if type_of(slot) == usual else f" {type_of(slot)}" for own, slot in named}
     told = [f"{own} {shape_of(slot.shape)}{kinds[own]}" for own, slot in named]
