@@ -34,7 +34,7 @@ $(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.run $(VENV)/.olah
+$(VENV)/.test: $(VENV)/.run $(VENV)/.olah $(VENV)/.browser
 	$(PIP) --editable '.[test]'
 	@touch $@
 
@@ -43,6 +43,11 @@ $(VENV)/.olah: $(BIN)/python
 	$(PYTHON) -m venv $(VENV)/olah
 	$(VENV)/olah/bin/python -m pip --disable-pip-version-check --quiet install olah==0.5.4
 	@touch $@
+
+# The browser that the tests open pages in, of Debian. Where it cannot be had, these tests say so and the others run.
+$(VENV)/.browser: $(BIN)/python
+	-command -v chromium > /dev/null || { apt-get -qq update && apt-get -qq install --yes chromium; }
+	@! command -v chromium > /dev/null || touch $@
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable '.[test,lint]'

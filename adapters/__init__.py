@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # The same as the table below, for type checkers and editors.
     from adapters.patch import Patch as Patch
     from adapters.patch import inject as inject
     from adapters.patch import patches as patches
+    from adapters.report import Report as Report
+    from adapters.report import report as report
 
 # What is public, by the module that has it. A module is imported when something of it is asked for: this package also
 # holds the command, whose help, completion and `doctor` are there at once, or where torch is not.
@@ -70,6 +72,7 @@ _PUBLIC = {
     "RandLoRA RoAd SHiRA TrainableTokens VBLoRA VeRA register",
     "parallel": "parallel_plan",
     "patch": "Patch inject patches",
+    "report": "Report report",
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 

@@ -156,7 +156,7 @@ def _placed(
     checkpoint, settings, files = Checkpoint.open(base), read_settings(base), []
     for name, file, _ in given:
         with naming(name):
-            there, problems = place(checkpoint, settings, file)
+            there, _, problems = place(checkpoint, settings, file)
             refuse(other_base(file), problems)
             files.append(there)
     components = tuple(part for part in checkpoint.parts if part)

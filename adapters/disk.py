@@ -138,7 +138,7 @@ def _placed(
             raise AdapterError(f"{path or 'it'} cannot be merged: {what} is no change of weights. Load it at run time.")
     if file.counted:
         raise AdapterError("It has numbers for layers, which only the model tells: load and merge it in memory.")
-    placed, problems = place(checkpoint, settings, file)
+    placed, _, problems = place(checkpoint, settings, file)
     refuse(other_base(file), problems)
     return placed
 

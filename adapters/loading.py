@@ -86,7 +86,7 @@ def read(
         file, name, source = _copied(source), name or "default", "The adapter"
         check_name(model, name)
     else:
-        name = name or _last_part(source)
+        name = name or last_part(source)
         check_name(model, name)
         file = weights.read_adapter(source, revision=revision)
     if component is not None:
@@ -135,7 +135,7 @@ def _copied(file: weights.AdapterFile) -> weights.AdapterFile:
     return replace(file, layers=layers)
 
 
-def _last_part(source: str | PathLike[str]) -> str:
+def last_part(source: str | PathLike[str]) -> str:
     """The name of a file, a folder or a repository."""
     last = re.split(r"[/\\:]", str(source).rstrip("/\\"))[-1]
     return last.removesuffix(".safetensors").partition("@")[0].strip(".") or "default"

@@ -30,6 +30,7 @@ from adapters.errors import AdapterError, LayerMismatchError, PatchNameError, Pa
 from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
+from adapters.pages import patch_fragment
 from adapters.quantized import is_quantized
 from adapters.sharded import check_before, check_leaving, is_sharded, once, parted, settle, whole
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
@@ -299,6 +300,9 @@ class Patch:
 
     def __repr__(self) -> str:
         return f"<Patch {self.name!r}, {len(self.places)} layers, {self.num_parameters():,} parameters>"
+
+    def _repr_html_(self) -> str:
+        return patch_fragment(self)
 
     # In and out of the model
 

@@ -48,16 +48,16 @@ def tied_names(checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]]
 
 def place(
     checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]], file: weights.AdapterFile
-) -> tuple[weights.AdapterFile, list[str]]:
-    """An adapter with the paths that its layers have in a checkpoint, and what is wrong with those that have none."""
+) -> tuple[weights.AdapterFile, dict[str, weights.LayerWeights], list[str]]:
+    """An adapter with the paths that its layers have in a checkpoint, those that have none there, and what is wrong."""
     config = nn.Module()  # All that there is of the model.
     config.__dict__["config"] = SimpleNamespace(**of_text(settings.get("", {})))
     file = in_halves(config, file)
     aliases = {**file.aliases, **_prefixed(checkpoint, file)}
-    file, problems = names_in(checkpoint.parts, replace(file, aliases=aliases))
+    file, absent, problems = names_in(checkpoint.parts, replace(file, aliases=aliases))
     if "" in checkpoint.parts:  # One model, which has no name.
         file = replace(file, layers={file.component_of(path)[1]: layer for path, layer in file.layers.items()})
-    return replace(file, components=(), base_structure=None), problems
+    return replace(file, components=(), base_structure=None), absent, problems
 
 
 def _prefixed(checkpoint: Checkpoint, file: weights.AdapterFile) -> dict[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ def with_names_in(base: Mapping[str, weights.TensorFiles], file: weights.Adapter
     Raises:
         LayerMismatchError: It has layers that the base model does not have; the message lists them.
     """
-    renamed, problems = names_in(base, file)
+    renamed, _, problems = names_in(base, file)
     refuse(other_base(file), problems)
     return renamed
 
@@ -41,14 +41,15 @@ def other_base(file: weights.AdapterFile) -> str:
 
 def names_in(
     base: Mapping[str, weights.TensorFiles], file: weights.AdapterFile
-) -> tuple[weights.AdapterFile, list[str]]:
-    """The same for the layers that the base model has, and what is wrong with the others."""
+) -> tuple[weights.AdapterFile, dict[str, weights.LayerWeights], list[str]]:
+    """The same for the layers that the base model has, those that it does not have, and what is wrong."""
     everything = layers(_skeleton(base))
     whole = {"": file.layers[""]} if "" in file.layers else {}  # For the whole model, by whatever names.
     places = places_of(everything, file)
     file, problems = with_names_of(places, file)
     found, missing, more = find_layers(everything, places, file)
-    problems += more + [f"there is no layer {name}" for name in sorted(missing) if name]
+    absent = sorted(name for name in missing if name)
+    problems += more + [f"there is no layer {name}" for name in absent]
     renamed: dict[str, weights.LayerWeights] = {}
     components: dict[str, None] = {}
     for layer, name in found:
@@ -57,14 +58,14 @@ def names_in(
         renamed[path] = file.layers[name]
         components[component or path.partition(".")[0]] = None
     known = (*base,) if "" not in base else file.components
-    file = replace(
+    renamed_file = replace(
         file,
         layers={**whole, **renamed},
         flattened=False,
         components=tuple(name for name in known if name in components),
         aliases={},
     )
-    return file, problems
+    return renamed_file, {name: file.layers[name] for name in absent}, problems
 
 
 def _skeleton(base: Mapping[str, weights.TensorFiles]) -> nn.Module:

@@ -14,7 +14,7 @@ _MAX_TEXT = 160
 _OPEN_LEVELS = 2
 
 _STYLE = """<style>
-.fluxion-tree {font-family: monospace; white-space: nowrap}
+.fluxion-tree {font-family: monospace; white-space: nowrap; overflow-x: auto}
 .fluxion-tree div, .fluxion-tree details {margin-left: 1.2em}
 .fluxion-tree summary {cursor: pointer; margin-left: -1.2em}
 .fluxion-tree i {opacity: 0.6; margin-left: 1em}

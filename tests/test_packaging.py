@@ -46,6 +46,7 @@ def test_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None
         "from adapters.cli.demo.model import load_model\n"
         "from importlib.resources import files\n"
         "load_digits(), load_model()\n"
+        "assert '<!doctype html>' in adapters.report(weights.AdapterFile({})).to_html()\n"
         "for package in (adapters, fluxion, weights):\n"
         "    assert (files(package) / 'py.typed').is_file(), package\n"
         "    print(package.__file__)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from math import prod
@@ -24,6 +25,17 @@ def drawn(layers: Mapping[str, str]) -> str:
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES - 1 :] = [f"… and {len(lines) - _MOST_LINES + 1} lines more"]
     return "\n".join(lines)
+
+
+def natural(name: str) -> tuple[tuple[bool, int | str], ...]:
+    """By which names are sorted: numbers in them by their values."""
+    parts = re.split(r"(\d+)", name, flags=re.ASCII)
+    return tuple((False, int(part)) if part.isdecimal() and len(part) < 20 else (True, part) for part in parts if part)
+
+
+def numbers_apart(path: str) -> str:
+    """A flattened path with dots around its numbers, so that those which differ in numbers only belong together."""
+    return re.sub(r"_(\d+)(?=_|$)", r".\1.", path).replace("._", ".").strip(".")
 
 
 def _collapsed(layers: Mapping[str, str]) -> Iterator[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from adapters.cli.inspect import inspect
 from adapters.cli.merge import merge
 from adapters.cli.pull import pull
 from adapters.cli.push import push
+from adapters.cli.report import report
 from adapters.cli.resize import resize
 from adapters.cli.tree import tree
 
@@ -65,5 +66,5 @@ def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, pull, push):
+for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, report, pull, push):
     main.add_command(command)

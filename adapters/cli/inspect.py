@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -165,12 +164,12 @@ def _span(values: Iterable[Any]) -> str:
 
 
 def _show_layers(console: Console, adapter: weights.AdapterFile) -> None:
-    from weights.layer_tree import drawn
+    from weights.layer_tree import drawn, numbers_apart
 
     console.print()
     described = {path: f"{plain(layer.method)}{_rank(layer)}" for path, layer in adapter.layers.items()}
     if adapter.flattened:  # So that those which differ in numbers only are one.
-        described = {re.sub(r"_(\d+)(?=_|$)", r".\1.", path).strip("."): text for path, text in described.items()}
+        described = {numbers_apart(path): text for path, text in described.items()}
     for line in drawn(described).splitlines():
         console.print(line, no_wrap=True, overflow="ellipsis")
 

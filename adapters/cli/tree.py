@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -90,8 +89,10 @@ class Module:
 
     def collapse(self) -> object:
         """Put in order what is inside, and make one of neighbours that are alike. Equal for modules that are alike."""
+        from weights.layer_tree import natural
+
         alike = {name: module.collapse() for name, module in self.inside.items()}
-        names = sorted(self.inside, key=_natural)
+        names = sorted(self.inside, key=natural)
         found: dict[str, Module] = {}
         for _, group in groupby(enumerate(names), lambda item: _run(item[1], item[0], alike)):
             run = [name for _, name in group]
@@ -100,12 +101,6 @@ class Module:
         self.inside = found
         tensors = ((name, type_of(slot), slot.shape) for name, slot in sorted(self.tensors.items()))
         return tuple(tensors), tuple((name, alike[name]) for name in names)
-
-
-def _natural(name: str) -> tuple[tuple[bool, int | str], ...]:
-    """By which names are sorted: numbers in them by their values."""
-    parts = re.split(r"(\d+)", name, flags=re.ASCII)
-    return tuple((False, int(part)) if part.isdecimal() and len(part) < 20 else (True, part) for part in parts if part)
 
 
 def _run(name: str, place: int, alike: Mapping[str, object]) -> object:
@@ -141,7 +136,9 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
 
 def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[str, str, str]]:
     """The lines of a module: its name, two of its own tensors in each, and how many parameters it has."""
-    named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", _natural(item[0])))
+    from weights.layer_tree import natural
+
+    named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", natural(item[0])))
     kinds = {own: "" if type_of(slot) == usual else f" {type_of(slot)}" for own, slot in named}
     told = [f"{own} {shape_of(slot.shape)}{kinds[own]}" for own, slot in named]
     times = f"{module.times:,} × " if module.times > 1 else ""
