@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 _LONGEST = 500  # letters
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+
+
+def paths(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """How a shell completes what may be a path or a place on the Hub: by the paths there are."""
+    return [CompletionItem(begun, type="file")]
 
 
 def replace_what_cannot_be_encoded() -> None:

@@ -17,6 +17,7 @@ from adapters.cli.console import (
     facts,
     make_console,
     megabytes,
+    paths,
     plain,
     print_json,
     shape_of,
@@ -37,7 +38,7 @@ _TAGS = "ss_tag_frequency"  # How often kohya's scripts have met each tag, by fo
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=paths)
 @as_json
 def inspect(source: str, as_json: bool) -> None:
     """Say what an adapter is: its format, methods and layers.
