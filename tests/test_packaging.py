@@ -30,15 +30,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fresh_environment(folder: Path) -> tuple[Path, Path]:
     """Its Python and where its packages are. The dependencies are those of this environment, which is searched last."""
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin" / "python", site
 
 
+def pip(python: Path, *arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "--quiet", *arguments], check=True)
+
+
 def install(python: Path, wheel: Path, *options: str) -> None:
-    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", *options, wheel]
-    subprocess.run(command, check=True)
+    pip(python, "install", "--no-deps", "--no-index", *options, wheel)
 
 
 def test_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_a_distribution_with_the_same_import_name_is_explained(built: Path, tmp_
 
     install(python, ours)
     install(python, theirs)  # Theirs is in the place of ours, and cannot be imported.
-    for arguments in (("doctor",), ("--help",), merge):
+    for arguments in (("doctor",), merge):
         code, said = fluxion_says(*arguments)
         assert code == 1 and clash in said and "1 of them in the place of ours" in said and way_out in said
 
@@ -106,7 +109,7 @@ def test_a_distribution_with_the_same_import_name_is_explained(built: Path, tmp_
         code, said = fluxion_says(*arguments)
         assert code == 1 and clash in said and way_out in said and "in the place of ours" not in said
 
-    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "adapters"], check=True)  # some of ours with it
+    pip(python, "uninstall", "-y", "adapters")  # some of ours with it
     code, said = fluxion_says("doctor")
     assert (
         code == 1 and "1 of the files of fluxion-adapters are missing or changed, such as adapters/__init__.py" in said
