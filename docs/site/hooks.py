@@ -20,8 +20,10 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let links to the results lead to where they are in the site."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let links to the results lead to where they are in the site, and give the widest table the whole width."""
+    if page.file.src_uri == "methods.md":
+        page.meta["hide"] = ["toc"]
     return markdown.replace("](../benchmarks/", "](benchmarks/")
 
 
