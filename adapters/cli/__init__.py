@@ -46,11 +46,10 @@ class Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(_NO_READER)
         except Exception as error:
-            if _is_expected(error):
+            known = str(error) if _is_expected(error) else damage()
+            if known is not None:
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
-                raise failure(plain(" ".join(str(error).split()))) from error
-            if broken := damage():
-                raise click.ClickException(broken) from error
+                raise failure(plain(" ".join(known.split()))) from error
             traceback.print_exc()
             click.echo("This is a fault of fluxion, not of what it was given.", err=True)
             ctx.exit(_FAULT)

@@ -34,7 +34,9 @@ class Drawing:
     height: int
     parts: list[str] = field(default_factory=list)
 
-    def text(self, x: float, y: float, text: str, *, anchor: str = "start", faint: bool = False, bold: bool = False) -> None:
+    def text(
+        self, x: float, y: float, text: str, *, anchor: str = "start", faint: bool = False, bold: bool = False
+    ) -> None:
         look = ' opacity=".65"' if faint else ' font-weight="600"' if bold else ""
         self.parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{look}>{escape(text)}</text>')
 
@@ -68,8 +70,8 @@ class Drawing:
 
     def render(self) -> str:
         arrow = (
-            '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-            '<path d="M0 0 L8 4 L0 8 z" fill="currentColor"/></marker></defs>'
+            '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8"'
+            ' orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="currentColor"/></marker></defs>'
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'

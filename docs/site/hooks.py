@@ -1,4 +1,4 @@
-"""What the site has that the pages by themselves have not: the measured results, and drawings that follow its colours."""
+"""What the site has beyond the pages: the measured results, and drawings that follow its colours."""
 
 from __future__ import annotations
 
