@@ -6,6 +6,7 @@ and one other: it can be read on any ground.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -42,11 +43,16 @@ class Drawing:
 
     def line(self, *points: tuple[float, float], arrow: bool = False, faint: bool = False) -> None:
         path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
-        look = (' marker-end="url(#arrow)"' if arrow else "") + (' opacity=".45"' if faint else "")
+        look = ' opacity=".45"' if faint else ""
         self.parts.append(f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="1.4"{look}/>')
+        if arrow:
+            (x0, y0), (x, y) = points[-2:]
+            angle = math.degrees(math.atan2(y - y0, x - x0))
+            turn = f"translate({x:g} {y:g}) rotate({angle:.3f})"
+            self.parts.append(f'<path d="M0 0 L-10 4.5 L-10 -4.5 z" transform="{turn}"{look}/>')
 
-    def box(self, x: float, y: float, text: str, *, kind: str = "plain", width: float | None = None) -> float:
-        """A box with a text in it, of which `y` is the middle. Returns its width."""
+    def box(self, x: float, y: float, text: str, *, kind: str = "plain", width: float | None = None) -> None:
+        """A box with a text in it, of which `y` is the middle."""
         width = width or 22 + LETTER * len(text)
         colour = "#5c6bc0" if kind != "plain" else "currentColor"
         fill = {"plain": ".05", "adapter": ".16", "branch": ".38"}[kind]
@@ -55,7 +61,6 @@ class Drawing:
             f' fill-opacity="{fill}" stroke="{colour}" stroke-width="1.4"/>'
         )
         self.text(x + width / 2, y + 5, text, anchor="middle")
-        return width
 
     def tree(self, x: float, y: float, nodes: list[tuple[int, str, str]]) -> None:
         """A tree, one node in a row: its level, its name, and the kind of its box."""
@@ -69,14 +74,10 @@ class Drawing:
             above[level] = middle
 
     def render(self) -> str:
-        arrow = (
-            '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8"'
-            ' orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="currentColor"/></marker></defs>'
-        )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
             f' class="drawing" role="img" font-family="ui-monospace,Menlo,Consolas,monospace" font-size="13"'
-            f' fill="currentColor"><title>{escape(self.title)}</title>{_STYLE}{arrow}{"".join(self.parts)}</svg>\n'
+            f' fill="currentColor"><title>{escape(self.title)}</title>{_STYLE}{"".join(self.parts)}</svg>\n'
         )
 
 
