@@ -37,7 +37,10 @@ class Commands(click.Group):
         replace_what_cannot_be_encoded()
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
+        except (click.exceptions.Exit, click.exceptions.Abort):
+            raise
+        except click.ClickException as error:
+            error.message = _line(error.message)  # type: ignore[misc]  # A path in it may have line breaks.
             raise
         except KeyboardInterrupt:
             click.echo("Aborted!", err=True)
@@ -49,10 +52,15 @@ class Commands(click.Group):
             known = str(error) if _is_expected(error) else damage()
             if known is not None:
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
-                raise failure(plain(" ".join(known.split()))) from error
+                raise failure(_line(known)) from error
             traceback.print_exc()
             click.echo("This is a fault of fluxion, not of what it was given.", err=True)
             ctx.exit(_FAULT)
+
+
+def _line(text: str) -> str:
+    """A message in one line, without anything that a terminal would obey."""
+    return plain(" ".join(text.split()))
 
 
 def _is_expected(error: Exception) -> bool:

@@ -26,9 +26,18 @@ _LONGEST = 500  # letters
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 
 
-def paths(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """How a shell completes what may be a path or a place on the Hub: by the paths there are."""
-    return [CompletionItem(begun, type="file")]
+class Source(click.ParamType):  # type: ignore[type-arg]  # Older versions of click have none.
+    """A path, or a place on the Hub. A shell completes it by the paths there are."""
+
+    name = "source"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:  # Python would take it for the current folder; more likely a variable of a script is not set.
+            self.fail("It is empty: give a path, or a place on the Hub.", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 def replace_what_cannot_be_encoded() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import paths
+from adapters.cli.console import Source
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -22,7 +22,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 @click.command()
-@click.argument("source", shell_complete=paths)
+@click.argument("source", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--to",

@@ -150,9 +150,8 @@ def _hub(problems: list[str]) -> dict[str, Any]:
 
 def _asked(site: str) -> dict[str, Any]:
     """Whether the Hub answers, and who the token belongs to."""
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi, constants, get_session, get_token
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import get_session
 
     try:
         if token := get_token():

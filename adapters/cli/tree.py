@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import click
 
 from adapters.cli.console import (
+    Source,
     as_json,
     columns,
     make_console,
     megabytes,
-    paths,
     plain,
     print_json,
     shape_of,
@@ -32,7 +32,7 @@ _MOST_PARTS = 30  # of a name; more are one
 
 
 @click.command()
-@click.argument("source", shell_complete=paths)
+@click.argument("source", type=Source())
 @click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Show modules inside modules so far only.")
 @as_json
 def tree(source: str, depth: int | None, as_json: bool) -> None:
