@@ -6,8 +6,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -61,16 +59,6 @@ def test_code_blocks_run(page: Path, hub: HubServer, tmp_path: Path, monkeypatch
 
 
 # The site
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make site` builds it, where any warning is an error."""
-    folder = tmp_path_factory.mktemp("site")
-    settings = DOCS / "site" / "mkdocs.yml"
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--config-file", settings]
-    subprocess.run([*command, "--site-dir", folder], check=True)
-    return folder
 
 
 class Requests(HTMLParser):
