@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs site clean
 
 demo: $(VENV)/.run
 	$(BIN)/fluxion demo
@@ -22,6 +22,11 @@ bench: $(VENV)/.bench
 
 docs: $(VENV)/.run
 	$(BIN)/python -c 'from adapters.catalogue import page; print(page(), end="")' > docs/methods.md
+	$(BIN)/python docs/site/draw.py
+
+site: $(VENV)/.test
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@echo "To read it: $(BIN)/python -m http.server --directory build/site"
 
 clean:
 	rm -rf $(VENV) build dist

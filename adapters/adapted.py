@@ -332,7 +332,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         for name, weight in own.items():
             # A parameter in parts stays in its place, which FSDP knows, and is written to: so a copy is kept.
             if weight is not None and weight is self.base._parameters.get(name) and is_sharded(weight):
-                own[name] = _parameter(weight.detach().clone(), weight)
+                own[name] = _parameter(cast(Tensor, weight).detach().clone(), weight)
         order = {_use(branch): place for place, branch in enumerate(self.branches)}
         branches = sorted(branches, key=lambda item: order.get(_use(item[0]), len(order)))
         outcome = self.folded(own, branches, made)

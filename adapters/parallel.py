@@ -89,7 +89,7 @@ class Divided(ParallelStyle):
                 f"{path} is a {type(node.base).__name__}, and only an nn.Linear is divided with adapters."
             )
         for branch in node.branches:
-            if branch.method.thin(branch) is None or getattr(branch.method, "dropout", 0):
+            if branch.method.thin(branch) is None or getattr(branch.method, "dropout", False):
                 raise TargetError(f"{path} has {branch.method}, which cannot be divided: use LoRA without dropout.")
         self.style, self.by_outputs = style, by_outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sysconfig
 import tarfile
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,15 +28,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def fresh_environment(folder: Path) -> tuple[Path, Path]:
+    """Its Python and where its packages are. The dependencies are those of this environment, which is searched last."""
+    venv.create(folder)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin" / "python", site
+
+
+def pip(python: Path, *arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "--quiet", *arguments], check=True)
+
+
+def install(python: Path, wheel: Path, *options: str) -> None:
+    pip(python, "install", "--no-deps", "--no-index", *options, wheel)
+
+
 def test_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None:
     (wheel,) = built.glob("*.whl")
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True)
-    # The dependencies are the ones of this environment, which is searched last.
-    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python, site = fresh_environment(tmp_path / "env")
+    install(python, wheel)
 
     def run(*command: str | Path) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
@@ -53,6 +66,57 @@ def test_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None
     )
     locations = run(python, "-c", program).split()
     assert [Path(location).is_relative_to(site) for location in locations] == [True] * 3
+
+
+def namesake(folder: Path) -> Path:
+    """A wheel as AdapterHub's distribution, as far as it is in the way of this one: the same name, other files."""
+    files = {
+        "adapters/__init__.py": "import not_installed\n",
+        "adapters/models/__init__.py": "",  # in the way of models.py
+        "adapters-1.3.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: adapters\nVersion: 1.3.0\n",
+        "adapters-1.3.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files["adapters-1.3.0.dist-info/RECORD"] = "".join(f"{name},,\n" for name in files)
+    path = folder / "adapters-1.3.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_a_distribution_with_the_same_import_name_is_explained(built: Path, tmp_path: Path) -> None:
+    (ours,), theirs = built.glob("*.whl"), namesake(tmp_path)
+    python, _ = fresh_environment(tmp_path / "env")
+
+    def fluxion_says(*arguments: str) -> tuple[int, str]:
+        command = [python.with_name("fluxion"), *arguments]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    clash = "Another distribution, adapters 1.3.0, has the import name `adapters` too"
+    way_out = "pip uninstall -y adapters && pip install --force-reinstall --no-deps fluxion-adapters"
+    merge = ("merge", "base.safetensors", "new", "--adapter", "style")
+
+    install(python, ours)
+    install(python, theirs)  # Theirs is in the place of ours, and cannot be imported.
+    for arguments in (("doctor",), merge):
+        code, said = fluxion_says(*arguments)
+        assert code == 1 and clash in said and "1 of them in the place of ours" in said and way_out in said
+
+    install(python, ours, "--force-reinstall")  # Ours is back, and theirs in the way of one of its modules.
+    for arguments in (("doctor",), merge):
+        code, said = fluxion_says(*arguments)
+        assert code == 1 and clash in said and way_out in said and "in the place of ours" not in said
+
+    pip(python, "uninstall", "-y", "adapters")  # some of ours with it
+    code, said = fluxion_says("doctor")
+    assert (
+        code == 1 and "1 of the files of fluxion-adapters are missing or changed, such as adapters/__init__.py" in said
+    )
+    install(python, ours, "--force-reinstall")
+    assert fluxion_says("doctor")[0] == 0
 
 
 def test_sdist_holds_the_project(built: Path) -> None:

@@ -12,8 +12,10 @@ import click
 from adapters.cli.combine import combine
 from adapters.cli.console import plain, replace_what_cannot_be_encoded
 from adapters.cli.convert import convert
+from adapters.cli.damage import damage
 from adapters.cli.demo.command import demo
 from adapters.cli.diff import diff
+from adapters.cli.doctor import doctor
 from adapters.cli.extract import extract
 from adapters.cli.inspect import inspect
 from adapters.cli.merge import merge
@@ -36,21 +38,30 @@ class Commands(click.Group):
         replace_what_cannot_be_encoded()
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
+        except (click.exceptions.Exit, click.exceptions.Abort):
+            raise
+        except click.ClickException as error:
+            error.message = _line(error.message)  # type: ignore[misc]  # A path in it may have line breaks.
             raise
         except KeyboardInterrupt:
             click.echo("Aborted!", err=True)
             ctx.exit(_INTERRUPTED)
-        except BrokenPipeError:  # Who reads has enough.
-            sys.stdout = open(os.devnull, "w")  # Or Python would complain when it ends.
+        except BrokenPipeError:  # Who reads has enough; what is left would make Python complain when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(_NO_READER)
         except Exception as error:
-            if _is_expected(error):
+            known = str(error) if _is_expected(error) else damage()
+            if known is not None:
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
-                raise failure(plain(" ".join(str(error).split()))) from error
+                raise failure(_line(known)) from error
             traceback.print_exc()
             click.echo("This is a fault of fluxion, not of what it was given.", err=True)
             ctx.exit(_FAULT)
+
+
+def _line(text: str) -> str:
+    """A message in one line, without anything that a terminal would obey."""
+    return plain(" ".join(text.split()))
 
 
 def _is_expected(error: Exception) -> bool:
@@ -60,11 +71,28 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, (OSError, *raised))
 
 
-@click.group(cls=Commands)
+_EPILOG = """\b
+The code at the end says how it went:
+  0    done; for diff: the same
+  1    refused or failed, with one line that says why; for diff: different; for doctor: something is wrong
+  2    the command line is wrong; for diff also: these cannot be compared
+  70   a fault of fluxion itself, with a traceback
+  130  stopped by Ctrl-C
+  141  what reads the output, as head does, has closed it
+
+\b
+Completion, in the settings of your shell, for bash, zsh or fish:
+  eval "$(_FLUXION_COMPLETE=bash_source fluxion)"
+  eval "$(_FLUXION_COMPLETE=zsh_source fluxion)"
+  _FLUXION_COMPLETE=fish_source fluxion | source
+"""
+
+
+@click.group(cls=Commands, epilog=_EPILOG)
 @click.version_option(package_name="fluxion-adapters", prog_name="fluxion")
 def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, report, pull, push):
+for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, report, pull, push, doctor):
     main.add_command(command)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from adapters.cli import reduction
-from adapters.cli.console import as_json, progress_in_layers
+from adapters.cli.console import Source, as_json, progress_in_layers
 from adapters.cli.convert import check_new
 from adapters.cli.merge import scaled
 
@@ -22,6 +22,7 @@ _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
     multiple=True,
     required=True,
     callback=scaled,
+    type=Source(),
     metavar="SOURCE[=WEIGHT]",
     help="An adapter and its weight, 1 if that is not said. Repeat it for several.",
 )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adapters.cli.console import Source
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
@@ -20,7 +22,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--to",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import as_json, make_console, plain, print_json, progress, shape_of, type_of
+from adapters.cli.console import Source, as_json, make_console, plain, print_json, progress, shape_of, type_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,8 +57,8 @@ class Difference:
 
 
 @click.command(cls=Comparison)
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=Source())
+@click.argument("b", type=Source())
 @as_json
 @click.pass_context
 def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:

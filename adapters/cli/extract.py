@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from adapters.cli import reduction
-from adapters.cli.console import as_json, progress_in_bytes
+from adapters.cli.console import Source, as_json, progress_in_bytes
 from adapters.cli.convert import DTYPES, check_new
 
 
 @click.command()
-@click.argument("base")
-@click.argument("tuned")
+@click.argument("base", type=Source())
+@click.argument("tuned", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
 @reduction.rank
 @reduction.energy

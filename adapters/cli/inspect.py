@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters.cli.console import (
+    Source,
     as_json,
     columns,
     facts,
@@ -36,7 +37,7 @@ _TAGS = "ss_tag_frequency"  # How often kohya's scripts have met each tag, by fo
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=Source())
 @as_json
 def inspect(source: str, as_json: bool) -> None:
     """Say what an adapter is: its format, methods and layers.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import as_json, megabytes, print_json, progress_in_bytes
+from adapters.cli.console import Source, as_json, megabytes, print_json, progress_in_bytes
 from adapters.cli.convert import DTYPES, check_new, of_component
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--adapter",
@@ -52,6 +52,7 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
     multiple=True,
     required=True,
     callback=scaled,
+    type=Source(),
     metavar="SOURCE[=SCALE]",
     help="An adapter and how strongly it acts, 1 if that is not said. Repeat it for several, in their order.",
 )

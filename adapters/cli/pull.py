@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from adapters.cli.console import Source
+
 _AT_ONCE = 1 << 20  # bytes
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=Source())
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", metavar="REVISION", help="A branch, a tag or a commit.  [default: the main branch]")
 def pull(source: str, destination: Path | None, revision: str | None) -> None:

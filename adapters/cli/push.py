@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 
-from adapters.cli.console import as_json, print_json
+from adapters.cli.console import Source, as_json, print_json
 
 
 @click.command()
-@click.argument("source", metavar="FOLDER_OR_FILE", type=click.Path(path_type=Path))
+@click.argument("source", metavar="FOLDER_OR_FILE", type=Source())
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--revision", metavar="BRANCH", help="The branch to commit to.  [default: the main branch]")
@@ -25,7 +25,7 @@ from adapters.cli.console import as_json, print_json
 @click.option("--dry-run", is_flag=True, help="Send nothing, and print what would be sent.")
 @as_json
 def push(
-    source: Path,
+    source: str,
     repo_id: str,
     private: bool,
     revision: str | None,
@@ -50,7 +50,7 @@ def push(
     """
     import weights
 
-    with _prepared(source, repo_id, license, tags) as folder:
+    with _prepared(Path(source), repo_id, license, tags) as folder:
         answer = weights.publish(
             folder,
             repo_id,
@@ -62,7 +62,7 @@ def push(
         )
     if as_json:
         done = {"plan": answer} if dry_run else {"url": answer}
-        print_json({"source": str(source), "repo_id": repo_id, "revision": revision, "dry_run": dry_run, **done})
+        print_json({"source": source, "repo_id": repo_id, "revision": revision, "dry_run": dry_run, **done})
     else:
         click.echo(answer)
 

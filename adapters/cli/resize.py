@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from adapters.cli import reduction
-from adapters.cli.console import as_json, progress_in_layers
+from adapters.cli.console import Source, as_json, progress_in_layers
 from adapters.cli.convert import check_new
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
 @reduction.rank
 @reduction.energy

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import as_json, columns, make_console, megabytes, plain, print_json, shape_of, type_of, types
+from adapters.cli.console import (
+    Source,
+    as_json,
+    columns,
+    make_console,
+    megabytes,
+    plain,
+    print_json,
+    shape_of,
+    type_of,
+    types,
+)
 
 if TYPE_CHECKING:
     from weights.header import Slot
@@ -20,7 +31,7 @@ _MOST_PARTS = 30  # of a name; more are one
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", type=Source())
 @click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Show modules inside modules so far only.")
 @as_json
 def tree(source: str, depth: int | None, as_json: bool) -> None:

@@ -284,6 +284,10 @@ class _HubHandler(_Handler):
             self.answer(403 if self.token else 401, X_Error_Message="You may not write here")
         return self.token == WRITER
 
+    def whoami(self) -> None:
+        name = {WRITER: "writer", READER: "reader"}.get(self.token or "")
+        self.answer(200, {"type": "user", "name": name}) if name else self.answer(401)
+
     def create(self) -> None:
         if not self.may_write():
             return
@@ -430,6 +434,7 @@ def _wants_private(wanted: dict[str, Any]) -> bool:
 
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"
 _ROUTES: list[tuple[str, Callable[..., None]]] = [
+    (r"GET /api/whoami-v2", _HubHandler.whoami),
     (r"POST /api/repos/create", _HubHandler.create),
     (r"POST /api/validate-yaml", _HubHandler.validate),
     (rf"GET /api/models/{_REPO}(/revision/(?P<revision>.+))?", _HubHandler.info),

@@ -15,6 +15,7 @@ import fluxion as fl
 import weights
 from adapters.cli import Commands, main
 from fluxion.errors import ChainError
+from tests.adapters.cli.files import refused
 from tests.weights.hub_server import HubServer
 
 
@@ -79,6 +80,30 @@ def test_ctrl_c_ends_with_the_code_of_the_shell() -> None:
 def test_an_error_says_nothing_that_a_terminal_would_obey() -> None:
     done = CliRunner().invoke(failing(weights.HubError("No \x1b[31mlayer\x07.")), ["fail"])
     assert done.stderr == "Error: No  [31mlayer .\n"
+
+
+def test_a_path_with_a_line_break_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").touch()
+    said = refused("convert", "nothing", tmp_path / "a\nb")
+    assert said == f"Error: {tmp_path}/a b is there already: choose another destination, or remove it first.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tree", ""),
+        ("inspect", ""),
+        ("convert", "", "out"),
+        ("merge", "", "out", "--adapter", "style"),
+        ("merge", "model", "out", "--adapter", ""),
+        ("diff", "style", ""),
+        ("pull", ""),
+        ("push", "", "me/style"),
+    ],
+)
+def test_an_empty_source_is_not_the_current_folder(arguments: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(main, [*arguments])
+    assert done.exit_code == 2 and done.stderr.endswith("It is empty: give a path, or a place on the Hub.\n")
 
 
 def installed(*arguments: object, **settings: str) -> subprocess.Popen[bytes]:
