@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from adapters.cli.console import as_json, megabytes, print_json, progress_in_layers
+from adapters.cli.console import Source, as_json, megabytes, print_json, progress_in_layers
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--base", metavar="MODEL", help="The base model, to say what would load and how large updates are in it.")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=Source())
+@click.option("--base", type=Source(), metavar="MODEL", help="The base model, to say what would load and how large updates are in it.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
