@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from adapters.disk import Source, naming, read_all
 from adapters.errors import AdapterError
 from adapters.extract import Reduction, written
 from adapters.loading import load
-from adapters.methods import Copy, LoRA
+from adapters.methods import METHODS, Copy, LoRA
 from adapters.patch import refuse
 from adapters.placing import place, standins
 from adapters.renaming import other_base
@@ -42,7 +43,8 @@ def combine_files(
         sources: What `weights.read_adapter` reads, or what it has read, and the weights.
         destination: Where the adapter goes: a folder, or the name of a `.safetensors` file where the format has those.
         base: The base model, of which nothing but names and shapes is read. It is needed where the files do not say
-            enough: for other methods than LoRA, and for names without dots or those of an original model.
+            enough: for other methods than LoRA, and for names without dots, unless the result is to have such names too,
+            as a `.safetensors` file in LyCORIS' format, which it then is by default.
         how: As of `combine`.
         rank: As of `combine`.
         energy: As of `combine`.
@@ -65,7 +67,10 @@ def combine_files(
     given = read_all(sources)
     if not given:
         raise AdapterError("There are no adapters to combine: give some, with their weights.")
-    files, model, components = _placed(given, base)
+    flattened = base is None and all(file.flattened for _, file, _ in given)
+    if flattened and Path(destination).suffix == ".safetensors":
+        format = format or "lycoris"
+    files, model, components = _placed(given, base, flattened and format == "lycoris")
     # What a single adapter has whole, beside updates of low rank, stays as it is.
     whole = {path: layer for path, layer in files[0].layers.items() if layer.method == Copy.key and len(files) == 1}
     weighted: dict[str, float] = {}
@@ -93,6 +98,7 @@ def combine_files(
         task=next((file.task for _, file, _ in given if file.task), None),
         base_structure=None,
         components=components,
+        flattened=flattened,
     )
     return written(file, destination, format, patch.errors)
 
@@ -142,15 +148,21 @@ def resize_file(
 
 
 def _placed(
-    given: list[tuple[str, weights.AdapterFile, float]], base: str | PathLike[str] | None
+    given: list[tuple[str, weights.AdapterFile, float]], base: str | PathLike[str] | None, flattened: bool
 ) -> tuple[list[weights.AdapterFile], nn.Module, tuple[str, ...]]:
-    """The adapters with the names of one model, layers without values to put them into, and the models' names."""
+    """The adapters with the names of one model, layers without values to put them into, and the models' names.
+
+    Args:
+        given: The adapters, each with what to call it and its weight.
+        base: Their base model, if that is given.
+        flattened: Whether names without dots will do.
+    """
     if base is None:
         slots: dict[str, Slot] = {}
         for name, file, _ in given:
             with naming(name):
-                slots.update(_shown(file))
-        files = [replace(file, components=()) for _, file, _ in given]
+                slots.update(_shown(replace(file, flattened=file.flattened and not flattened)))
+        files = [replace(file, components=(), flattened=False) for _, file, _ in given]
         components = tuple(dict.fromkeys(part for _, file, _ in given for part in file.components))
         return files, standins(slots, files), components
     checkpoint, settings, files = Checkpoint.open(base), read_settings(base), []
@@ -159,16 +171,28 @@ def _placed(
             there, _, problems = place(checkpoint, settings, file)
             refuse(other_base(file), problems)
             files.append(there)
-    components = tuple(part for part in checkpoint.parts if part)
-    return files, standins(checkpoint.slots, files, checkpoint.read), components
+    components, front = tuple(checkpoint.parts), ""
+    if "" in components:  # One model, which has no name but may have one in the adapters.
+        names = {part for _, file, _ in given for part in file.components or ("",)}
+        components = tuple(filter(None, names)) if len(names) == 1 else ()
+        front = "".join(f"{part}." for part in components)
+    slots = {f"{front}{name}": slot for name, slot in checkpoint.slots.items()}
+    files = [replace(file, layers={f"{front}{path}": x for path, x in file.layers.items()}) for file in files]
+    return files, standins(slots, files, lambda name: checkpoint.read(name.removeprefix(front))), components
 
 
 def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:
     """The weights that a file is for, as far as it shows them; raises an AdapterError where that is not enough."""
     if file.flattened or file.counted or file.interleaved:
-        raise AdapterError("It does not have the names of the model's layers: give its base model as base=.")
+        raise AdapterError(
+            "It does not have the names of the model's layers: give its base model, or, where only the dots are"
+            " missing, write a .safetensors file in the format lycoris, which has none either."
+        )
     for path, layer in file.layers.items():
         a, b = (next((x for key, x in layer.tensors.items() if key.endswith(end)), None) for end in ("_A", "_B"))
+        if layer.method in METHODS and layer.method != Copy.key and not METHODS[layer.method].additive:
+            what = METHODS[layer.method].__name__
+            raise AdapterError(f"What {what} changes at {path} is no update that could be added to another.")
         if layer.method == Copy.key:
             for name, tensor in layer.tensors.items():
                 yield f"{path.removesuffix(f'.{name}')}.{name}", Slot(tensor.dtype, tuple(tensor.shape), 0, 0)

@@ -13,6 +13,7 @@ Factors = tuple[Tensor, Tensor]
 _OVERSAMPLING = 8  # Columns beyond the rank that is wanted, and rounds of power iteration: both as the paper advises.
 _ROUNDS = 2
 _FIRST = 16  # Columns to begin with where the rank is not known.
+_SQUARED = 0.9999  # The share of the energy up to which the squares of singular values are precise enough.
 
 
 def full(matrix: Tensor) -> Factors:
@@ -32,11 +33,20 @@ def reduced(factors: Factors, rank: int | None = None, energy: float | None = No
     up, down = factors
     (left, first), (right, second) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
     u, singular, vt = torch.linalg.svd(first @ second.mT, full_matrices=False)
-    exact = 16 * torch.finfo(up.dtype).eps
+    up, down = _cut(u, singular, vt, rank, energy)
+    return left @ up, down @ right.mT
+
+
+def _cut(u: Tensor, singular: Tensor, vt: Tensor, rank: int | None, energy: float | None) -> Factors:
+    """The first columns and rows of a decomposition, with half of the singular values in each factor.
+
+    By halves, for the sake of dtypes that round much.
+    """
+    exact = 16 * torch.finfo(u.dtype).eps
     needed = _needed(singular, exact if energy is None else max(exact, math.sqrt(1 - energy)))
     kept = needed if rank is None else min(rank, needed)
-    root = singular[..., :kept].sqrt()  # Half in each, for the sake of dtypes that round much.
-    return left @ (u[..., :kept] * root.unsqueeze(-2)), (root.unsqueeze(-1) * vt[..., :kept, :]) @ right.mT
+    root = singular[..., :kept].sqrt()
+    return u[..., :kept] * root.unsqueeze(-2), root.unsqueeze(-1) * vt[..., :kept, :]
 
 
 def _needed(singular: Tensor, tolerance: float) -> int:
@@ -49,7 +59,7 @@ def _needed(singular: Tensor, tolerance: float) -> int:
 def nearest(
     matrix: Tensor, rank: int | None = None, energy: float | None = None, generator: torch.Generator | None = None
 ) -> Factors:
-    """Factors near to a matrix, as `reduced` has the nearest, without a decomposition of all of it.
+    """Factors near to a matrix, as `reduced` has the nearest, without a decomposition of all of it if few are enough.
 
     The columns of `Q` span what the matrix makes of a few random vectors, and `Q (Qᵀ matrix)` is close to it (Halko,
     Martinsson and Tropp, arXiv:0909.4061, algorithms 4.2 and 4.4). Where the rank is not known, columns are added until
@@ -64,7 +74,7 @@ def nearest(
     smaller = min(matrix.shape[-2:])
     most = smaller if rank is None else min(smaller, rank + _OVERSAMPLING)
     if most * 2 > smaller and energy is None:
-        return reduced(full(matrix), rank)  # As quick, and exact.
+        return _whole(matrix, rank, energy)  # As quick, and exact.
     whole = matrix.square().sum((-2, -1), dtype=torch.float64)
     basis = matrix.new_empty(*matrix.shape[:-1], 0)
     inner = matrix.new_empty(*matrix.shape[:-2], 0, matrix.shape[-1])
@@ -76,12 +86,39 @@ def nearest(
         kept = inner.square().sum((-2, -1), dtype=torch.float64)
         if energy is None or size >= most or bool((kept >= energy * whole).all()):
             break
-        if size * 4 > smaller and rank is None:
-            return reduced(full(matrix), rank, energy)
-        count = min(size, most - size)
+        least = size + _columns(inner, energy * whole - kept)
+        if least * 8 > smaller and most * 2 > smaller:
+            return _whole(matrix, rank, energy)
+        count = min(max(size, least - size), most - size)
     if energy is not None:  # Of what there is in these columns, that share is more.
         energy = min(1.0, float((energy * whole / kept.clamp(min=torch.finfo(torch.float64).tiny)).max()))
     return reduced((basis, inner), rank, energy)
+
+
+def _columns(inner: Tensor, missing: Tensor) -> int:
+    """How many more columns an energy takes at least, each of which has no more than those that are found have."""
+    energies = torch.linalg.eigvalsh(inner @ inner.mT).to(torch.float64)
+    largest = energies[..., energies.shape[-1] // 4]  # The very last ones are not found well.
+    return int((missing / largest.clamp(min=torch.finfo(torch.float64).tiny)).max().clamp(0, max(inner.shape)))
+
+
+def _whole(matrix: Tensor, rank: int | None, energy: float | None) -> Factors:
+    """The same by a decomposition of all of a matrix, for where most of the rank is needed.
+
+    Where something may be missing the eigenvectors of `matrix matrixᵀ` do, in half of the time. What they keep of
+    the energy is counted, so that squaring, which loses what is small, costs a rank at most.
+    """
+    if energy is None or energy > _SQUARED:
+        u, singular, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return _cut(u, singular, vt, rank, energy)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        up, down = _whole(matrix.mT, rank, energy)
+        return down.mT, up.mT
+    basis = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(-1)
+    inner = basis.mT @ matrix
+    norms = torch.linalg.vector_norm(inner, dim=-1)
+    rows = inner / norms.clamp(min=torch.finfo(norms.dtype).tiny).unsqueeze(-1)
+    return _cut(basis, norms, rows, rank, energy)
 
 
 def _range(matrix: Tensor, basis: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

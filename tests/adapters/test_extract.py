@@ -250,6 +250,29 @@ def test_with_the_base_any_method_that_adds(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_names_without_dots_stay_as_they_are(tmp_path: Path) -> None:
+    """kohya's files, which nobody has a base model with dotted names for at hand."""
+    model = build_model("clip")
+    patch = adapters.inject(model, LoRA(rank=3), targets=["q_proj", "fc1"], seed=0)
+    perturb(patch, 0)
+    kohya = patch.save_pretrained(tmp_path / "kohya.safetensors", format="lycoris", component="text_encoder")
+    base = checkpoint(tmp_path / "base", model)
+    patch.eject()
+    made = adapters.resize_file(kohya, tmp_path / "small.safetensors", rank=2)
+    named = adapters.resize_file(kohya, tmp_path / "named.safetensors", rank=2, base=base, format="lycoris")
+    assert made.format == "lycoris"
+    assert load_file(made.path).keys() == load_file(named.path).keys() == load_file(kohya).keys()
+    for key, tensor in load_file(made.path).items():
+        assert torch.equal(tensor, load_file(named.path)[key]), key
+    both = adapters.combine_files({kohya: 1.0, made.path: -1.0}, tmp_path / "both.safetensors")
+    assert both.format == "lycoris"
+    assert load_file(both.path).keys() == load_file(kohya).keys()
+    for place, form in ((tmp_path / "folder", None), (tmp_path / "other.safetensors", "fluxion")):
+        with pytest.raises(AdapterError, match=r"kohya.safetensors: .*give its base model, or"):
+            adapters.resize_file(kohya, place, rank=2, format=form)
+        assert not place.exists()
+
+
 def test_resized_is_the_nearest_and_what_is_whole_stays(tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(MINILM)
     config = peft.LoraConfig(r=4, target_modules=["query"], modules_to_save=["pooler"], init_lora_weights=False)
@@ -284,6 +307,8 @@ def test_files_that_do_not_go_together_are_refused_with_their_names(tmp_path: Pa
     base = weights.save(small["a"].state_dict(prefix="a."), tmp_path / "base.safetensors")
     with pytest.raises(AdapterError, match="DoRA changes is no update"):
         adapters.combine_files({paths[2]: 1.0}, tmp_path / "out", base=base)
+    with pytest.raises(AdapterError, match="dora: What DoRA changes at a is no update"):
+        adapters.combine_files({paths[2]: 1.0}, tmp_path / "out")
     with pytest.raises(AdapterError, match="no adapters to combine"):
         adapters.combine_files({}, tmp_path / "out")
     with pytest.raises(AdapterError, match=r"The scale of .*small"):

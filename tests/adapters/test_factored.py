@@ -67,6 +67,24 @@ def test_an_energy_is_kept_by_about_the_least_rank(
     assert least - 1 <= up.shape[-1] <= least + 1 if energy < 1 else up.shape[-1] <= min(outputs, inputs)
 
 
+@pytest.mark.parametrize("shape", [(120, 80), (80, 120), (3, 60, 60)])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 0.99999, 1.0])
+def test_noise_takes_many_columns_and_no_more_than_it_needs(shape: tuple[int, ...], energy: float) -> None:
+    """What tuning of all weights leaves: no singular value is small."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if len(shape) == 3:
+        matrix[1] = 0.0  # An expert that was not tuned.
+    up, down = nearest(matrix, energy=energy, generator=torch.Generator().manual_seed(0))
+    assert up.isfinite().all()
+    assert down.isfinite().all()
+    kept = 1 - ((up @ down - matrix).square().sum((-2, -1)) / matrix.square().sum((-2, -1)).clamp(min=1e-9))
+    assert float(kept.min()) >= energy - 1e-6
+    singular = torch.linalg.svdvals(matrix.double()).square()
+    shares = singular.cumsum(-1) / singular.sum(-1, keepdim=True).clamp(min=1e-9)
+    least = int((shares < energy - 1e-9).sum(-1)[singular[..., 0] > 0].max()) + 1
+    assert up.shape[-1] in (least, least + 1)
+
+
 def test_a_rank_goes_before_an_energy() -> None:
     matrix = decaying(200, 200, 0.99)
     up, _ = nearest(matrix, rank=7, energy=0.99, generator=torch.Generator().manual_seed(0))
