@@ -90,6 +90,7 @@ class Trial:
                 do()
                 code = DONE
             except (weights.WeightsError, adapters.AdapterError, click.ClickException) as error:
+                if os.environ.get("SHOW"): traceback.print_exc()
                 code = REFUSED if str(error).strip() and "\n" not in str(error) else FAULT
             except BaseException:
                 traceback.print_exc()
@@ -307,8 +308,8 @@ def _mount(first: str, second: str, place: Path) -> bool:
 
 
 def cut_short(one: Trial, rounds: int) -> Iterator[str]:
-    """A file that is read gets shorter meanwhile."""
-    sources = [path for path in (one._template / "source").rglob("*") if path.is_file()]
+    """A file of tensors that is read gets shorter meanwhile."""
+    sources = [*(one._template / "source").rglob("*.safetensors")]
     if not sources:
         return
     events = events_of(one)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from huggingface_hub import constants
+from huggingface_hub import constants, logging
+from tqdm import tqdm
 
 from tests.weights.hub_server import HubServer
 
@@ -30,7 +31,9 @@ class Hub:
         constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_PROGRESS_BARS = True
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             os.environ.pop(name, None)
+        logging.set_verbosity_error()
         constants.HF_TOKEN_PATH = os.devnull
+        tqdm.monitor_interval = 0  # It would be a thread, and what is forked has only one.
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def merged(place: Path, name: str, **options: int) -> object:
 
 
 def command(*arguments: object) -> None:
-    main.main([str(argument) for argument in arguments], standalone_mode=False)
+    with redirect_stdout(io.StringIO()):
+        main.main([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def operations(hub: Hub) -> list[Operation]:
@@ -122,7 +124,8 @@ def operations(hub: Hub) -> list[Operation]:
             command("pull", "me/style", place / "out")
 
     def published(place: Path) -> None:
-        weights.publish(place / "source", "me/new", token=WRITER)
+        with in_cache(place / "cache"):
+            weights.publish(place / "source", "me/new", token=WRITER)
 
     def converted(place: Path) -> None:
         command("convert", place / "source", place / "out" / "converted", "--to", "fluxion")
