@@ -85,9 +85,13 @@ def convert(
 
 def check_new(path: Path) -> None:
     """See to it that nothing is written over, and no folder is called like a file."""
+    from weights.atomic import settle
+
     if path.suffix in _OTHERS:
         raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    settle(path)
+    # A call that was killed may have left something hidden.
+    if path.is_file() or (path.is_dir() and not all(file.name.startswith(".") for file in path.iterdir())):
         raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
 
 

@@ -17,10 +17,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -29,6 +28,8 @@ from huggingface_hub.utils import close_session
 import adapters
 import weights
 from tests.faults.operations import Operation, State
+
+Outcomes = Generator[str, None, None]
 
 DONE, REFUSED, FAULT = 0, 3, 4
 NOBODY = 65534
@@ -51,7 +52,6 @@ class Trial:
 
     operation: Operation
     root: Path
-    counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._template = self.root / "template"
@@ -61,7 +61,6 @@ class Trial:
         (self._template / "out").mkdir(exist_ok=True)
         self.reset()
         self.old = self.operation.state(self.place)
-        start = time.perf_counter()
         self.operation.run(self.place)
         self.new = self.operation.state(self.place)
         close_session()
@@ -81,25 +80,34 @@ class Trial:
         shutil.copytree(self._template, self.place, symlinks=True, dirs_exist_ok=True)
         self.operation.reset()
 
-    def child(self, do: Callable[[], object], kill_after: float | None = None) -> int:
-        """Do something in another process. Returns how it ended, negative where it was killed."""
+    def start(self, do: Callable[[], object]) -> int:
+        """Begin to do something in another process. Returns its number."""
         pid = os.fork()
-        if pid == 0:
-            code = FAULT
-            try:
-                do()
-                code = DONE
-            except (weights.WeightsError, adapters.AdapterError, click.ClickException) as error:
-                if os.environ.get("SHOW"): traceback.print_exc()
-                code = REFUSED if str(error).strip() and "\n" not in str(error) else FAULT
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
+        if pid:
+            return pid
+        code = FAULT
+        try:
+            random.seed()
+            do()
+            code = DONE
+        except (weights.WeightsError, adapters.AdapterError, click.ClickException) as error:
+            code = REFUSED if str(error).strip() and "\n" not in str(error) else FAULT
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def end(self, pid: int) -> int:
+        """Wait for a process. Returns how it ended, negative where it was killed."""
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def child(self, do: Callable[[], object], kill_after: float | None = None) -> int:
+        """Do something in another process, and kill that after some seconds. Returns how it ended."""
+        pid = self.start(do)
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return self.end(pid)
 
     def look(self) -> str:
         """Which state there is."""
@@ -127,11 +135,10 @@ class Trial:
     def nothing_is_left(self, besides: str = "") -> None:
         """See to it that there are no temporary files, but for those of a pattern."""
         out = self.place / "out"
-        left = [path for path in out.rglob(".*") if out not in path.parents or path.parent.name != ".locks"]
-        left = [path for path in left if path.suffix in (".tmp", ".part") and not (besides and path.match(besides))]
-        left += out.rglob("*.incomplete")
+        found = (path for ending in ("tmp", "part", "incomplete") for path in out.rglob(f"*.{ending}"))
+        left = [str(path) for path in found if not (besides and path.match(besides))]
         if left:
-            raise Damage(f"{left} are left")
+            raise Damage(f"{', '.join(left)} is left")
 
 
 def _each_is_whole(found: State, old: State, new: State) -> bool:
@@ -140,10 +147,17 @@ def _each_is_whole(found: State, old: State, new: State) -> bool:
 
 @contextmanager
 def trial(operation: Operation) -> Iterator[Trial]:
-    """An operation in a folder of its own, in memory if there is such a place: syncing takes no time there."""
+    """An operation in a folder of its own."""
+    with folder_in_memory() as root:
+        yield Trial(operation, root)
+
+
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """A folder in memory if there is such a place: syncing takes no time there."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as root:
-        yield Trial(operation, Path(root).resolve())
+        yield Path(root).resolve()
 
 
 # When something happens
@@ -193,11 +207,11 @@ def events_of(one: Trial) -> int:
 # The faults. Each yields what was left, once for each time it is tried.
 
 
-def killed_at_calls(one: Trial, rounds: int) -> Iterator[str]:
+def killed_at_calls(one: Trial, rounds: int) -> Outcomes:
     """`kill -9` before each call of the system in turn, or before some of them."""
     events = events_of(one)
     numbers = range(1, events + 1)
-    for number in numbers if rounds >= events else sorted(random.sample(numbers, rounds)):
+    for number in random.sample(numbers, min(rounds, events)):
         one.reset()
 
         def do(number: int = number) -> None:
@@ -209,7 +223,7 @@ def killed_at_calls(one: Trial, rounds: int) -> Iterator[str]:
         one.again()
 
 
-def killed_at_random(one: Trial, rounds: int) -> Iterator[str]:
+def killed_at_random(one: Trial, rounds: int) -> Outcomes:
     """`kill -9` at any moment."""
     for _ in range(rounds):
         one.reset()
@@ -218,7 +232,7 @@ def killed_at_random(one: Trial, rounds: int) -> Iterator[str]:
         one.again()
 
 
-def killed_twice(one: Trial, rounds: int) -> Iterator[str]:
+def killed_twice(one: Trial, rounds: int) -> Outcomes:
     """`kill -9` at any moment, and again when the same is done again, with the clocks of all files moved."""
     for number in range(rounds):
         one.reset()
@@ -240,12 +254,12 @@ def refused(one: Trial, do: Callable[[], object]) -> str:
     return found
 
 
-def full_disk(one: Trial, rounds: int) -> Iterator[str]:
+def full_disk(one: Trial, rounds: int) -> Outcomes:
     """A disk that is full after some bytes: one of that size, or where no disk can be made, a limit of files."""
     with _disk(one.place) as mounted:
-        for number in range(rounds):
+        for pages in random.sample(range(rounds), rounds):
             one.reset()
-            more = number * 4096
+            more = pages * 4096
             if mounted:
                 used = shutil.disk_usage(one.place).used
                 _mount("remount", f"size={used + more}", one.place)
@@ -263,7 +277,7 @@ def _with_limit(one: Trial, most: int) -> None:
     one.operation.run(one.place)
 
 
-def read_only(one: Trial, rounds: int) -> Iterator[str]:
+def read_only(one: Trial, rounds: int) -> Outcomes:
     """A disk that is read-only, and a folder that belongs to somebody else."""
     with _disk(one.place) as mounted:
         one.reset()
@@ -307,7 +321,7 @@ def _mount(first: str, second: str, place: Path) -> bool:
     return False
 
 
-def cut_short(one: Trial, rounds: int) -> Iterator[str]:
+def cut_short(one: Trial, rounds: int) -> Outcomes:
     """A file of tensors that is read gets shorter meanwhile."""
     sources = [*(one._template / "source").rglob("*.safetensors")]
     if not sources:
@@ -327,7 +341,7 @@ def cut_short(one: Trial, rounds: int) -> Iterator[str]:
         yield one.look()
 
 
-FAULTS: dict[str, Callable[[Trial, int], Iterator[str]]] = {
+FAULTS: dict[str, Callable[[Trial, int], Outcomes]] = {
     "`kill -9` at a call": killed_at_calls,
     "`kill -9` at any moment": killed_at_random,
     "`kill -9` twice, clock moved": killed_twice,

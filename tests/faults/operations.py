@@ -1,4 +1,4 @@
-"""What writes files or sends them, each from a known old state to a known new one. A new one is one line in the table."""
+"""What writes files or sends them, from a known old state to a known new one. Another one is one line in the table."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from weights.atomic import settle
 from weights.formats import WRITTEN
 
 State = Mapping[str, bytes]
+_PART = ".*.part"  # a merge, which the same call goes on with
 
 # As small as what is merged here, so that it is in many parts.
 streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 8_000, 4_096, 0
@@ -145,9 +146,13 @@ def operations(hub: Hub) -> list[Operation]:
             for format in WRITTEN
         ),
         Operation("convert", converted, lambda place: weights.write_adapter(lora(2.0), place / "source"), once=True),
-        Operation("merge into a file", lambda place: merged(place, "merged.safetensors"), model, leaves=".*.part"),
+        Operation("merge into a file", lambda place: merged(place, "merged.safetensors"), model, leaves=_PART),
         Operation(
-            "merge into a folder", lambda place: merged(place, "m", max_shard_size=30_000), model, once=True, leaves=".*.part"
+            "merge into a folder",
+            lambda place: merged(place, "m", max_shard_size=30_000),
+            model,
+            once=True,
+            leaves=".*.part",
         ),
         Operation("download", downloaded, served, hub.serve, cached, together=False),
         Operation("pull into a folder", pulled, served, hub.serve),
