@@ -69,11 +69,10 @@ def read_adapter(
 
 def _state(path: Path) -> dict[str, tuple[int, int, int]]:
     """What tells one state of an adapter's files from another: some of them may be replaced while others are read."""
-    beside = (path, path.with_name(CONFIG))
     found: dict[str, tuple[int, int, int]] = {}
-    for file in path.iterdir() if path.is_dir() else beside:
-        with contextlib.suppress(OSError):
-            if file.suffix in _READ:
+    with contextlib.suppress(OSError):
+        for file in path.iterdir() if path.is_dir() else (path, path.with_name(CONFIG)):
+            if file.suffix in _READ and file.exists():
                 status = file.stat()
                 found[file.name] = status.st_ino, status.st_size, status.st_mtime_ns
     return found

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from weights.errors import FileFormatError, FileWriteError
 from weights.header import read_header
 from weights.hub_path import is_inside
-from weights.local import read_small
+from weights.local import place_to_write, read_small
 from weights.locks import locked
 
 _STAGE = re.compile(r"\.[0-9a-f]{16}\.tmp")
@@ -36,7 +36,7 @@ def write_files(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
     Raises:
         FileWriteError: The system refused; no temporary file is left, and no old file was touched before all the
             new ones were on the disk.
-        FileFormatError: A written safetensors file cannot be read back.
+        FileFormatError: A written safetensors file cannot be read back, or a folder, a pipe or a device has that name.
     """
     stages: dict[Path, _Stage] = {}
     path = Path()
@@ -44,7 +44,7 @@ def write_files(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
         common = Path(os.path.commonpath([path.parent.absolute() for path in contents])).resolve()
         with ExitStack() as stack:
             for path, chunks in contents.items():
-                target = path.resolve()
+                target = place_to_write(path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 near = target.is_relative_to(common) and target.parent.stat().st_dev == common.stat().st_dev
                 folder = common if near else target.parent
@@ -91,8 +91,6 @@ class _Stage:
 
     def write(self, target: Path, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file, which is not at its place yet."""
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
         name = f"{len(self._targets)}{target.suffix}"
         _write(self._path / name, chunks)
         if target.suffix == ".safetensors":

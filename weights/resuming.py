@@ -15,6 +15,7 @@ from torch import Tensor
 from weights.atomic import check_written, sync_folder
 from weights.errors import FileFormatError, FileWriteError, WeightsError
 from weights.files import bytes_of
+from weights.local import is_folder, place_to_write
 from weights.locks import locked
 
 
@@ -38,7 +39,9 @@ class Workspace:
             fingerprint: What is written; equal if the bytes are.
         """
         self._destination = destination
-        self._target = destination.resolve()
+        if single and is_folder(destination):
+            raise FileFormatError(f"{destination} is a folder; give the name of a file in it.")
+        self._target = place_to_write(destination) if single else place_to_write(destination / "x").parent
         self._single = single
         self._fingerprint = fingerprint
         self.folder = self._target.with_name(f".{self._target.name}.part")
@@ -79,8 +82,6 @@ class Workspace:
         self._lock.close()
 
     def _check_destination(self) -> None:
-        if self._single and self._target.is_dir():
-            raise FileFormatError(f"{self._destination} is a folder; give the name of a file in it.")
         new = not self._target.exists() or (self._target.is_dir() and not any(self._target.iterdir()))
         if not (self._single or new):
             self._tidy()

@@ -73,7 +73,7 @@ def all_at_once(one: Trial, rounds: int) -> Counter[str]:
         for ended in map(one.end, children):
             if ended not in (DONE, REFUSED):
                 raise Damage(f"one of {WRITERS} at once ended with {ended}")
-            counts["did it" if ended == DONE else "was told that another does"] += 1
+            counts["did it" if ended == DONE else "were told that another does"] += 1
         if one.look() != "new":
             raise Damage(f"{WRITERS} at once left what is {one.look()}")
         one.again()
