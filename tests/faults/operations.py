@@ -31,7 +31,8 @@ streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 8_000, 4_096, 0
 
 def files_in(folder: Path) -> State:
     """The files that are not hidden, by name, as they are after a reader has looked there."""
-    settle(folder)
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        settle(place)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     names = {path: path.relative_to(folder) for path in paths}
     return {
