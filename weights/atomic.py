@@ -41,10 +41,11 @@ def write_files(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
     stages: dict[Path, _Stage] = {}
     path = Path()
     try:
+        targets = {path: place_to_write(path) for path in contents}
         common = Path(os.path.commonpath([path.parent.absolute() for path in contents])).resolve()
         with ExitStack() as stack:
             for path, chunks in contents.items():
-                target = place_to_write(path)
+                target = targets[path]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 near = target.is_relative_to(common) and target.parent.stat().st_dev == common.stat().st_dev
                 folder = common if near else target.parent

@@ -50,8 +50,8 @@ class Workspace:
         self.done = 0
 
     def __enter__(self) -> Workspace:
-        self._check_destination()
         try:
+            self._check_destination()
             self._files.mkdir(parents=True, exist_ok=True)
             self._journal: BinaryIO = (self.folder / "journal").open("a+b", buffering=0)
             self._lock.enter_context(locked(self.folder / "journal"))
@@ -73,7 +73,7 @@ class Workspace:
             raise error
         elif isinstance(error, OSError):
             begun = f"when it can be, the same call goes on with what is in {self.folder}"
-            fix = begun if self._files.is_dir() else "choose a place you may write to"
+            fix = begun if is_folder(self._files) else "choose a place you may write to"
             raise FileWriteError(f"{self._destination} cannot be written: {error.strerror or error}; {fix}.") from error
 
     def _close(self) -> None:
