@@ -22,7 +22,7 @@ import torch
 import weights
 from tests.faults.harness import FAULTS, Damage, Trial, folder_in_memory, trial
 from tests.faults.hub import Hub
-from tests.faults.operations import lora, operations
+from tests.faults.operations import Operation, lora, operations
 from tests.faults.together import READERS, WRITERS, all_at_once, loads_while_saving, reads_while_saving
 
 BEGIN, END = "<!-- python -m tests.faults -->", "<!-- end -->"
@@ -34,13 +34,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100, help="how often each fault is tried on each operation")
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="what the names of the operations have in them")
     parser.add_argument("--write", type=Path, help="a file with a table to renew")
     args = parser.parse_args()
     random.seed(args.seed)
     torch.set_num_threads(1)
     run = Run(args.rounds, args.seconds)
     with served() as hub:
-        text = run.table(hub)
+        text = run.table([operation for operation in operations(hub) if args.only in operation.name])
     print(text)
     if args.write is not None:
         content = args.write.read_text()
@@ -73,11 +74,11 @@ class Run:
         self.kills = 0
         self._rounds, self._seconds = rounds, seconds
 
-    def table(self, hub: Hub) -> str:
+    def table(self, tried: Sequence[Operation]) -> str:
         """The tables, in Markdown."""
         rows: list[Row] = []
         shared: list[Row] = []
-        for operation in operations(hub):
+        for operation in tried:
             with trial(operation) as one:
                 rows.append((operation.name, [self._tried(one, fault) for fault in FAULTS]))
                 counts = self._guarded(operation.name, lambda one=one: all_at_once(one, max(1, self._rounds // 10)))  # type: ignore[misc]

@@ -100,6 +100,20 @@ def merged(place: Path, name: str, **options: int) -> object:
     return adapters.merge_files(source / "base", {source / "style": 0.5}, place / "out" / name, **options)
 
 
+def tuned(place: Path) -> None:
+    """A checkpoint, another that was made of it, and what is there already where their difference goes."""
+    model(place)
+    source = place / "source"
+    adapters.merge_files(source / "base", {source / "style": 1.0}, source / "tuned")
+    weights.write_adapter(lora(1.0), place / "out" / "adapter")
+
+
+def extracted(place: Path) -> object:
+    return adapters.extract_files(
+        place / "source" / "base", place / "source" / "tuned", place / "out" / "adapter", rank=2
+    )
+
+
 def command(*arguments: object) -> None:
     with redirect_stdout(io.StringIO()):
         main.main([str(argument) for argument in arguments], standalone_mode=False)
@@ -155,6 +169,7 @@ def operations(hub: Hub) -> list[Operation]:
             once=True,
             leaves=".*.part",
         ),
+        Operation("extract", extracted, tuned),
         Operation("download", downloaded, served, hub.serve, cached, together=False),
         Operation("pull into a folder", pulled, served, hub.serve),
         Operation("publish", published, served, hub.clear, lambda place: hub.published()),
