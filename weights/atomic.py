@@ -74,8 +74,7 @@ class _Stage:
         self._lock = ExitStack()
 
     def __enter__(self) -> _Stage:
-        settle(self._folder)
-        _tidy(self._folder)
+        tidy(self._folder)
         while True:
             self._path = self._folder / f".{secrets.token_hex(8)}.tmp"
             self._path.mkdir()
@@ -166,8 +165,9 @@ def _move(stage: Path) -> None:
     (stage / _JOURNAL).unlink()
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what somebody has left who was killed before."""
+def tidy(folder: Path) -> None:
+    """Put in place what somebody who was killed has left, as `settle` does, and remove what was not so far."""
+    settle(folder)
     for stage in _stages(folder):
         with suppress(OSError), locked(stage) as sure:
             if sure and not _is_cut_off(stage):

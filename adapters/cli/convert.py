@@ -85,13 +85,12 @@ def convert(
 
 def check_new(path: Path) -> None:
     """See to it that nothing is written over, and no folder is called like a file."""
-    from weights.atomic import settle
+    from weights.atomic import tidy
 
     if path.suffix in _OTHERS:
         raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")
-    settle(path)
-    # A call that was killed may have left something hidden.
-    if path.is_file() or (path.is_dir() and not all(file.name.startswith(".") for file in path.iterdir())):
+    tidy(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import constants, logging
@@ -59,6 +61,7 @@ class Hub:
 
 
 def _serve(pipe: Connection, files: dict[str, bytes]) -> None:
+    sys.stderr = Path(os.devnull).open("w")  # Requests of clients that are killed are cut off.
     with HubServer() as server:
         pipe.send(server.url)
         while True:
