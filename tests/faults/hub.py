@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -61,8 +61,8 @@ class Hub:
 
 
 def _serve(pipe: Connection, files: dict[str, bytes]) -> None:
-    sys.stderr = Path(os.devnull).open("w")  # Requests of clients that are killed are cut off.
-    with HubServer() as server:
+    # Requests of clients that are killed are cut off, and nobody need hear of that.
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), HubServer() as server:
         pipe.send(server.url)
         while True:
             what = pipe.recv()
