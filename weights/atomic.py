@@ -148,15 +148,15 @@ def _putting_in_place(folder: Path) -> Iterator[None]:
 def _move(stage: Path) -> None:
     """Move files to where the journal says, those that are not there yet."""
     try:
-        places = dict(json.loads(read_small(stage / _JOURNAL)))
-    except (ValueError, TypeError, RecursionError) as error:
+        places = {str(name): str(place) for name, place in json.loads(read_small(stage / _JOURNAL)).items()}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise OSError(f"{stage / _JOURNAL} is not sound") from error
     folder = stage.parent.resolve()
-    moves = {stage / str(name): folder / str(place) for name, place in places.items()}
-    for (name, place), target in zip(places.items(), moves.values(), strict=True):
-        # A folder may come from anywhere, with a journal in it.
-        if not (is_inside(str(place)) and "/" not in name and target.parent.resolve().is_relative_to(folder)):
-            raise OSError(f"{stage / _JOURNAL} leads out of the folder")
+    moves = {stage / name: folder / place for name, place in places.items()}
+    # A folder may come from anywhere, with a journal in it.
+    inside = all(map(is_inside, (*places, *places.values()))) and not any("/" in name for name in places)
+    if not (inside and all(target.parent.resolve().is_relative_to(folder) for target in moves.values())):
+        raise OSError(f"{stage / _JOURNAL} leads out of the folder")
     for file, target in moves.items():
         if file.exists():
             file.replace(target)

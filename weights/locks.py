@@ -36,8 +36,9 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[bool]:
     try:
         yield _lock(descriptor, time.monotonic() + wait)
     finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
+        if descriptor in _held:  # and not in a process that was forked meanwhile
+            _held.remove(descriptor)
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, until: float) -> bool:

@@ -94,6 +94,8 @@ def test_a_tensor_without_end(place: Path) -> None:
         {"../../other": "ok.safetensors"},
         {"0": "link/out"},
         ["0"],
+        {"..": "out"},
+        {"0": "..", ".": "out"},
         "[" * 10_000,
         {"0": "a\0b"},
     ],
