@@ -319,9 +319,29 @@ def _matcher(pattern: Pattern | None, model: nn.Module, method: Method | None) -
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` stands for anything within one name, `**` for anything; `**.` also for nothing, to reach the top level."""
-    parts = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*"}
-    return re.compile("".join(parts.get(part) or re.escape(part) for part in re.split(r"(\*\*\.|\*\*|\*)", pattern)))
+    """`*` stands for anything within one name, `**` for anything; `**.` also for nothing, where a name begins.
+
+    What a wildcard stands for is never tried again once the text after it is found: the first place for that leaves
+    most to the others. So the time is at most the square of a path's length, whatever the pattern.
+    """
+    first, *rest = re.split(r"((?:^|(?<=\.))\*{2,}\.|\*{2,})", pattern)
+    regex = _within_names(first, last=not rest)
+    for wildcard, text in zip(rest[::2], rest[1::2], strict=True):
+        if text is rest[-1]:
+            regex += (r"(?:.*\.)?" if wildcard.endswith(".") else ".*") + _within_names(text, last=True)
+        else:
+            any_ = r"(?:.*?\.)??" if wildcard.endswith(".") else ".*?"
+            regex += f"(?>{any_}{_within_names(text, last=False)})"
+    return re.compile(regex)
+
+
+def _within_names(text: str, last: bool) -> str:
+    """The expression for a part of a glob without `**`, the last part or one before it."""
+    first, *rest = map(re.escape, text.split("*"))
+    found = [rf"(?>[^.]*?{part})" for part in rest]
+    if last and rest:
+        found[-1] = rf"[^.]*{rest[-1]}"
+    return first + "".join(found)
 
 
 def _output_head(model: nn.Module) -> object:

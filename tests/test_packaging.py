@@ -123,7 +123,7 @@ def test_sdist_holds_the_project(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"} <= names
+    assert {"pyproject.toml", "README.md", "SECURITY.md", "LICENSE", "Makefile", "constraints.txt"} <= names
     assert {"fluxion/chain.py", "adapters/patch.py", "weights/files.py", "tests/test_packaging.py"} <= names
 
 

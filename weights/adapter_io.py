@@ -10,11 +10,15 @@ from pathlib import Path
 
 from weights import pickles
 from weights.adapter_file import AdapterFile
-from weights.errors import FileFormatError
+from weights.atomic import settle
+from weights.errors import FileFormatError, WeightsError
 from weights.files import is_finite
 from weights.formats import FORMATS, WRITTEN
 from weights.formats.found import Found
-from weights.sources import locate
+from weights.sources import CONFIG, locate
+
+_TRIES = 20
+_READ = (".safetensors", ".json", ".bin", ".pt", ".gguf")  # endings of what is read
 
 
 def read_adapter(
@@ -46,11 +50,32 @@ def read_adapter(
     patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
     patterns += pickles.FILES if pickle else []
     path = locate(source, revision=revision, token=token, patterns=patterns, max_bytes=max_bytes)
-    with pickles.unpickled(path) if pickle else nullcontext(path) as readable:
-        adapter = _read(source, readable)
-    if finite:
-        _check_finite(source, adapter)
-    return adapter
+    for _ in range(_TRIES):
+        state = _state(path)
+        try:
+            with pickles.unpickled(path) if pickle else nullcontext(path) as readable:
+                adapter = _read(source, readable)
+        except WeightsError:
+            if _state(path) == state:
+                raise
+            continue
+        if _state(path) == state:
+            if finite:
+                _check_finite(source, adapter)
+            return adapter
+        settle(path if path.is_dir() else path.parent)
+    raise FileFormatError(f"{source} was changed each time it was read; read it when nobody writes there.")
+
+
+def _state(path: Path) -> dict[str, tuple[int, int, int]]:
+    """What tells one state of an adapter's files from another: some of them may be replaced while others are read."""
+    found: dict[str, tuple[int, int, int]] = {}
+    with contextlib.suppress(OSError):
+        for file in path.iterdir() if path.is_dir() else (path, path.with_name(CONFIG)):
+            if file.suffix in _READ and file.exists():
+                status = file.stat()
+                found[file.name] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
 
 
 def _check_finite(source: str | PathLike[str], adapter: AdapterFile) -> None:

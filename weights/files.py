@@ -20,6 +20,7 @@ from weights.errors import FileFormatError, SourceNotFoundError
 from weights.folders import Folder, TensorFile, hub_folder, local_folder
 from weights.header import DTYPES, METADATA_KEY, Slot, Stamp, check_name
 from weights.hub_path import HubPath
+from weights.local import is_folder
 from weights.sources import INDEX, TENSORS, find
 
 _PIPELINE = "model_index.json"
@@ -201,7 +202,7 @@ def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Map
         FileWriteError: The system refused to write; the old file is untouched.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         raise FileFormatError(f"{path} is a folder; give the name of a file in it.")
     write_files({path: encode(tensors, metadata)})
     return path
@@ -307,11 +308,20 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _read_tensor(file: FileIO, path: Path, slot: Slot, name: str) -> Tensor:
-    tensor = torch.empty(slot.shape, dtype=slot.dtype)
+    tensor = empty(slot.shape, slot.dtype, f"{path}: tensor {name!r}")
     read_bytes(file, path, slot.start, bytes_of(tensor))
     if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
     return tensor
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
+    """Memory for a tensor; raises a FileFormatError where there is not so much: a file may say anything."""
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        size = math.prod(shape) * dtype.itemsize
+        raise FileFormatError(f"{what} has {size:,} bytes, for which there is no memory; check the file.") from error
 
 
 def read_bytes(file: FileIO, path: Path, start: int, content: memoryview, stamp: Stamp | None = None) -> None:

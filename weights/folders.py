@@ -39,8 +39,8 @@ class Folder(Protocol):
     def names(self) -> Iterable[str]:
         """The names of the files in it."""
 
-    def folders(self) -> Mapping[str, Folder]:
-        """The folders in it, by name."""
+    def folders(self, linked: bool = True) -> Mapping[str, Folder]:
+        """The folders in it, by name, and those that links in it lead to if wanted."""
 
     def content(self, name: str) -> bytes:
         """All bytes of a small file."""
@@ -78,9 +78,10 @@ class LocalFolder:
         with _reading(self.path):
             return [path.name for path in self.path.iterdir()]
 
-    def folders(self) -> Mapping[str, Folder]:
+    def folders(self, linked: bool = True) -> Mapping[str, Folder]:
         with _reading(self.path):
-            return {path.name: LocalFolder(path) for path in self.path.iterdir() if path.is_dir()}
+            found = [path for path in self.path.iterdir() if path.is_dir() and (linked or not path.is_symlink())]
+            return {path.name: LocalFolder(path) for path in found}
 
     def content(self, name: str) -> bytes:
         with _reading(self.path / name):
@@ -127,7 +128,7 @@ class HubFolder:
     def names(self) -> Iterable[str]:
         return [name for name in self.snapshot.inside(self.path) if "/" not in name]
 
-    def folders(self) -> Mapping[str, Folder]:
+    def folders(self, linked: bool = True) -> Mapping[str, Folder]:
         found = {name.partition("/")[0] for name in self.snapshot.inside(self.path) if "/" in name}
         return {name: HubFolder(self.snapshot, f"{self.path}/{name}".removeprefix("/")) for name in found}
 

@@ -201,6 +201,9 @@ class Snapshot:
             raise HubError(
                 f"{path} of {self.place.repo_id} came damaged, its hash is not the published one; download it again."
             )
+        if blob:  # The client begins anew where it was killed, and leaves what it had.
+            for cut_off in file.resolve().parent.glob(f"{blob}.*.incomplete"):
+                cut_off.unlink(missing_ok=True)
 
 
 def head(repo_id: str, revision: str | None, token: str | None) -> ModelInfo:

@@ -24,7 +24,18 @@ def hub_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
-        raise _translated(error, repo_id, token) from error
+        told = _translated(error, repo_id, token)
+        # A traceback shows what caused it too, and a server may repeat what it was sent.
+        raise told from (None if token and _shows(error, token) else error)
+
+
+def _shows(error: BaseException | None, token: str) -> bool:
+    """Whether an error or what led to it has the token in its text."""
+    while error is not None:
+        if token in f"{error} {error!r}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _translated(error: BaseException, repo_id: str, token: str | None) -> WeightsError:

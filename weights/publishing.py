@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from weights.card import CARD, check_card
 from weights.errors import FileFormatError, HubAccessError, HubConnectionError, HubError, SourceNotFoundError
-from weights.header import read_header
+from weights.header import Stamp, read_header
 from weights.hub import HubFile, Snapshot, fits, head, published_files, stored_token
 from weights.hub_errors import hub_errors
 from weights.hub_path import HubPath, is_inside
@@ -63,6 +63,7 @@ def publish(
         HubError: The Hub failed otherwise, or has not got what was sent.
     """
     root = Path(folder)
+    stamps = {path: _stamp(path) for path in files_in(root).values()}
     files = _publishable(root)
     token = token or stored_token()
     if dry_run:
@@ -77,14 +78,19 @@ def publish(
 
         before = target.prepare(private=private, create_pr=create_pr)
         with target.explained():
+            operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+            for operation in operations:
+                _ = operation.upload_info.sha256  # Or else it is what the file has when it is sent.
+            _check_unchanged(stamps)  # So what was hashed is what was checked, and the Hub takes nothing else.
             commit = HfApi(token=token).create_commit(
                 repo_id,
-                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()],
+                operations,
                 commit_message=commit_message or f"Upload {root.resolve().name}",
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=before.sha,
             )
+    _check_unchanged(stamps)
     _verify(files, HubPath(repo_id, commit.oid), str(commit.pr_url or commit.commit_url), token)
     return str(commit.commit_url)
 
@@ -139,6 +145,20 @@ class _Target:
             if not self.made:
                 raise
             raise type(error)(f"{error} {self.made}") from error
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        with path.open("rb") as file:
+            return Stamp.of(file)
+    except OSError:
+        return None
+
+
+def _check_unchanged(stamps: Mapping[Path, Stamp | None]) -> None:
+    for path, stamp in stamps.items():
+        if _stamp(path) != stamp:
+            raise FileFormatError(f"{path} was changed while it was published; publish it again.")
 
 
 def _verify(files: Mapping[str, Path], place: HubPath, url: str, token: str) -> None:

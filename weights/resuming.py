@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -15,6 +15,8 @@ from torch import Tensor
 from weights.atomic import check_written, sync_folder
 from weights.errors import FileFormatError, FileWriteError, WeightsError
 from weights.files import bytes_of
+from weights.local import is_folder, place_to_write
+from weights.locks import locked
 
 
 class Workspace:
@@ -37,42 +39,59 @@ class Workspace:
             fingerprint: What is written; equal if the bytes are.
         """
         self._destination = destination
-        self._target = destination.resolve()
+        if single and is_folder(destination):
+            raise FileFormatError(f"{destination} is a folder; give the name of a file in it.")
+        self._target = place_to_write(destination) if single else place_to_write(destination / "x").parent
         self._single = single
         self._fingerprint = fingerprint
         self.folder = self._target.with_name(f".{self._target.name}.part")
         self._files = self.folder / "files"
+        self._lock = ExitStack()
         self.done = 0
 
     def __enter__(self) -> Workspace:
-        self._check_destination()
         try:
+            self._check_destination()
             self._files.mkdir(parents=True, exist_ok=True)
             self._journal: BinaryIO = (self.folder / "journal").open("a+b", buffering=0)
-            _lock(self._journal, self._destination)
+            self._lock.enter_context(locked(self.folder / "journal"))
             self._begin()
+        except BlockingIOError:
+            self._close()
+            raise FileWriteError(
+                f"{self._destination} is being written at the moment; wait for that, or stop it."
+            ) from None
         except OSError as error:
             self.__exit__(type(error), error, None)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if hasattr(self, "_journal"):
-            self._journal.close()
+        self._close()
         if error is None:
             shutil.rmtree(self.folder)
         elif isinstance(error, WeightsError):
             raise error
         elif isinstance(error, OSError):
             begun = f"when it can be, the same call goes on with what is in {self.folder}"
-            fix = begun if self._files.is_dir() else "choose a place you may write to"
+            fix = begun if is_folder(self._files) else "choose a place you may write to"
             raise FileWriteError(f"{self._destination} cannot be written: {error.strerror or error}; {fix}.") from error
 
+    def _close(self) -> None:
+        if hasattr(self, "_journal"):
+            self._journal.close()
+        self._lock.close()
+
     def _check_destination(self) -> None:
-        if self._single and self._target.is_dir():
-            raise FileFormatError(f"{self._destination} is a folder; give the name of a file in it.")
         new = not self._target.exists() or (self._target.is_dir() and not any(self._target.iterdir()))
         if not (self._single or new):
+            self._tidy()
             raise FileFormatError(f"{self._destination} is there already; choose another, or remove it first.")
+
+    def _tidy(self) -> None:
+        """Remove the folder of one who was killed just after all of it had appeared."""
+        with suppress(OSError), locked(self.folder / "journal"):
+            if not (self.folder / "journal").read_bytes():
+                shutil.rmtree(self.folder)
 
     def _begin(self) -> None:
         """Find out how far it came, and forget what is for something else, or what was cut off in the journal."""
@@ -177,15 +196,3 @@ class Writer(OneFile):
         rest = memoryview(content) if isinstance(content, bytes) else bytes_of(content)
         while rest:
             rest = rest[file.write(rest) :]  # A raw write may stop at 2 GiB.
-
-
-def _lock(file: BinaryIO, destination: Path) -> None:
-    """Keep a file from others that would write the same, until it is closed."""
-    if sys.platform == "win32":  # An open file cannot be removed there, and so not be begun anew.
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FileWriteError(f"{destination} is being written at the moment; wait for that, or stop it.") from None

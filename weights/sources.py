@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 
+from weights.atomic import settle
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.hub import Snapshot
 from weights.hub_path import HubPath
@@ -22,12 +23,16 @@ CONFIG = "adapter_config.json"  # belongs to the tensors beside it
 def find(source: str | PathLike[str], revision: str | None) -> Path | HubPath:
     """What `source` names: a path on this machine if it exists, else a place on the Hub.
 
+    What a writer who was killed has left half done there is put in place.
+
     Raises:
         SourceNotFoundError: It neither exists nor has the form of a place on the Hub.
         HubError: It has, and could lead elsewhere.
+        FileWriteError: What was left cannot be put in place.
     """
     path = Path(source).expanduser()
     if _exists(path):
+        settle(path if path.is_dir() else path.parent)
         return path
     place = HubPath.parse(source, revision) if isinstance(source, str) else None
     if place is None:

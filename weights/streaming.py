@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from weights.errors import FileFormatError, SourceNotFoundError, WeightsError
-from weights.files import bytes_of, encode_header, find_parts, has_tensors, locate_tensors, opened, read_bytes
+from weights.files import bytes_of, empty, encode_header, find_parts, has_tensors, locate_tensors, opened, read_bytes
 from weights.folders import Folder, TensorFile
 from weights.header import Slot
 from weights.resuming import OneFile, Workspace
@@ -221,6 +221,8 @@ def _beside(
     found: dict[str, bytes | Path] = {}
     folders = folder.folders()
     names = [name for name in folder.names() if name not in folders]
+    if front:  # Links further down may lead around in circles.
+        folders = folder.folders(linked=False)
     if whole and front and not has_tensors(folder) and any(_matches(name, _PICKLES) for name in names):
         raise FileFormatError(f"{folder} has its tensors in a pickle: save it as safetensors first.")
     for name in sorted(names):
@@ -340,7 +342,7 @@ def _pump(
     total = sum(output.size for output in plan.outputs)
     size = max((piece.to_read for piece in left), default=0)
     count = max(_BUFFERS, _WAITING // max(size, _AT_ONCE))
-    free = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
+    free = [empty([size], torch.uint8, "A tensor that is read") for _ in range(count)]
     pieces = iter(left)
     reads: deque[tuple[_Piece, Tensor, Future[None]]] = deque()
     writes: deque[tuple[_Piece, Tensor, Future[None]]] = deque()

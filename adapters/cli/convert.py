@@ -87,8 +87,11 @@ def convert(
 
 def check_new(path: Path) -> None:
     """See to it that nothing is written over, and no folder is called like a file."""
+    from weights.atomic import tidy
+
     if path.suffix in _OTHERS:
         raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")
+    tidy(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
+from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import adapters
 import fluxion as fl
 from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from adapters.methods import METHODS
+from adapters.targets import _glob
 from tests.adapters.models import build, snapshot
+from tests.weights.fuzz import SECONDS, bounded
 
 
 class Attention(nn.Module):
@@ -109,6 +115,45 @@ def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: 
     with pytest.raises(TargetError, match=message):
         adapters.inject(model, LoRA(rank=1), targets=targets, exclude=exclude)
     assert snapshot(model) == before
+
+
+def means(pattern: str, path: str) -> bool:
+    """Whether a glob matches a path, by the definition."""
+    tokens = re.findall(r"(?:^|(?<=\.))\*\*+\.|\*\*+|.", pattern)
+
+    @cache
+    def rest(token: int, at: int) -> bool:
+        if token == len(tokens):
+            return at == len(path)
+        kind = tokens[token]
+        if kind[:2] == "**":
+            starts = range(at, len(path) + 1)
+            after_dots = [at, *(place for place in starts if place > at and path[place - 1] == ".")]
+            return any(rest(token + 1, place) for place in (after_dots if kind[-1] == "." else starts))
+        if at < len(path) and kind in ("*", path[at]) and (kind != "*" or path[at] != "."):
+            return rest(token + (kind != "*"), at + 1) or (kind == "*" and rest(token + 1, at))
+        return kind == "*" and rest(token + 1, at)
+
+    return rest(0, 0)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join), st.text("ab.", max_size=10)
+)
+def test_globs_mean_what_is_said(pattern: str, path: str) -> None:
+    assert bool(_glob(pattern).fullmatch(path)) == means(pattern, path)
+
+
+@pytest.mark.parametrize("part", ["**a", "*a", "**.", "**.a", "*", "**a*", "a**.*a"])
+def test_no_glob_takes_forever(part: str) -> None:
+    model = nn.ModuleDict({"a" * 200: nn.Sequential(nn.Linear(2, 2))})
+    with bounded(), pytest.raises(TargetError, match="matches no layer"):
+        signal.alarm(SECONDS)
+        try:
+            adapters.inject(model, LoRA(rank=1), part * 60 + "b")
+        finally:
+            signal.alarm(0)
 
 
 def test_the_first_pattern_that_can_adapt_a_layer_counts() -> None:

@@ -304,7 +304,7 @@ else:
 assert contents(out) == old
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 run(path, "", 2.0)
-assert reached[0] > 300_000
+assert reached[0] >= 40_000  # What is not synced by then depends on the disk.
 assert contents(out) == expected
 assert not list(folder.glob(".*"))
 """
