@@ -12,7 +12,12 @@ from adapters.cli.console import Source, as_json, megabytes, print_json, progres
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=Source())
-@click.option("--base", type=Source(), metavar="MODEL", help="The base model, to say what would load and how large updates are in it.")
+@click.option(
+    "--base",
+    type=Source(),
+    metavar="MODEL",
+    help="The base model, to say what would load and how large updates are in it.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
