@@ -52,9 +52,8 @@ class Workspace:
     def __enter__(self) -> Workspace:
         try:
             self._check_destination()
-            self._files.mkdir(parents=True, exist_ok=True)
-            self._journal: BinaryIO = (self.folder / "journal").open("a+b", buffering=0)
-            self._lock.enter_context(locked(self.folder / "journal"))
+            while not self._open():
+                self._close()
             self._begin()
         except BlockingIOError:
             self._close()
@@ -66,15 +65,27 @@ class Workspace:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._close()
+        if hasattr(self, "_journal"):
+            self._journal.close()
         if error is None:
-            shutil.rmtree(self.folder)
-        elif isinstance(error, WeightsError):
+            shutil.rmtree(self.folder, ignore_errors=True)  # While it is locked: somebody may want to begin.
+        self._lock.close()
+        if isinstance(error, WeightsError):
             raise error
-        elif isinstance(error, OSError):
+        if isinstance(error, OSError):
             begun = f"when it can be, the same call goes on with what is in {self.folder}"
             fix = begun if is_folder(self._files) else "choose a place you may write to"
             raise FileWriteError(f"{self._destination} cannot be written: {error.strerror or error}; {fix}.") from error
+
+    def _open(self) -> bool:
+        """Open the journal and lock it. Returns whether it is still the one in the folder."""
+        path = self.folder / "journal"
+        self._files.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # Who had it has ended, and removed it.
+            self._journal: BinaryIO = path.open("a+b", buffering=0)
+            self._lock.enter_context(locked(path))
+            return os.path.samestat(os.fstat(self._journal.fileno()), path.stat())
+        return False
 
     def _close(self) -> None:
         if hasattr(self, "_journal"):
