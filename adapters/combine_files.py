@@ -43,8 +43,8 @@ def combine_files(
         sources: What `weights.read_adapter` reads, or what it has read, and the weights.
         destination: Where the adapter goes: a folder, or the name of a `.safetensors` file where the format has those.
         base: The base model, of which nothing but names and shapes is read. It is needed where the files do not say
-            enough: for other methods than LoRA, and for names without dots, unless the result is to have such names
-            too, as a `.safetensors` file in LyCORIS' format, which it then is by default.
+            enough: for other methods than LoRA, for those of an original model, and for names without dots, unless the
+            result may have such names too, as a `.safetensors` file of LyCORIS, which then is the default.
         how: As of `combine`.
         rank: As of `combine`.
         energy: As of `combine`.

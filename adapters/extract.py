@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -21,9 +23,10 @@ from adapters.methods import LoRA
 from adapters.patch import Patch, Place, write_file
 from adapters.placing import tied_names
 from adapters.standins import Shapes
-from adapters.targets import Layer, layers
+from adapters.targets import Layer, Patterns, as_rules, layers, select
 from weights.files import read_settings
 
+_ALL = re.compile(".*", re.DOTALL)
 _COUNTS = {torch.int64, torch.bool}  # What is no code of a number.
 
 
@@ -55,6 +58,8 @@ def extract_files(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    targets: Patterns | None = None,
+    exclude: Patterns | None = None,
     dtype: torch.dtype | None = None,
     format: str | None = None,
     seed: int = 0,
@@ -62,9 +67,9 @@ def extract_files(
 ) -> Reduction:
     """Write a LoRA that stands for the difference of two checkpoints of one model.
 
-    At each layer it is nearly the best of its rank, by a randomised singular value decomposition (arXiv:0909.4061):
-    no decomposition of a whole matrix is made. Differences are computed in at least single precision, one tensor after
-    the other.
+    At each layer it is nearly the best of its rank, by a randomised singular value decomposition (arXiv:0909.4061);
+    only where most of the full rank is needed a whole matrix is decomposed. Differences are computed in at least single
+    precision, one tensor after the other.
 
     Args:
         base: A safetensors file, a folder of transformers or diffusers with one or with shards, that of a whole
@@ -74,6 +79,8 @@ def extract_files(
         rank: The largest rank at a layer.
         energy: The share of the energy of each difference to keep, its squared Frobenius norm, more than 0 and at most
             1: each layer gets about the least rank that keeps it, at most `rank`, if that is given too.
+        targets: Patterns of layers, as of `inject`; by default all that differ, the output head too.
+        exclude: Patterns of layers to leave out.
         dtype: Of the adapter's tensors; by default that of the tuned ones.
         format: As of `Patch.save_pretrained`.
         seed: Where chance comes from. Torch's generators are not touched.
@@ -81,11 +88,12 @@ def extract_files(
 
     Returns:
         The ranks and the errors, and what differs and could not be extracted: biases and norms, tensors of another
-        shape, embeddings that are the output head as well.
+        shape, embeddings that are the output head as well, layers that are not chosen.
 
     Raises:
+        TargetError: A pattern matches nothing.
         AdapterError: The checkpoints do not differ in any matrix, or are of other models, or quantized, or a
-            difference is not finite; or neither rank nor energy is given.
+            difference is not finite, or too large for the dtype; or neither rank nor energy is given.
         weights.WeightsError: A checkpoint cannot be read, or the destination cannot be written.
 
     Example:
@@ -101,6 +109,10 @@ def extract_files(
     generator = torch.Generator().manual_seed(seed)
     model = _model(before)
     here = {_tensor_name(layer): layer for layer in layers(model)}
+    chosen = set(here)
+    if targets is not None or exclude is not None:
+        rules = as_rules(LoRA(), _ALL if targets is None else targets)
+        chosen = {_tensor_name(layer) for same, _ in select(model, rules, exclude) for layer in same}
     places: list[Place] = []
     errors: dict[str, float] = {}
     left_out = dict.fromkeys(before.slots.keys() ^ after.slots.keys(), "only one of the checkpoints has it")
@@ -109,6 +121,8 @@ def extract_files(
         matrix = None if layer is None else LoRA().matrix(layer.module, layer.parameter)
         if layer is None or matrix is None:
             left_out[name] = "it is no matrix"
+        elif name not in chosen:
+            left_out[name] = "it is not chosen"
         elif name in tied:
             left_out[name] = "it is the embedding and the output head at once, and a LoRA is for one of them"
         else:
@@ -118,8 +132,12 @@ def extract_files(
             up, down = cast(LoRA, branch.method).factors(branch.values(update.dtype))
             size = torch.linalg.vector_norm(update)
             errors[layer.path] = float(torch.linalg.vector_norm(update.sub_(up @ down)) / size)
+            if not math.isfinite(errors[layer.path]):
+                raise AdapterError(f"{layer.path} has numbers that are too large for its dtype: choose another dtype.")
     if not places:
-        differ = f"only in {', '.join(sorted(left_out)[:5])}" if left_out else "in nothing"
+        why = [f"{name} ({reason})" for name, reason in sorted(left_out.items())[:5]]
+        more = f" and {len(left_out) - len(why):,} more" if len(left_out) > len(why) else ""
+        differ = f"only in {', '.join(why)}{more}" if left_out else "in nothing"
         raise AdapterError(f"{base} and {tuned} differ {differ}: there is nothing to extract.")
     file = replace(
         Patch("extracted", model, places, 1.0, freezes=False).adapter_file(),

@@ -1,65 +1,104 @@
-"""What it takes to extract a LoRA from the difference of two weights, and how near it is."""
+"""What it takes to make a LoRA of the difference of two weights, or one of lower rank of a LoRA, and how near it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from adapters.factored import Factors, nearest
+from adapters.factored import Factors, nearest, reduced
 from benchmarks.harness import Ratio, Row, Timed, median, ratio, report, rounds
 
 RANK = 32
-SHAPES = [(320, 320), (1280, 1280), (2048, 768), (4096, 1024)]
+ENERGY = 0.9
+SMALLER = 8
+SHAPES = [(320, 320), (1024, 1024), (2048, 768), (4096, 1024)]
 QUANTILE = 0.99
+TRAINED, NOISY = 2e-4, 1e-3
+
+Ways = Mapping[str, Callable[[], Factors]]
 
 
-def tuned(outputs: int, inputs: int) -> Tensor:
+def tuned(outputs: int, inputs: int, noise: float) -> Tensor:
     """A difference such as training leaves: singular values that fall off, and noise below them."""
     size = min(outputs, inputs)
     scales = 1 / torch.arange(1, size + 1)
-    return (torch.randn(outputs, size) * scales) @ torch.randn(size, inputs) / size + torch.randn(
-        outputs, inputs
-    ) * 2e-4
+    falling = (torch.randn(outputs, size) * scales) @ torch.randn(size, inputs) / size
+    return falling + noise * torch.randn(outputs, inputs)
 
 
-def whole(difference: Tensor) -> Factors:
-    """The decomposition of the whole matrix, cut off."""
-    u, s, vt = torch.linalg.svd(difference, full_matrices=False)
-    return u[:, :RANK] * s[:RANK], vt[:RANK]
+def whole(matrix: Tensor, rank: int | None = None) -> Factors:
+    """The decomposition of the whole matrix, cut off at a rank, or where the energy is kept."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    if rank is None:
+        shares = s.square().cumsum(0) / s.square().sum()
+        rank = int((shares < ENERGY).sum()) + 1
+    return u[:, :rank] * s[:rank], vt[:rank]
 
 
-def as_kohya(difference: Tensor) -> Factors:
-    """As kohya's script does: the same, with the largest entries cut to the quantile of all."""
-    u, s, vt = torch.linalg.svd(difference)
-    up, down = u[:, :RANK] @ torch.diag(s[:RANK]), vt[:RANK]
-    most = torch.quantile(torch.cat([up.flatten(), down.flatten()])[: 1 << 24], QUANTILE)
+def kohya_extracts(matrix: Tensor) -> Factors:
+    """As kohya's extract_lora_from_models.py does: the largest entries are cut to the quantile of all."""
+    up, down = kohya_resizes(matrix, RANK)
+    most = torch.quantile(torch.cat([up.flatten(), down.flatten()]), QUANTILE)
     return up.clamp(-most, most), down.clamp(-most, most)
 
 
-def here(difference: Tensor) -> Factors:
-    return nearest(difference, RANK, generator=torch.Generator().manual_seed(0))
+def kohya_resizes(matrix: Tensor, rank: int) -> Factors:
+    """As kohya's resize_lora.py does, where not both sides are above 2048."""
+    u, s, vt = torch.linalg.svd(matrix)
+    return u[:, :rank] @ torch.diag(s[:rank]), vt[:rank]
 
 
-WAYS: dict[str, Callable[[Tensor], Factors]] = {"here": here, "torch.linalg.svd": whole, "kohya's": as_kohya}
+def chance() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
-def compare(outputs: int, inputs: int) -> Row:
-    difference = tuned(outputs, inputs)
+def compare(what: str, matrix: Tensor, ways: Ways) -> Row:
+    """Time and error of several ways, of which the first is the one here."""
     made: dict[str, Factors] = {}
 
     def one_round(timed: Timed) -> None:
-        for name, way in WAYS.items():
-            made[name] = timed(name, lambda way=way: way(difference))  # type: ignore[misc]
+        for name, way in ways.items():
+            made[name] = timed(name, way)
 
-    times = rounds(one_round, seconds=4.0, least=3)
-    row: Row = {"layer": f"{outputs} × {inputs}", "ms": 1e3 * median(times, "here")}
-    row |= {f"/ {name}": ratio(times, "here", name) for name in WAYS if name != "here"}
-    size = torch.linalg.vector_norm(difference)
+    times = rounds(one_round, seconds=2.0, least=3)
+    row: Row = {"task": what, "layer": "{} × {}".format(*matrix.shape), "ms": 1e3 * median(times, "here")}
+    row |= {f"/ {name}": ratio(times, "here", name) for name in ways if name != "here"}
+    size = torch.linalg.vector_norm(matrix)
     for name, (up, down) in made.items():
-        row[f"error, {name}"] = Ratio.exact(float(torch.linalg.vector_norm(up @ down - difference) / size))
+        row[f"error, {name}"] = Ratio.exact(float(torch.linalg.vector_norm(up @ down - matrix) / size))
     return row
+
+
+def compare_all() -> list[Row]:
+    rows: list[Row] = []
+    for shape in SHAPES:
+        matrix = tuned(*shape, TRAINED)
+        extracting: Ways = {
+            "here": lambda matrix=matrix: nearest(matrix, RANK, generator=chance()),  # type: ignore[misc]
+            "torch.linalg.svd": lambda matrix=matrix: whole(matrix, RANK),  # type: ignore[misc]
+            "kohya's": lambda matrix=matrix: kohya_extracts(matrix),  # type: ignore[misc]
+        }
+        rows.append(compare(f"extract, rank {RANK}", matrix, extracting))
+    for name, noise in (("few", TRAINED), ("many", NOISY)):
+        matrix = tuned(1024, 1024, noise)
+        keeping: Ways = {
+            "here": lambda matrix=matrix: nearest(matrix, energy=ENERGY, generator=chance()),  # type: ignore[misc]
+            "torch.linalg.svd": lambda matrix=matrix: whole(matrix),  # type: ignore[misc]
+        }
+        rank = whole(matrix)[0].shape[1]
+        rows.append(compare(f"extract, energy {ENERGY}, which {name} columns keep: {rank}", matrix, keeping))
+    for shape in SHAPES[1:3]:
+        up, down, _ = torch.svd_lowrank(tuned(*shape, TRAINED), RANK)
+        factors = (up * down, torch.randn(RANK, shape[1]))
+        resizing: Ways = {
+            "here": lambda factors=factors: reduced(factors, SMALLER),  # type: ignore[misc]
+            "torch.linalg.svd": lambda factors=factors: whole(factors[0] @ factors[1], SMALLER),  # type: ignore[misc]
+            "kohya's": lambda factors=factors: kohya_resizes(factors[0] @ factors[1], SMALLER),  # type: ignore[misc]
+        }
+        rows.append(compare(f"resize, rank {RANK} to {SMALLER}", factors[0] @ factors[1], resizing))
+    return rows
 
 
 def main() -> None:
@@ -67,11 +106,11 @@ def main() -> None:
     torch.manual_seed(0)
     report(
         "extract",
-        f"A LoRA of rank {RANK} extracted from the difference of two weights, in float32: time as a ratio to the"
-        " decomposition of the whole matrix, and to the method of kohya's script, which decomposes the whole matrix too"
-        f" and cuts entries to their quantile of {QUANTILE}; and the error, the norm of what is missing by that of the"
-        " difference.",
-        [compare(*shape) for shape in SHAPES],
+        "A LoRA of the difference of two weights, and one of lower rank of a LoRA, in float32: time as a ratio to the"
+        " decomposition of the whole matrix, and to the methods of kohya's scripts, which decompose all of it too"
+        f" and, to extract, cut entries to their quantile of {QUANTILE}; and the error, the norm of what is missing by"
+        " that of the matrix.",
+        compare_all(),
     )
 
 

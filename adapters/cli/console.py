@@ -66,18 +66,6 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@contextmanager
-def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on terminals, at the standard error, and what to call after each of so many steps."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True, markup=False)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
-
-
 def progress_in_bytes(text: str) -> AbstractContextManager[Callable[[int, int], None]]:
     """A bar on terminals, at the standard error, with rate and time left; and what to call with bytes done and all."""
     from rich.progress import DownloadColumn, TransferSpeedColumn

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import Source, as_json, make_console, plain, print_json, progress, shape_of, type_of
+from adapters.cli.console import (
+    Source,
+    as_json,
+    make_console,
+    plain,
+    print_json,
+    progress_in_bytes,
+    shape_of,
+    type_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,10 +137,14 @@ def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
     kinds, other_kinds = (
         {name: (type_of(slot), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
     )
-    with progress("Comparing", len(kinds.keys() & other_kinds.keys())) as step:
+    sizes = {name: one.slots[name].stop - one.slots[name].start for name in kinds if name in other_kinds}
+    done = 0
+    with progress_in_bytes("Comparing") as step:
 
         def read(name: str) -> Tensor:
-            step()
+            nonlocal done
+            done += sizes[name]
+            step(done, sum(sizes.values()))
             return one.read(name)
 
         yield from _of_tensors(kinds, other_kinds, read, other.read)

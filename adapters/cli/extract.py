@@ -17,6 +17,8 @@ from adapters.cli.convert import DTYPES, check_new
 @click.argument("destination", type=click.Path(path_type=Path))
 @reduction.rank
 @reduction.energy
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Which layers, by name or glob.  [default: all]")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Which layers to leave out.")
 @reduction.to
 @click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as in TUNED]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Where chance comes from.")
@@ -27,6 +29,8 @@ def extract(
     destination: Path,
     rank: int | None,
     energy: float | None,
+    targets: tuple[str, ...],
+    exclude: tuple[str, ...],
     form: str | None,
     kind: str | None,
     seed: int,
@@ -39,12 +43,13 @@ def extract(
 
     Each layer is reduced by itself, to the rank that is given, or to the one that keeps enough; its error is printed,
     the norm of what is missing by that of the difference. A few tensors at a time are in memory. What no LoRA can hold,
-    such as biases and norms, is listed and left out.
+    such as biases and norms, is told and left out. --targets and --exclude take patterns such as q_proj and
+    '**.attn.*', and can be repeated.
 
     \b
     Examples:
       fluxion extract someone/model someone/tuned-model lora --rank 8
-      fluxion extract someone/model someone/tuned-model smaller --energy 0.9 --rank 64
+      fluxion extract someone/model someone/tuned-model smaller --energy 0.9 --rank 64 --exclude '**embeddings'
     """
     reduction.need_size(rank, energy)
     import torch
@@ -59,6 +64,8 @@ def extract(
             destination,
             rank=rank,
             energy=energy,
+            targets=targets or None,
+            exclude=exclude or None,
             dtype=getattr(torch, kind) if kind else None,
             format=form,
             seed=seed,

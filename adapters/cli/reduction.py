@@ -50,9 +50,10 @@ def show(made: Reduction, as_json: bool, **more: Any) -> None:
         table.add_row(plain(path), str(rank), f"{100 * made.errors[path]:.2f} %")
     console.print(table)
     if made.left_out:
-        left = columns("left out", "why", cut=("left out",))
-        for name, reason in made.left_out.items():
-            left.add_row(plain(name), reason)
+        left = columns("left out", "tensors", "such as", right=("tensors",), cut=("such as",))
+        for reason in dict.fromkeys(made.left_out.values()):
+            names = [name for name, why in made.left_out.items() if why == reason]
+            left.add_row(reason, f"{len(names):,}", plain(", ".join(names[:3])))
         console.print(left)
     off = math.sqrt(sum(error**2 for error in made.errors.values()) / len(made.errors))
     least, most = min(made.ranks.values()), max(made.ranks.values())

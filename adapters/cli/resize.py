@@ -34,10 +34,12 @@ def resize(
     the weights. DESTINATION is a new folder, or the name of a new .safetensors file, which only lycoris, diffusers and
     fluxion have. The error of each layer is printed, the norm of what is missing by that of its update.
 
+    Files of kohya's scripts have names of layers without dots. Without the base they stay so, in a .safetensors file.
+
     \b
     Examples:
       fluxion resize someone/style-lora smaller --rank 2
-      fluxion resize style.safetensors small.safetensors --energy 0.95 --base someone/model --to lycoris
+      fluxion resize style.safetensors small.safetensors --energy 0.95
     """
     reduction.need_size(rank, energy)
     import adapters

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +182,7 @@ def test_what_cannot_be_extracted_is_refused_in_words(tmp_path: Path) -> None:
 
     base, out = saved("base"), tmp_path / "out"
     codes = torch.ones(4, 4, dtype=torch.int8)
+    large = {"rank": 1, "dtype": torch.float16}
     cases: dict[str, tuple[Path, dict[str, Any], str]] = {
         "no size": (base, {}, "by rank=, or by the energy="),
         "no rank": (base, {"rank": 0}, "rank= has to be an integer"),
@@ -186,7 +190,12 @@ def test_what_cannot_be_extracted_is_refused_in_words(tmp_path: Path) -> None:
         "the same": (base, {"rank": 1}, "differ in nothing"),
         "a bias": (saved("bias", a_bias=torch.zeros(4)), {"rank": 1}, "differ only in a.bias"),
         "integers": (saved("ids", ids=torch.ones(4, dtype=torch.int64)), {"rank": 1}, "differ only in ids"),
-        "another shape": (saved("shape", a_weight=torch.randn(4, 5)), {"rank": 1}, "differ only in a.weight"),
+        "another shape": (
+            saved("shape", a_weight=torch.randn(4, 5)),
+            {"rank": 1},
+            r"a.weight \(it has another shape\): there",
+        ),
+        "too large": (saved("large", a_weight=1e12 * torch.ones(4, 4)), large, "a has numbers that are too large"),
         "NaN": (saved("nan", a_weight=torch.full((4, 4), torch.nan)), {"rank": 1}, "a.weight is not finite"),
         "codes": (saved("codes", a_weight=codes), {"rank": 1}, "a.weight is quantized"),
         "another model": (weights.save({"b": torch.ones(1)}, tmp_path / "b.safetensors"), {"rank": 1}, "no tensor of"),
@@ -317,21 +326,31 @@ def test_files_that_do_not_go_together_are_refused_with_their_names(tmp_path: Pa
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    """A real process is interrupted while it works."""
-    rows = torch.randn(1500, 1500)
-    base = weights.save({f"{n}.weight": rows for n in range(30)}, tmp_path / "base.safetensors")
-    tuned = weights.save({f"{n}.weight": torch.randn(1500, 1500) for n in range(30)}, tmp_path / "tuned.safetensors")
-    command = [Path(sys.executable).with_name("fluxion"), "extract", base, tuned, tmp_path / "out", "--rank", "64"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    files = Path("/proc") / str(running.pid) / "io"
-    for _ in range(600):  # Until it has read a part of the tensors.
-        if int(files.read_text().split()[1]) > 120_000_000 or running.poll() is not None:
-            break
-        time.sleep(0.1)
+    """A real process is interrupted while it works, which the bar on its terminal shows."""
+    for name in ("base", "tuned"):
+        tensors = {f"{n}.weight": torch.randn(600, 600) for n in range(60)}
+        weights.save(tensors, tmp_path / f"{name}.safetensors")
+    terminal, end = pty.openpty()
+    command = [Path(sys.executable).with_name("fluxion"), "extract", "base.safetensors", "tuned.safetensors", "out"]
+    running = subprocess.Popen(
+        [*command, "--energy", "0.9"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=end,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
+    )
+    os.close(end)
+    shown = b""
+    while not re.search(rb"MB +[0-9.]+ [kM]B/s +\d+:\d\d:\d\d", shown):
+        shown += os.read(terminal, 1 << 16)  # Raises an OSError when the process has ended.
     running.send_signal(signal.SIGINT)
-    printed, said = running.communicate(timeout=60)
-    assert (running.returncode, printed) == (130, "")
-    assert said.splitlines()[-1] == "Aborted!"
+    with contextlib.suppress(OSError):
+        while some := os.read(terminal, 1 << 16):
+            shown += some
+    os.close(terminal)
+    printed, _ = running.communicate(timeout=60)
+    assert (running.returncode, printed) == (130, b"")
+    assert shown.endswith(b"Aborted!\r\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
 
 

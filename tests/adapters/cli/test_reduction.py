@@ -46,7 +46,19 @@ def test_what_is_left_out_is_listed(tmp_path: Path) -> None:
     printed = done(
         "extract", tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", "--rank", 1
     )
-    assert re.search(r"a\.bias +it is no matrix", printed)
+    assert re.search(r"it is no matrix +1 +a\.bias", printed)
+
+
+def test_layers_are_chosen(tuned: Path, tmp_path: Path) -> None:
+    options = ("--targets", "query", "--targets", "**.0.**", "--exclude", "1.attention.self.query")
+    said = document("extract", MINILM, tuned, tmp_path / "lora", "--rank", 1, *options)
+    names = {layer["path"].removeprefix("encoder.layer.") for layer in said["layers"]}
+    assert names == {f"{n}.attention.self.query" for n in (0, 2, 3, 4, 5)} | {"0.attention.self.value"}
+    assert len(said["left_out"]) == 6
+    assert set(said["left_out"].values()) == {"it is not chosen"}
+    assert "'nowhere' matches no layer" in refused(
+        "extract", MINILM, tuned, tmp_path / "o", "--rank", 1, "--targets", "nowhere"
+    )
 
 
 def test_wrong_ones_are_refused_in_one_line(style: Path, kohya: Path, tuned: Path, tmp_path: Path) -> None:
