@@ -129,6 +129,17 @@ def check_before(layers: Iterable[Layer], trainable: bool) -> None:
             )
 
 
+def check_trained(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise a PatchStateError for a parameter to train that a unit of FSDP does not know: nothing averages its gradients."""
+    inside = {id(parameter) for unit in units(model) for parameter in unit.parameters()}
+    for name, parameter in named:
+        if parameter.requires_grad and id(parameter) in inside and not is_sharded(parameter):
+            raise PatchStateError(
+                f"{name} is in a module given to fully_shard, which was told to ignore it or did not know it yet, and"
+                " would not average its gradients: inject before fully_shard, and leave it out of ignored_params."
+            )
+
+
 def check_leaving(nodes: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise a PatchStateError for a node that is a unit of FSDP: without it, nothing would gather the layer's parts."""
     for path, node in nodes:
