@@ -28,7 +28,7 @@ from adapters.layers import (
 )
 from adapters.low_rank import is_ready, linear, linear_of_rows
 from adapters.quantized import is_quantized
-from adapters.sharded import is_sharded, whole
+from adapters.sharded import is_sharded, parted, whole
 from adapters.traced import number_of, strengths
 from fluxion.chain import PLAIN_CALLS, entry
 from fluxion.module import Late, Template
@@ -121,7 +121,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         self.__dict__["_fusion"] = None  # It would keep a branch that left.
 
     def divide(self, run: Callable[..., Any]) -> None:
-        """From now on let it be computed by a function of this node, of what is chosen, and of the input."""
+        """From now on let it be computed by a function of this node and of the input."""
         self.__dict__["_divided"] = run
         for branch in self.branches:
             branch.divided = run
@@ -164,7 +164,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             return self._traced(*args, **kwargs)
         state = self.__dict__
         if (divided := state.get("_divided")) is not None:
-            return divided(self, self.chosen(), *args, **kwargs)
+            return divided(self, *args, **kwargs)
         fusion: Fusion | None = state["_fusion"]
         if fusion is None or not fusion.holds(state):
             fusion = state["_fusion"] = Fusion(self)
@@ -184,7 +184,9 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def _is_traceable(self) -> bool:
         """Whether every branch runs beside the layer, on each row by itself, so that one graph does for any choice."""
-        return is_plain(self.base) and not self._merged and all(b.beside and b.names for b in self.branches)
+        if "_divided" in self.__dict__ or not is_plain(self.base) or self._merged:
+            return False
+        return all(b.beside and b.names for b in self.branches)
 
     def _traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """All branches, at the strengths that are looked up when the graph runs."""
@@ -548,16 +550,21 @@ def _finish_loading(node: Adapted, incompatible_keys: object) -> None:
 
 
 def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
-    """What weights become by some branches, in their own dtypes, computed in at least single precision."""
+    """What weights become by some branches, in their own dtypes, computed in at least single precision.
+
+    Those in parts are made whole for it, as no formula of a method has to know of parts, and are parted again.
+    """
     touched = dict.fromkeys(name for branch, _ in active for name in branch.names)
-    wide = {name: None if (weight := own[name]) is None else widened(weight) for name in touched}
+    wide = {name: None if (weight := own[name]) is None else widened(whole(weight)) for name in touched}
     for branch, scale in active:
         wide = branch.change(wide, scale)
     dtype = next((weight.dtype for weight in own.values() if weight is not None), None)  # For a bias where none was.
     weights = dict(own)
     for name, result in wide.items():
         like = own[name]
-        weights[name] = None if result is None else result.to(dtype if like is None else like.dtype)
+        if result is not None:
+            result = result.to(dtype) if like is None else parted(result.to(like.dtype), like)
+        weights[name] = result
     return weights
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from adapters.branch import Tensors
 from adapters.errors import AdapterError
 from adapters.method import is_integer
 from adapters.methods.adalora import AdaLoRA
 from adapters.patch import Patch
+from adapters.sharded import parted, settle, whole
 
 
 class RankAllocator:
@@ -55,8 +57,9 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        branches = (place.branch for place in patch.places if not place.branch.tied)
-        self._triplets = [branch.values() for branch in branches if isinstance(branch.method, AdaLoRA)]
+        settle(patch.model)
+        branches = [place.branch for place in patch.places if not place.branch.tied]
+        self._triplets = [Tensors(b.tensors(), b.matrix) for b in branches if isinstance(b.method, AdaLoRA)]
         if not self._triplets:
             raise AdapterError(f"The patch {patch.name!r} has no AdaLoRA, which is what RankAllocator prunes.")
         if not (0 < beta1 < 1 and 0 < beta2 < 1):
@@ -73,8 +76,9 @@ class RankAllocator:
         self.initial_budget = sum(t.lora_E.numel() for t in self._triplets)
         self.target_budget = min(target_rank * len(self._triplets), self.initial_budget)
         entries = [tensor for t in self._triplets for tensor in t.values()]
-        self._sensitivity = {id(tensor): torch.zeros_like(tensor) for tensor in entries}
-        self._uncertainty = {id(tensor): torch.zeros_like(tensor) for tensor in entries}
+        # Whole, where several processes have the patch in parts: so all find the same importance.
+        self._sensitivity = {id(tensor): torch.zeros_like(whole(tensor)) for tensor in entries}
+        self._uncertainty = {id(tensor): torch.zeros_like(whole(tensor)) for tensor in entries}
         self._pruned: list[Tensor] = []
 
     def budget(self, number: int) -> int:
@@ -103,11 +107,13 @@ class RankAllocator:
         elif number < last:
             return
         for t, pruned in zip(self._triplets, self._pruned, strict=False):
-            t.lora_E.masked_fill_(pruned, 0.0)
+            t.lora_E.masked_fill_(parted(pruned, t.lora_E), 0.0)
 
     def orthogonality(self) -> Tensor:
         """How far A and B are from orthogonal rows and columns, on average: to be added to the loss, with a factor."""
-        return torch.stack([_gram_error(rows) for t in self._triplets for rows in (t.lora_A, t.lora_B.mT)]).mean()
+        return torch.stack(
+            [_gram_error(rows) for t in self._triplets for rows in (whole(t.lora_A), whole(t.lora_B).mT)]
+        ).mean()
 
     def _observe(self) -> None:
         """Learn from the gradients of a step."""
@@ -117,7 +123,7 @@ class RankAllocator:
             raise AdapterError("There are no gradients: call step() after backward(), and before they are cleared.")
         for tensor in entries:
             grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            seen = (tensor * grad).abs()
+            seen = (whole(tensor) * whole(grad)).abs()
             smooth = self._sensitivity[id(tensor)].lerp_(seen, 1 - beta1)
             self._uncertainty[id(tensor)].lerp_((seen - smooth).abs(), 1 - beta2)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.layers import Matrix
+from adapters.sharded import whole
 
 if TYPE_CHECKING:
     from adapters.method import Method
@@ -107,13 +108,13 @@ class Branch(fl.Chain):
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None and name in self.common}
 
     def values(self, dtype: torch.dtype | None = None) -> Tensors:
-        """The tensors as a formula takes them.
+        """The tensors as a formula takes them, whole where several processes have them in parts.
 
         Args:
             dtype: What to convert floating-point ones to; by default they stay as they are, but for those that are
                 shared with layers on other devices or in other dtypes.
         """
-        tensors = self.tensors()
+        tensors = {name: whole(tensor) for name, tensor in self.tensors().items()}
         if self.common and (own := self._first()) is not None:
             for name in self.common:
                 shared = tensors[name]

@@ -19,6 +19,7 @@ from adapters.method import Site, is_integer, is_number
 from adapters.methods import LoRA
 from adapters.models import Model, as_module
 from adapters.patch import Patch, Place, check_name, find
+from adapters.sharded import check_before
 from adapters.targets import Layer, layers
 
 Pruning = Callable[[list[Tensor], float, torch.Generator | None], Tensor]
@@ -80,6 +81,7 @@ def combine(
     Raises:
         PatchNameError: The model has no patch of one of the names, or has one of the new name.
         PatchStateError: A layer of a patch is no longer in the model.
+        TargetError: Layers are divided by tensor parallelism.
         AdapterError: Nothing to combine, an unknown `how`, a number that is missing, out of its range or of no use,
             or a patch whose updates cannot be added up or are not finite.
     """
@@ -91,6 +93,7 @@ def combine(
     errors: dict[str, float] = {}
     with torch.no_grad():
         sites = _sites(model, weights)
+        check_before((site.layer for site in sites), trainable=False)
         for number, site in enumerate(sites, start=1):
             update = site.weighted_sum() if density is None else full(PRUNINGS[how](site.updates(), density, generator))
             if not all(factor.isfinite().all() for factor in update):

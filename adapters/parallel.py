@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,14 +21,20 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.nn import functional
 
-from adapters.adapted import Active, Adapted, is_merged_as
+from adapters.adapted import Adapted, is_merged_as
 from adapters.branch import Branch
 from adapters.choice import Rows
 from adapters.errors import PatchStateError, RowsError, TargetError
 from adapters.low_rank import Pair, joined
 from adapters.sharded import is_sharded
 
-_NAMES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+# What transformers calls them too, in the plans that its models bring.
+_NAMES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_gather_output": partial(ColwiseParallel, output_layouts=Replicate()),
+    "embedding_rowwise": partial(RowwiseParallel, input_layouts=Replicate()),
+}
 
 
 def parallel_plan(model: nn.Module, plan: Mapping[str, ParallelStyle | str]) -> dict[str, ParallelStyle]:
@@ -40,7 +47,8 @@ def parallel_plan(model: nn.Module, plan: Mapping[str, ParallelStyle | str]) -> 
     Args:
         model: The patched model.
         plan: Patterns of paths, as `parallelize_module` takes them, and styles. `"colwise"` and `"rowwise"` may stand
-            for `ColwiseParallel()` and `RowwiseParallel()`.
+            for `ColwiseParallel()` and `RowwiseParallel()`, and so may the names in the `tp_plan` of a model of
+            transformers.
 
     Raises:
         TargetError: A pattern matches nothing; or an adapted layer has a style, or an adapter, that cannot be divided:
@@ -121,7 +129,9 @@ class _Run:
     def __deepcopy__(self, memo: Any) -> _Run:
         return self  # A mesh is of processes, which are not copied.
 
-    def __call__(self, node: Adapted, chosen: Active | Rows, x: Tensor) -> Tensor:
+    @torch.compiler.disable  # A compiled graph would keep the choice.
+    def __call__(self, node: Adapted, x: Tensor) -> Tensor:
+        chosen = node.chosen()
         if isinstance(chosen, Rows):
             raise RowsError(
                 "Layers that are divided on several processes cannot have an adapter for each row: use one."

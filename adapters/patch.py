@@ -32,7 +32,7 @@ from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
 from adapters.pages import patch_fragment
 from adapters.quantized import is_quantized
-from adapters.sharded import check_before, check_leaving, is_sharded, once, parted, settle, whole
+from adapters.sharded import check_before, check_leaving, check_trained, is_sharded, once, parted, settle, whole
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
 from weights.card import CARD
 from weights.errors import listed
@@ -197,8 +197,15 @@ class Patch:
                     yield f"{place.path}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, for an optimizer."""
-        return (parameter for _, parameter in self.named_parameters())
+        """Its parameters, for an optimizer.
+
+        Raises:
+            PatchStateError: FSDP would not average the gradients of one.
+        """
+        named = list(self.named_parameters())
+        if self._model is not None and (model := self._model()) is not None:
+            check_trained(model, named)
+        return (parameter for _, parameter in named)
 
     def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
         """Its parameters in two groups for an optimizer, the tensors that start at zero learning faster.
@@ -220,7 +227,7 @@ class Patch:
 
     def num_parameters(self) -> int:
         """How many numbers it trains, with those that several layers share once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for _, parameter in self.named_parameters())
 
     def _shared_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that layers share, each once."""
@@ -551,7 +558,7 @@ class Patch:
             weights.WeightsError: The path cannot be written, or the format cannot hold the patch.
         """
         file = self.adapter_file(component)
-        once(self.parameters(), lambda: write_file(file, Path(path), format))
+        once(self.state_dict().values(), lambda: write_file(file, Path(path), format))
         return Path(path)
 
     def push_to_hub(
@@ -609,7 +616,7 @@ class Patch:
                     dry_run=dry_run,
                 )
 
-        return once(self.parameters(), publish)
+        return once(self.state_dict().values(), publish)
 
 
 def inject(

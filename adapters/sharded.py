@@ -83,7 +83,8 @@ def settle(model: nn.Module) -> None:
 def _averaging() -> tuple[type[nn.Module], ...]:
     """The classes of what averages gradients."""
     module = sys.modules.get("torch.distributed.fsdp")
-    return (nn.parallel.DistributedDataParallel, *(() if module is None else (module.FSDPModule,)))
+    of_fsdp = () if module is None else (module.FSDPModule, module.FullyShardedDataParallel)
+    return (nn.parallel.DistributedDataParallel, *of_fsdp)
 
 
 def check_before(layers: Iterable[Layer], trainable: bool) -> None:
@@ -98,7 +99,9 @@ def check_before(layers: Iterable[Layer], trainable: bool) -> None:
     Raises:
         TargetError: The layers are in parts already, or gradients are averaged by what does not know the adapters.
     """
-    if not _are_several():
+    layers = list(layers)
+    parts = [is_sharded(layer.module._parameters.get(layer.parameter)) for layer in layers]
+    if not _are_several() or not (trainable or any(parts)):
         return
     # A module does not know what it is in, so all that there is in this process is looked at.
     wrappers = [made for made in gc.get_objects() if issubclass(type(made), _averaging())]
@@ -107,8 +110,8 @@ def check_before(layers: Iterable[Layer], trainable: bool) -> None:
         {id(part) for outer in wrappers if isinstance(outer, ddp) == is_ddp for part in outer.modules()}
         for is_ddp in (False, True)
     )
-    for layer in layers:
-        key, weight = id(layer.module), layer.module._parameters.get(layer.parameter)
+    for layer, is_part in zip(layers, parts, strict=True):
+        key, weight = id(layer.module), cast(Any, layer.module._parameters.get(layer.parameter))
         if trainable and key in wrapped:
             raise TargetError(
                 f"{layer.path} is in DistributedDataParallel, which would not average the gradients of an adapter that"
@@ -119,10 +122,21 @@ def check_before(layers: Iterable[Layer], trainable: bool) -> None:
                 f"{layer.path} is sharded by fully_shard, which would not average the gradients of an adapter that"
                 " comes later: inject before fully_shard."
             )
-        if is_sharded(weight) and (trainable or key not in inside or weight.device_mesh.ndim > 1):
+        if is_part and (trainable or key not in inside or weight.device_mesh.ndim > 1):
             raise TargetError(
                 f"{layer.path} is in parts on several processes: inject or load before parallelize_module, and give"
                 " that the plan of adapters.parallel_plan."
+            )
+
+
+def check_trained(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise a PatchStateError for a parameter to train that a unit of FSDP does not know: nothing averages its gradients."""
+    inside = {id(parameter) for unit in units(model) for parameter in unit.parameters()}
+    for name, parameter in named:
+        if parameter.requires_grad and id(parameter) in inside and not is_sharded(parameter):
+            raise PatchStateError(
+                f"{name} is in a module given to fully_shard, which was told to ignore it or did not know it yet, and"
+                " would not average its gradients: inject before fully_shard, and leave it out of ignored_params."
             )
 
 
