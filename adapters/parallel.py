@@ -129,7 +129,7 @@ class _Run:
     def __deepcopy__(self, memo: Any) -> _Run:
         return self  # A mesh is of processes, which are not copied.
 
-    @torch.compiler.disable  # A compiled graph would keep the choice.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiled graph would keep the choice.
     def __call__(self, node: Adapted, x: Tensor) -> Tensor:
         chosen = node.chosen()
         if isinstance(chosen, Rows):

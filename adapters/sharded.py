@@ -130,7 +130,7 @@ def check_before(layers: Iterable[Layer], trainable: bool) -> None:
 
 
 def check_trained(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise a PatchStateError for a parameter to train that a unit of FSDP does not know: nothing averages its gradients."""
+    """Raise a PatchStateError for a parameter to train that no unit of FSDP knows: nothing averages its gradients."""
     inside = {id(parameter) for unit in units(model) for parameter in unit.parameters()}
     for name, parameter in named:
         if parameter.requires_grad and id(parameter) in inside and not is_sharded(parameter):
