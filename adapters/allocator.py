@@ -12,7 +12,7 @@ from adapters.errors import AdapterError
 from adapters.method import is_integer
 from adapters.methods.adalora import AdaLoRA
 from adapters.patch import Patch
-from adapters.sharded import parted, settle, whole
+from adapters.sharded import parted, whole
 
 
 class RankAllocator:
@@ -57,7 +57,7 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        settle(patch.model)
+        patch.settle_parts()
         branches = [place.branch for place in patch.places if not place.branch.tied]
         self._triplets = [Tensors(b.tensors(), b.matrix) for b in branches if isinstance(b.method, AdaLoRA)]
         if not self._triplets:

@@ -188,7 +188,7 @@ class Patch:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters, named by the path of the layer and the name of the tensor; those of tied layers once."""
-        self._settle_parts()
+        self.settle_parts()
         seen: set[int] = set()
         for place in self.places:
             for name, parameter in place.branch.named_weights():
@@ -241,7 +241,7 @@ class Patch:
         return {name: tensor.detach() for name, tensor in self._named_tensors()}
 
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        self._settle_parts()
+        self.settle_parts()
         seen: set[int] = set()
         for place in self.places:
             for name, tensor in (*place.branch.named_parameters(), *place.branch.named_buffers()):
@@ -273,7 +273,7 @@ class Patch:
         if merged:
             self.merge()
 
-    def _settle_parts(self) -> None:
+    def settle_parts(self) -> None:
         if self._model is not None and (model := self._model()) is not None:
             settle(model)
 
@@ -415,7 +415,7 @@ class Patch:
 
     def _remerge(self, added: bool) -> None:
         """Merge at each layer what is merged there by others, and this patch or not."""
-        self._settle_parts()
+        self.settle_parts()
         made: Made = {}
         with _all_or_nothing() as undo:
             for node, branches in self._nodes():

@@ -77,7 +77,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, str]:
 def close(one: Tensor, other: Tensor, where: Tensor | None = None) -> None:
     if where is not None:
         one, other = one[where == 1], other[where == 1]
-    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    # transformers turns by positions in single precision, on some processors in other digits for other lengths.
+    torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
 
 
 @torch.no_grad()
