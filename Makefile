@@ -4,43 +4,49 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test lint bench docs site clean
+MAKEFLAGS += --jobs=2
+
+.PHONY: demo test lint bench docs site setup clean
 
 demo: $(VENV)/.run
 	$(BIN)/fluxion demo
 
-test: $(VENV)/.test
+test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-lint: $(VENV)/.lint
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench
+bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.run
 	$(BIN)/python -c 'from adapters.catalogue import page; print(page(), end="")' > docs/methods.md
 	$(BIN)/python docs/site/draw.py
 
-site: $(VENV)/.test
+site: setup
 	$(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo "To read it: $(BIN)/python -m http.server --directory build/site"
 
 clean:
 	rm -rf $(VENV) build dist
 
+setup: $(VENV)/.dev $(VENV)/.olah $(VENV)/.browser
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp is renewed only when its install has succeeded, so a broken install is tried again.
-$(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) --editable .
-	@touch $@
-
-$(VENV)/.test: $(VENV)/.run $(VENV)/.olah $(VENV)/.browser
-	$(PIP) --editable '.[test]'
+# A stamp is renewed only when its install has succeeded, so a broken install is tried again. What is installed is
+# compiled by all cores, which pip does not.
+$(VENV)/.run: EXTRAS :=
+$(VENV)/.dev: EXTRAS := [test,lint]
+$(VENV)/.bench: EXTRAS := [test,lint,bench]
+$(VENV)/.bench: $(VENV)/.dev
+$(VENV)/.run $(VENV)/.dev $(VENV)/.bench: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --no-compile --editable '.$(EXTRAS)'
+	@$(BIN)/python -m compileall -qq --workers 0 $(VENV)/lib || true
 	@touch $@
 
 # A server of the Hub's protocol that the tests download from. It needs other versions of the libraries used here.
@@ -53,11 +59,3 @@ $(VENV)/.olah: $(BIN)/python
 $(VENV)/.browser: $(BIN)/python
 	-command -v chromium > /dev/null || { apt-get -qq update && apt-get -qq install --yes chromium; }
 	@! command -v chromium > /dev/null || touch $@
-
-$(VENV)/.lint: $(VENV)/.test
-	$(PIP) --editable '.[test,lint]'
-	@touch $@
-
-$(VENV)/.bench: $(VENV)/.test
-	$(PIP) --editable '.[test,bench]'
-	@touch $@

@@ -74,7 +74,7 @@ class Spectrum:
                 left, singular, _ = torch.linalg.svd(update.up, full_matrices=False)
             else:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
+                    torch.default_generator.manual_seed(0)  # That of other devices is left as it is.
                     left, singular, _ = torch.svd_lowrank(update.up, q=_LEADING, niter=4)
             left = left[..., :_DIRECTIONS]
         values = singular.double().flatten().sort(descending=True).values

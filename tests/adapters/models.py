@@ -91,7 +91,7 @@ BUILDERS = {"chain": _chain, "plain": _plain, "encoder": _encoder, "bert": _bert
 
 
 def build(name: str, seed: int = 0) -> Case:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return BUILDERS[name]()
 
 

@@ -77,7 +77,7 @@ def _common() -> dict[str, Any]:
 
 def pipeline() -> Pipeline:
     """One of Stable Diffusion, the same each time."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(**_UNET).eval()
     parts = {"unet": unet, "text_encoder": _clip(transformers.CLIPTextModel, 32), **_common()}
     none = dict.fromkeys(("safety_checker", "feature_extractor"))
@@ -86,7 +86,7 @@ def pipeline() -> Pipeline:
 
 def pipeline_xl() -> Pipeline:
     """One of Stable Diffusion XL, the same each time."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(**_UNET_XL).eval()
     second = _clip(transformers.CLIPTextModelWithProjection, 32, projection_dim=32)
     parts = {"unet": unet, "text_encoder": _clip(transformers.CLIPTextModel, 16), "text_encoder_2": second}

@@ -270,5 +270,5 @@ BUILDERS: dict[str, Callable[[], Case]] = {
 
 
 def build(name: str, seed: int = 0) -> Case:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return BUILDERS[name]()

@@ -26,7 +26,7 @@ class Shifted(fl.Chain, Adapter[nn.Module]):
 
 @pytest.fixture
 def chain() -> fl.Chain:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return fl.Chain(fl.Chain(fl.Linear(2, 2), fl.ReLU()), fl.Linear(2, 2))
 
 

@@ -228,9 +228,9 @@ def test_dare_keeps_its_share_and_its_seed() -> None:
     torch.testing.assert_close(product(same, "0")[kept], product(adapters.patches(model)["a"], "0")[kept] / 0.3)
     assert torch.equal(product(same, "0"), product(again, "0"))
     assert not torch.allclose(product(same, "0"), product(other, "0"))
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     first = product(adapters.combine(model, {"a": 1}, **options, name="first"), "0")
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     assert torch.equal(product(adapters.combine(model, {"a": 1}, **options, name="second"), "0"), first)
 
 
@@ -248,7 +248,7 @@ def test_a_rank_limits_what_was_pruned_and_the_error_says_by_how_much(how: str) 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_exact_computes_what_its_sources_do(name: str) -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     make, sample, targets = KINDS[name]
     model, x = make().double().eval(), sample()
     with torch.no_grad():

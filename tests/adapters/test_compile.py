@@ -41,7 +41,7 @@ TOKENS = torch.arange(12).view(3, 4)
 
 
 def model(*methods: Method) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     made = Model().eval()
     for number, method in enumerate(methods or (LoRA(rank=2, alpha=3), LoRA(rank=1))):
         perturb(adapters.inject(made, method, name="ab"[number]), seed=number)
@@ -201,7 +201,7 @@ def test_gradients_are_those_of_eager(backend: str, rows: Any) -> None:
 
 
 def test_a_transformer() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     config = LlamaConfig(
         vocab_size=30,
         hidden_size=16,

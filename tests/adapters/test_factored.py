@@ -41,7 +41,7 @@ def off(matrix: Tensor, factors: tuple[Tensor, Tensor]) -> float:
     seed=st.integers(0, 99),
 )
 def test_a_rank(outputs: int, inputs: int, rank: int, decay: float, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     matrix = decaying(outputs, inputs, decay)
     up, down = nearest(matrix, rank=rank, generator=torch.Generator().manual_seed(seed))
     assert up.shape[0] == outputs

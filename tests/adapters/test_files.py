@@ -102,7 +102,7 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return Net().eval()
 
 

@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 def patched(model: nn.Module, **options: object) -> adapters.Patch:
     patch = adapters.inject(model, LoRA(rank=2, alpha=3), scale=0.7, **options)  # type: ignore[arg-type]
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     with torch.no_grad():
         for parameter in patch.parameters():
             parameter.normal_(std=0.3)
@@ -118,7 +118,7 @@ def test_a_method_with_another_formula_is_folded_by_that() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     before = model[0].weight.detach().clone()
     patch = adapters.inject(model, Doubled(rank=2), scale=0.5)
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     with torch.no_grad():
         for parameter in patch.parameters():
             parameter.normal_()

@@ -174,7 +174,7 @@ def test_gradients_and_gradients_of_gradients(dropout: float, count: int) -> Non
     values = list(node.parameters())
 
     def run(*tensors: Tensor) -> Tensor:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return node(tensors[0])
 
     assert len(values) == 2 + 2 * count
@@ -243,11 +243,11 @@ def test_gradient_checkpointing(reentrant: bool, dropout: float) -> None:
     x = torch.randn(4, 32, requires_grad=True)
 
     def gradients(run: Callable[[Tensor], Any]) -> list[Tensor]:
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         return list(torch.autograd.grad(run(x).square().sum(), list(branch_of(node).parameters())))
 
     def backward(run: Callable[[Tensor], Any]) -> list[Tensor]:
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         node.zero_grad()
         run(x).square().sum().backward()
         return [parameter.grad.clone() for parameter in branch_of(node).parameters()]
@@ -282,7 +282,7 @@ def test_kept_tensors_may_change_their_layout() -> None:
     x = torch.randn(50, 64).t().contiguous().t().requires_grad_()
 
     def gradients() -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return torch.autograd.grad(node(x).square().sum(), (x, *branch_of(node).parameters()))
 
     expected = gradients()

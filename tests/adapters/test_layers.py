@@ -144,7 +144,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Any]] = {
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Tensor, Any]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     make, sample, targets = KINDS[request.param]
     model, x = make().double().eval(), sample()
     with torch.no_grad():

@@ -218,7 +218,7 @@ class Product:
     """A model with a layer of some kind, and a method that can adapt it."""
 
     def __init__(self, variant: str, kind: str) -> None:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         make, sample, targets = KINDS[kind]
         self.kind, self.variant = kind, VARIANTS[variant]
         self.model, self.x = make().double().eval(), sample()

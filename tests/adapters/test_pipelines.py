@@ -21,7 +21,7 @@ from tests.adapters.pipeline import Pipeline, pipeline
 
 
 def table() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return {"unet": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "text_encoder": nn.Sequential(nn.Linear(4, 4))}
 
 

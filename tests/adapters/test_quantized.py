@@ -27,7 +27,7 @@ SIZES = (64, 128, 64)
 
 
 def _dense(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return nn.Sequential(nn.Linear(SIZES[0], SIZES[1]), nn.GELU(), nn.Linear(SIZES[1], SIZES[2], bias=False)).eval()
 
 
@@ -359,7 +359,7 @@ def test_codes_without_a_way_back() -> None:
 
 
 def test_embeddings() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     tokens = torch.randint(0, 50, (3, 7))
     for quantize in (_embedding_of_torchao, bnb.nn.EmbeddingNF4, bnb.nn.Embedding8bit):
         layer = nn.Embedding(50, 64)
@@ -394,7 +394,7 @@ def _embedding_of_torchao(layer: nn.Module) -> None:
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,

@@ -42,7 +42,7 @@ def made(path: Path, method: Any, targets: Any = None, seed: int = 0) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     return weights.save(Model().state_dict(), tmp_path / "base.safetensors")
 
 
@@ -122,7 +122,7 @@ def test_without_a_base_what_depends_on_it_is_said(tmp_path: Path) -> None:
 
 def test_large_full_matrices_by_their_leading_part(tmp_path: Path) -> None:
     """Of these, the first singular values and the stable rank are right, and the effective rank is not claimed."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     left, right = torch.linalg.qr(torch.randn(1100, 40)).Q, torch.linalg.qr(torch.randn(1200, 40)).Q
     values = 0.8 ** torch.arange(40.0)
     weight = torch.randn(1100, 1200)

@@ -222,6 +222,6 @@ SETTINGS = settings(max_examples=8, stateful_step_count=20, deadline=None, phase
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_sequences(name: str) -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     machine = type("Machine", (Sequences,), {"name": name})
     run_state_machine_as_test(machine, settings=SETTINGS)

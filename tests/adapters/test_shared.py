@@ -188,7 +188,7 @@ def test_files_have_it_once(model: Net, patch: Patch, key: str, tmp_path: Path) 
         assert [path for path in names if path.endswith(name)] == [f"base_model.{name}"]
     patch.eject()
     with torch.random.fork_rng():
-        torch.manual_seed(77)
+        torch.default_generator.manual_seed(77)
         loaded = adapters.load(model, tmp_path / "adapter")
     assert torch.equal(model(x), expected)
     for name, tensor in common(loaded, key).items():

@@ -27,7 +27,7 @@ def patched(name: str, method: LoRA | None = None, **options: Any) -> tuple[Case
 def gradients(case: Case, patch: Patch) -> dict[str, Tensor]:
     for parameter in patch.parameters():
         parameter.grad = None
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     case.run(case.model, case.inputs).float().square().mean().backward()
     return {name: parameter.grad for name, parameter in patch.named_parameters() if parameter.grad is not None}
 
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_merged_weights(name: str) -> None:
     patch.merge_and_eject()
     plain = dict(case.model.named_parameters(remove_duplicate=False))
     weights = {path: plain.get(f"{path}.weight", plain.get(path)) for path in paths}
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     loss = case.run(case.model, case.inputs).square().mean()
     updates = dict(zip(paths, torch.autograd.grad(loss, list(weights.values())), strict=True))
     for path, update in updates.items():
@@ -217,10 +217,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(case(), plain())
     case.model.train()
     plain.model.train()  # Llama has no dropout of its own.
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     first = case()
     assert not torch.equal(first, case())
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     assert torch.equal(first, case())
     assert torch.equal(plain(), plain())
     patch.merge()  # What is merged cannot be dropped.
@@ -236,7 +236,7 @@ def test_a_dropped_input_is_the_average_of_what_is_kept() -> None:
     perturb(patch, std=1.0)
     x = torch.randn(1, 4)
     expected = model.eval()(x)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     average = model.train()(x.expand(40_000, -1)).mean(0, keepdim=True)
     torch.testing.assert_close(average, expected, rtol=0.05, atol=0.05)
 

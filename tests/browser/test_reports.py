@@ -38,7 +38,7 @@ class Model(nn.Module):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and three adapters for it; of one of them not everything fits."""
     folder = tmp_path_factory.mktemp("pages")
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     weights.save(Model().state_dict(), folder / "base.safetensors")
     methods: dict[str, tuple[Any, Any]] = {
         "style": (adapters.LoRA(rank=8), ["q_proj", "v_proj", "up_proj"]),

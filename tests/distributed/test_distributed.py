@@ -20,7 +20,9 @@ def launch(script: str, processes: int, *arguments: object, restarts: int = 0) -
     """Run a script in so many processes, on this machine, as `torchrun` does; they find each other by a free port."""
     options = ["--standalone", "--nproc-per-node", processes, "--max-restarts", restarts]
     command = [sys.executable, "-m", "torch.distributed.run", *options, HERE / script, *arguments]
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # After a restart, those who share one store may find where a killed process was to be found.
+    surroundings = {**os.environ, **own, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, env=surroundings)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -32,14 +32,14 @@ Model = Any
 
 
 def chain() -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return fl.Chain(fl.Chain(fl.Linear(WIDTH, 32), fl.GeLU(), fl.Linear(32, WIDTH)) for _ in range(2))
 
 
 def llama() -> nn.Module:
     import transformers  # Which takes seconds, and not every process needs it.
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=WIDTH,

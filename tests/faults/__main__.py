@@ -24,6 +24,7 @@ from tests.faults.harness import FAULTS, Damage, Trial, folder_in_memory, trial
 from tests.faults.hub import Hub
 from tests.faults.operations import Operation, lora, operations
 from tests.faults.together import READERS, WRITERS, all_at_once, loads_while_saving, reads_while_saving
+from weights import streaming
 
 BEGIN, END = "<!-- python -m tests.faults -->", "<!-- end -->"
 Row = tuple[str, Sequence[str]]
@@ -41,6 +42,8 @@ def main() -> int:
     args = parser.parse_args()
     random.seed(args.seed)
     torch.set_num_threads(1)
+    # As small as what is merged here, so that it is in many parts.
+    streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 8_000, 4_096, 0
     run = Run(args.rounds, args.seconds)
     with served() as hub:
         text = run.table([operation for operation in operations(hub) if args.only in operation.name])

@@ -18,15 +18,11 @@ import weights
 from adapters.cli import main
 from tests.faults.hub import Hub
 from tests.weights.hub_server import WRITER
-from weights import streaming
 from weights.atomic import settle
 from weights.formats import WRITTEN
 
 State = Mapping[str, bytes]
 _PART = ".*.part"  # a merge, which the same call goes on with
-
-# As small as what is merged here, so that it is in many parts.
-streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 8_000, 4_096, 0
 
 
 def files_in(folder: Path) -> State:
@@ -83,7 +79,7 @@ def saved(place: Path, format: str, value: float) -> object:
 
 def model(place: Path) -> None:
     """A checkpoint in two files and an adapter for it, and what is there already where it is merged to."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     tensors = {f"layers.{number}.fc.weight": torch.randn(48, 64) for number in range(3)}
     tensors |= {"embed.weight": torch.randn(100, 64)}
     weights.save(tensors, place / "all" / "model.safetensors")

@@ -39,7 +39,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 def trained(**settings: object) -> tuple[Pipeline, list[Tensor]]:
     """A pipeline with adapters of PEFT in it, and what it computes."""
     case = pipeline()
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     common = {"init_lora_weights": False, **settings}
     case.pipe.unet.add_adapter(
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "conv1", "conv_in"], **common)
@@ -166,7 +166,7 @@ STYLES: Mapping[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("style", STYLES)
 def test_older_files(tmp_path: Path, style: str) -> None:
     case = pipeline()
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     for model, names in ((case.pipe.unet, ["to_q", "to_out.0"]), (case.pipe.text_encoder, ["q_proj", "out_proj"])):
         model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False))
     tensors = {
@@ -254,7 +254,7 @@ XL = {
 def test_a_file_with_the_names_of_the_original_goes_into_three_models(tmp_path: Path) -> None:
     ours, theirs = pipeline_xl(), pipeline_xl()
     before = ours()
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     tensors: dict[str, Tensor] = {}
     for stem, path in XL.items():
         component, _, inside = path.partition(".")

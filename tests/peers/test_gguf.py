@@ -55,7 +55,7 @@ TOKENS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0)
 
 
 def model_of(name: str) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return MODELS[name]().eval()
 
 

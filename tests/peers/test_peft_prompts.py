@@ -149,7 +149,7 @@ def test_padding_does_not_change_what_a_prompt_generates(name: str, tmp_path: Pa
 @torch.no_grad()
 def test_a_padded_text_is_classified_by_its_last_token(tmp_path: Path) -> None:
     """PEFT's prompts classify a text that is padded on its right by the padding: it hands over no tokens."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     config = build("llama").model.config
     model = transformers.LlamaForSequenceClassification(config).eval()
     for parameter in model.parameters():

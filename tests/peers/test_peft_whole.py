@@ -44,7 +44,7 @@ def llama(tied: bool = True) -> nn.Module:
 
 
 def made(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = make().double().eval()
     with torch.no_grad():
         for parameter in {id(p): p for p in model.parameters()}.values():

@@ -154,7 +154,7 @@ def butterfly(blocks: Tensor) -> Change:
 @cache
 def methods() -> dict[str, Method]:
     """What LyCORIS, kohya's scripts, ComfyUI and OneTrainer can have of one layer."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     up, down, alpha = random(OUT, RANK), random(RANK, IN), torch.tensor(3.0)
     lora = {"lora_up.weight": up, "lora_down.weight": down}
     up4, down4 = random(OUT, RANK, 1, 1), random(RANK, IN, 3, 3)

@@ -86,7 +86,7 @@ class Case:
 
     def model(self) -> nn.Module:
         """One that has these layers."""
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         root = Attention()
         for path, make in self.modules.items():
             *above, name = path.split(".")
@@ -301,7 +301,7 @@ def peft_cases() -> Iterator[tuple[str, Case]]:
             config=config,
         )
 
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     a, b, lengths = random(RANK, IN), random(OUT, RANK), torch.rand(OUT) + 0.5
     lora = {"lora_A.weight": a, "lora_B.weight": b}
     numbers = {"r": RANK, "lora_alpha": 3}
@@ -442,7 +442,7 @@ def peft_cases() -> Iterator[tuple[str, Case]]:
 
 
 def other_cases() -> Iterator[tuple[str, Case]]:
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     up, down, up2, down2 = random(OUT, RANK), random(RANK, IN), random(3 * IN, RANK), random(RANK, IN)
     delta, lengths = up @ down, torch.rand(OUT) + 0.5
     parts = (up2 @ down2).split(IN)

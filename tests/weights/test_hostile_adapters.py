@@ -79,7 +79,7 @@ def method_of(key: str) -> Method:
 
 
 def model_of(key: str) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return llama().eval() if key in LLAMA else Net().eval()
 
 

@@ -40,7 +40,7 @@ UP = {"layers.0.up.lora_a": (6, 2), "layers.0.up.lora_b": (2, 9)}
 
 
 def net() -> Net:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return Net().double()
 
 

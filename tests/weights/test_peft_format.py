@@ -32,7 +32,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         self.conv = nn.Conv2d(2, 6, 3, padding=1)
         self.block = Block()
         self.fc = nn.Linear(6, 6)

@@ -21,7 +21,7 @@ from tests.adapters.models import perturb
 
 @pytest.fixture
 def model() -> nn.Sequential:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
 

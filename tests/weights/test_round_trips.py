@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 def net(dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return Net().to(dtype).eval()
 
 

@@ -224,7 +224,7 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 40_000, 16_384, 0
 def source(seed):
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return weights.save({f"{i:02}": torch.randn(5_000 + 300 * i) for i in range(40)}, folder / "source.safetensors")
 reached = []
 def note(done, total):

@@ -48,7 +48,7 @@ def refused(*arguments: object, code: int = 1) -> str:
 
 def by_peft(folder: Path) -> Path:
     """LoRA on MiniLM, as PEFT writes it."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
     peft.get_peft_model(AutoModel.from_pretrained(MINILM), config).save_pretrained(folder)
     return folder

@@ -19,7 +19,7 @@ from tests.adapters.models import perturb
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.floats(0.1, 9), st.integers(0, 2**20))
 def test_linear_and_convolution(inputs: int, outputs: int, rank: int, alpha: float, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = nn.ModuleDict({"linear": nn.Linear(inputs, outputs), "conv": nn.Conv1d(inputs, outputs, 2)}).double()
     x = torch.randn(3, inputs, 4, dtype=torch.float64)
     before = {name: layer(x if name == "conv" else x.mT) for name, layer in model.items()}
@@ -115,7 +115,7 @@ def test_the_budget_falls_with_the_cube_and_stays() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_least_important_go_first(seed: int) -> None:
     """After one step importance is (p g)² of each entry, with a factor that all have in common."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model, patch, x = injected(rank=8)
     allocator = RankAllocator(patch, total_steps=2, target_rank=1)
     model(x).square().mean().backward()

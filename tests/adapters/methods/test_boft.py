@@ -52,7 +52,7 @@ def factor(level: int, blocks: list[Tensor], in_turn: bool) -> Tensor:
 def test_boft_rotates_inputs(
     factors: int, half: int, groups: int, convolution: bool, by_number: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     count, size = groups * 2 ** (factors - 1), 2 * half
     numbers = {"blocks": count} if by_number else {"block_size": size}
     layer = nn.Conv1d(count * half, 3, 2) if convolution else nn.Linear(count * size, 3)
@@ -84,7 +84,7 @@ def test_boft_rotates_inputs(
 def test_output_boft_rotates_outputs(
     factors: int, half: int, levels: int, rescale: bool, constraint: float, convolution: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     count, size = 2 ** (levels - 1), 2 * half
     outputs, factors = count * size, min(factors, levels)
     layer = nn.Conv2d(3, outputs, 2) if convolution else nn.Linear(4, outputs)

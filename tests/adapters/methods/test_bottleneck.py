@@ -49,7 +49,7 @@ def tensors(patch: adapters.Patch, path: str) -> dict[str, Tensor]:
 @settings(max_examples=30, deadline=None)
 @given(method=numbers, inputs=st.integers(1, 6), outputs=st.integers(1, 6))
 def test_linear(method: Bottleneck, inputs: int, outputs: int) -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(inputs, outputs)).double(), torch.randn(2, 3, inputs, dtype=torch.float64)
     base = model(x)
     patch = adapters.inject(model, method, "0")
@@ -71,7 +71,7 @@ def test_linear(method: Bottleneck, inputs: int, outputs: int) -> None:
     transposed=st.booleans(),
 )
 def test_convolution(method: Bottleneck, dims: int, stride: int, transposed: bool) -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     kind = getattr(nn, f"Conv{'Transpose' * transposed}{dims}d")
     model = nn.Sequential(kind(4, 6, 3, stride=stride, groups=2)).double()
     x = torch.randn(2, 4, *[5] * dims, dtype=torch.float64)

@@ -21,7 +21,7 @@ from adapters import C3A, AdapterError, TargetError
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 2**16))
 def test_c3a_adds_circulant_blocks(size: int, rows: int, columns: int, convolution: bool, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     layer = nn.Conv1d(columns, rows * size, size) if convolution else nn.Linear(columns * size, rows * size)
     model = nn.Sequential(layer).double()
     x = torch.randn(2, columns, 7).double() if convolution else torch.randn(3, columns * size).double()

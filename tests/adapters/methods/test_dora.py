@@ -30,7 +30,7 @@ def by_hand(weight: Tensor, state: dict[str, Tensor], path: str, scaling: float)
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.floats(0.1, 9), st.booleans(), st.integers(0, 2**20))
 def test_linear(inputs: int, outputs: int, rank: int, alpha: float, rslora: bool, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model, x = nn.Sequential(nn.Linear(inputs, outputs)).double(), torch.randn(3, inputs, dtype=torch.float64)
     base = model(x)
     patch = adapters.inject(model, DoRA(rank=rank, alpha=alpha, rslora=rslora))

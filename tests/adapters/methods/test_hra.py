@@ -28,7 +28,7 @@ def reflect(weight: Tensor, u: Tensor, orthogonal: bool) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.booleans(), st.booleans(), st.integers(0, 2**16))
 def test_hra_reflects_inputs(rank: int, orthogonal: bool, convolution: bool, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     layer = nn.Conv2d(2, 4, (2, 3), padding=1, stride=2, dilation=2) if convolution else nn.Linear(7, 4)
     model = nn.Sequential(layer).double()
     x = torch.randn(2, 2, 8, 9).double() if convolution else torch.randn(3, 7).double()

@@ -69,7 +69,7 @@ def test_of_a_convolution(
 
 
 def test_its_rank_is_up_to_the_square() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12, bias=False)).double()
     weight = model[0].weight.detach().clone()
     patch = adapters.inject(model, LoHa(rank=3))

@@ -18,7 +18,7 @@ from adapters import AdapterError, Bat, MiSS, TargetError
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.sampled_from([0, 1, 2, 4]), st.booleans(), st.integers(0, 2**16))
 def test_miss_repeats_a_block(rank: int, mini_r: int, convolution: bool, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     layer = nn.Conv2d(2, 4, (3, 1)) if convolution else nn.Linear(7, 4)
     model = nn.Sequential(layer).double()
     x = torch.randn(2, 2, 5, 5).double() if convolution else torch.randn(3, 7).double()
@@ -38,7 +38,7 @@ def test_miss_repeats_a_block(rank: int, mini_r: int, convolution: bool, seed: i
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**16))
 def test_bat_multiplies_and_adds_a_block(rank: int, rows: int, columns: int, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = nn.Sequential(nn.Linear(columns * rank, rows * rank)).double()
     x, base = torch.randn(3, columns * rank).double(), model[0]
     start = model(x)

@@ -60,7 +60,7 @@ def merged_weight(patch: adapters.Patch, model: nn.Module) -> Tensor:
 def test_oft_rotates_inputs(
     size: int, count: int, terms: int, neumann: bool, share: bool, coft: bool, by_number: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     numbers: dict[str, Any] = {"blocks": count} if by_number else {"block_size": size}
     method = OFT(**numbers, block_share=share, coft=coft, eps=0.3, cayley_neumann=neumann, num_terms=terms)
     model = nn.Sequential(nn.Linear(size * count, 3)).double()
@@ -86,7 +86,7 @@ def test_oft_rotates_inputs(
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 3), st.sampled_from([1, 2]), seeds)
 def test_oft_of_convolutions_rotates_each_patch_of_the_input(channels: int, groups: int, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2 * channels * groups, 4, (3, 2), groups=groups, dilation=2)).double()
     x, base = noise(2, 2 * channels * groups, 7, 6, std=1.0), model[0]
     patch = adapters.inject(model, OFT(block_size=4, cayley_neumann=False))
@@ -122,7 +122,7 @@ def test_rotations_keep_lengths_and_the_series_comes_near_to_them() -> None:
 def test_diag_oft_rotates_outputs(
     size: int, count: int, rescale: bool, constraint: float, convolution: bool, seed: int
 ) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     outputs = size * count
     layer = nn.Conv2d(3, outputs, 2) if convolution else nn.Linear(4, outputs)
     model = nn.Sequential(layer).double()

@@ -35,7 +35,7 @@ LONGER_MASK = torch.cat([torch.ones(4, 3, dtype=torch.long), MASK], 1)
 
 def opt() -> nn.Module:
     """A model whose head calls the decoder inside of its transformer."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     config = transformers.OPTConfig(
         vocab_size=20,
         hidden_size=16,
