@@ -6,42 +6,59 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from adapters import Patch
 from tests.distributed.worker import STEPS, patched, shard, train, trained
 
-EVERY, KILLED_AT = 5, 12
+EVERY, KILLED_AT = 5, 13
 
 
-def main(folder: Path, kill: bool) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model, patch = patched("chain")
-    shard(model, mesh)
-    optimizer = torch.optim.Adam(patch.parameters(), lr=1e-2)
+    count = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if count == "0":
+        model, patch, optimizer = begun(mesh)
+        for step in range(STEPS):
+            note(folder, "whole", step, train(model, patch, False, mesh, [step], optimizer))
+        patch.save_pretrained(folder / "whole")
+    model, patch, optimizer = begun(mesh)
     done = max((int(path.name) for path in folder.glob("*") if (path / ".metadata").exists()), default=0)
     if done:
         state = trained(model, optimizer)
         checkpoint.load(state, checkpoint_id=folder / str(done))
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for step in range(done, STEPS):
-        if kill and step == KILLED_AT and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
+        if step == KILLED_AT and count == "0" and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        [loss] = train(model, patch, False, mesh, [step], optimizer)
-        if dist.get_rank() == 0:
-            with (folder / "losses").open("a") as file:
-                file.write(f"{os.environ['TORCHELASTIC_RESTART_COUNT']} {step} {loss!r}\n")
+        note(folder, count, step, train(model, patch, False, mesh, [step], optimizer))
         if (step + 1) % EVERY == 0:
             checkpoint.save(trained(model, optimizer), checkpoint_id=folder / str(step + 1))
     patch.save_pretrained(folder / "adapter")
     dist.destroy_process_group()
 
 
+def begun(mesh: DeviceMesh) -> tuple[nn.Module, Patch, Any]:
+    model, patch = patched("chain")
+    shard(model, mesh)
+    return model, patch, torch.optim.Adam(patch.parameters(), lr=1e-2)
+
+
+def note(folder: Path, run: str, step: int, losses: list[float]) -> None:
+    """In one process, of which all compute the same."""
+    if dist.get_rank() == 0:
+        with (folder / "losses").open("a") as file:
+            file.write(f"{run} {step} {losses[0]!r}\n")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "kill")
+    main(Path(sys.argv[1]))

@@ -27,25 +27,65 @@ def launch(script: str, processes: int, *arguments: object, restarts: int = 0) -
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} processes".format)
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def outcomes(processes: int, folder: Path) -> Found:
     """What came out in each process."""
-    folder = tmp_path_factory.mktemp("distributed")
-    launch("worker.py", request.param, folder)
-    outcome: Found = json.loads((folder / "found.json").read_text())
-    assert all(len(each) == request.param for each in outcome.values())
-    several = ((name, one) for name, each in outcome.items() for one in each if isinstance(one, dict))
+    launch("worker.py", processes, folder)
+    found: Found = json.loads((folder / "found.json").read_text())
+    assert all(len(each) == processes for each in found.values())
+    several = ((name, one) for name, each in found.items() for one in each if isinstance(one, dict))
     faults = [f"{name}: {one['fault']}" for name, one in several if "fault" in one]
     assert not faults, faults[0]
-    return outcome
+    return found
 
 
-@pytest.mark.parametrize("way", ["fsdp", "ddp", "tensor_parallel", "both"])
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return outcomes(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What is different with more of them."""
+    return outcomes(4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(params=["of_two", "of_four"])
+def found(request: pytest.FixtureRequest) -> Found:
+    either: Found = request.getfixturevalue(request.param)
+    return either
+
+
+def assert_all_hold(each: list[dict[str, bool]], count: int) -> None:
+    for holds in each:
+        assert len(holds) == count
+        assert [name for name, one in holds.items() if not one] == []
+
+
+@pytest.mark.parametrize("way", ["fsdp", "ddp", "tensor_parallel"])
 def test_losses_are_those_of_one_process(found: Found, way: str) -> None:
-    for off in found[way]:
-        assert off or (way == "both" and len(found[way]) == 2)  # Which takes two times two.
-        assert all(value < 1e-6 for value in off.values()), off
-    assert all(off == found[way][0] for off in found[way])
+    assert_near(found[way])
+
+
+def test_losses_are_those_of_one_process_where_ways_meet(of_four: Found) -> None:
+    assert_near(of_four["both"])
+
+
+def assert_near(each: list[dict[str, float]]) -> None:
+    for off in each:
+        assert off and all(value < 1e-6 for value in off.values()), off
+        assert off == each[0]
+
+
+def test_every_kind_of_method_trains_and_merges(of_two: Found) -> None:
+    assert_all_hold(of_two["methods"], 8 * 4)
+
+
+def test_patches_are_combined(of_two: Found) -> None:
+    assert_all_hold(of_two["combined"], 3)
+
+
+def test_what_is_divided_can_be_compiled(of_two: Found) -> None:
+    assert all(of_two["compiled"])
 
 
 def test_there_are_as_many_messages_as_without_adapters(found: Found) -> None:
@@ -53,54 +93,48 @@ def test_there_are_as_many_messages_as_without_adapters(found: Found) -> None:
         assert messages == {"alone": [2, 2], "adapted": [2, 2]}
 
 
-def test_what_would_train_wrong_is_refused(found: Found) -> None:
-    for refused in found["too_late"]:
+def test_what_would_train_wrong_is_refused(of_two: Found) -> None:
+    assert all("leave it out of ignored_params" in said for said in of_two["ignored"])
+    for refused in of_two["too_late"]:
         fixes = {"fsdp": "inject before fully_shard.", "ddp": "before it is wrapped.", "tensor": "parallel_plan."}
         assert len(refused) == 8
         for name, said in refused.items():
             assert said.endswith(fixes[name.split(",")[0].split(" ")[0]]), name
 
 
-def test_what_is_not_trained_may_come_later(found: Found) -> None:
-    assert all(found["loaded_after_sharding"])
+def test_what_is_not_trained_may_come_later(of_two: Found) -> None:
+    assert all(of_two["loaded_after_sharding"])
 
 
 def test_patches_are_used_as_in_one_process(found: Found) -> None:
-    for used in found["used"]:
-        assert len(used) == 27
-        assert [name for name, holds in used.items() if not holds] == []
+    assert_all_hold(found["used"], 27)
 
 
-def test_a_unit_with_its_adapter_stays_together(found: Found) -> None:
+def test_a_unit_with_its_adapter_stays_together(of_two: Found) -> None:
     assert all(
         "give it the block around the layer" in said and "ejected)" not in said
-        for said in found["units_that_cannot_leave"]
+        for said in of_two["units_that_cannot_leave"]
     )
 
 
-def test_all_raise_the_error_of_the_one_that_writes(found: Found) -> None:
-    assert set(found["an_error_of_the_one_that_writes"]) == {"FileWriteError"}
+def test_all_raise_the_error_of_the_one_that_writes(of_two: Found) -> None:
+    assert set(of_two["an_error_of_the_one_that_writes"]) == {"FileWriteError"}
 
 
-def test_checkpoints_are_loaded_in_other_parts(found: Found) -> None:
-    assert all(loaded == {"block": True, "root": True} for loaded in found["checkpoint"])
+def test_checkpoints_are_loaded_in_other_parts(of_two: Found) -> None:
+    assert all(loaded == {"block": True, "root": True} for loaded in of_two["checkpoint"])
 
 
-def test_accelerate(found: Found) -> None:
-    assert found["accelerate"] in ([True] * 2, [None] * 4)  # Two are enough.
+def test_accelerate(of_two: Found) -> None:
+    assert of_two["accelerate"] == [True] * 2
 
 
 def test_a_killed_process_costs_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
-    losses: dict[str, dict[int, str]] = {}
-    for name in ("whole", "kill"):
-        folder = tmp_path / name
-        folder.mkdir()
-        launch("elastic.py", 2, folder, name, restarts=1)
-        lines = [line.split() for line in (folder / "losses").read_text().splitlines()]
-        losses[name] = {int(step): loss for _, step, loss in lines}
-        if name == "kill":
-            assert [int(step) for count, step, _ in lines if count == "0"] == [*range(12)]
-            assert [int(step) for count, step, _ in lines if count == "1"] == [*range(10, 20)]
-    assert losses["whole"] == losses["kill"]  # To the last digit.
-    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "kill")]
+    launch("elastic.py", 2, tmp_path, restarts=1)
+    lines = [line.split() for line in (tmp_path / "losses").read_text().splitlines()]
+    steps = {run: [int(step) for name, step, _ in lines if name == run] for run in ("whole", "0", "1")}
+    assert steps == {"whole": [*range(20)], "0": [*range(13)], "1": [*range(10, 20)]}
+    losses = [{step: loss for name, step, loss in lines if (name == "whole") == whole} for whole in (True, False)]
+    assert losses[0] == losses[1]  # To the last digit.
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "adapter")]
     assert files[0].read_bytes() == files[1].read_bytes()

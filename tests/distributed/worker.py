@@ -71,24 +71,32 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], bool, list[str]]] = {
     "chain": (chain, False, ["Linear_1", "Linear_2"]),
     "llama": (llama, True, ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]),
 }
-PLANS = {
-    "chain": {"*.Linear_1": "colwise", "*.Linear_2": "rowwise"},
-    "llama": {
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.v_proj": "colwise",
-        "model.layers.*.self_attn.o_proj": "rowwise",
-        "model.layers.*.mlp.gate_proj": "colwise",
-        "model.layers.*.mlp.up_proj": "colwise",
-        "model.layers.*.mlp.down_proj": "rowwise",
-    },
+
+
+def plan_of(model: Model) -> Any:
+    """How it is divided; a model of transformers says so itself."""
+    return model.tp_plan if hasattr(model, "tp_plan") else {"*.Linear_1": "colwise", "*.Linear_2": "rowwise"}
+
+
+# What several methods do, with as many steps as show that all of them train what they should.
+METHODS: dict[str, adapters.Method] = {
+    "adalora": adapters.AdaLoRA(rank=4),
+    "dora": adapters.DoRA(rank=2),
+    "loha": adapters.LoHa(rank=2),
+    "lokr": adapters.LoKr(rank=2, factor=4),
+    "oft": adapters.OFT(block_size=4),
+    "hra": adapters.HRA(rank=2),
+    "ia3": adapters.IA3(),
+    "full": adapters.Full(),
 }
+FEW = 4
+FOR_FOUR = ["both", "ddp", "fsdp", "messages", "tensor_parallel", "used"]
 
 
-def patched(kind: str) -> tuple[nn.Module, Patch]:
+def patched(kind: str, method: adapters.Method | None = None) -> tuple[nn.Module, Patch]:
     make, _, targets = KINDS[kind]
     model = make().double()  # Sums of parts differ from those of the whole by rounding alone.
-    return model, adapters.inject(model, LoRA(rank=4, alpha=6), targets, name="style", seed=1)
+    return model, adapters.inject(model, method or LoRA(rank=4, alpha=6), targets, name="style", seed=1)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -105,6 +113,8 @@ def train(
 ) -> list[float]:
     """Train, with a part of each batch for each process of a mesh. Returns the losses, of the whole batch."""
     optimizer = torch.optim.Adam(patch.parameters(), lr=1e-2) if optimizer is None else optimizer
+    adaptive = isinstance(patch.places[0].branch.method, adapters.AdaLoRA)
+    allocator = adapters.RankAllocator(patch, STEPS, target_rank=2) if adaptive else None
     losses = []
     for step in steps:
         x = batch(step, words)
@@ -113,6 +123,8 @@ def train(
         loss = loss_of(model, x)
         loss.backward()
         optimizer.step()
+        if allocator is not None:
+            allocator.step(step)
         optimizer.zero_grad()
         losses.append(mean(loss, mesh))
     return losses
@@ -158,7 +170,7 @@ class Scenarios:
         self.folder, self.found = folder, {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh("cpu", (self.world,))
-        # Two processes are enough to try each way with each model, and four for both ways together.
+        # Two processes are enough to try all, and four are for both ways together.
         self.kinds = KINDS if self.world == 2 else {"chain": KINDS["chain"]}
         self.expected: dict[str, list[float]] = {}
         self.saved: dict[str, bytes] = {}
@@ -175,15 +187,19 @@ class Scenarios:
     def off(self, kind: str, losses: list[float]) -> float:
         return max(abs(one - other) for one, other in zip(losses, self.expected[kind], strict=True))
 
+    def divide(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
+        parallelize_module(model, mesh or self.mesh, adapters.parallel_plan(model, plan_of(model)))
+
     def run(self) -> None:
-        for name in [name for name in dir(self) if name.startswith("check_")]:
+        every = [name.removeprefix("check_") for name in dir(self) if name.startswith("check_")]
+        for name in FOR_FOUR if self.world == 4 else [name for name in every if name != "both"]:
             try:
-                outcome: Any = getattr(self, name)()
+                outcome: Any = getattr(self, f"check_{name}")()
             except Exception:
                 outcome = {"fault": traceback.format_exc()}
             gathered: list[Any] = [None] * self.world
             dist.all_gather_object(gathered, outcome)
-            self.found[name.removeprefix("check_")] = gathered
+            self.found[name] = gathered
         if self.rank == 0:
             (self.folder / "found.json").write_text(json.dumps(self.found))
 
@@ -192,8 +208,7 @@ class Scenarios:
     def check_fsdp(self) -> dict[str, float]:
         found = {}
         for kind, (_, words, _) in self.kinds.items():
-            # Few processes are enough to try every size of the parts.
-            for units in UNITS if self.world == 2 else ("block",):
+            for units in UNITS if kind == "chain" and self.world == 2 else ("block",):
                 model, patch = patched(kind)
                 shard(model, self.mesh, units)
                 found[f"{kind}, {units}"] = self.off(kind, train(model, patch, words, self.mesh))
@@ -210,18 +225,16 @@ class Scenarios:
         found = {}
         for kind, (_, words, _) in self.kinds.items():
             model, patch = patched(kind)
-            parallelize_module(model, self.mesh, adapters.parallel_plan(model, PLANS[kind]))
+            self.divide(model)
             found[kind] = self.off(kind, train(model, patch, words))
         return found
 
     def check_both(self) -> dict[str, float]:
-        if self.world < 4:
-            return {}
         found = {}
         mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("data", "tensor"))
         for kind, (_, words, _) in KINDS.items():
             model, patch = patched(kind)
-            parallelize_module(model, mesh["tensor"], adapters.parallel_plan(model, PLANS[kind]))
+            self.divide(model, mesh["tensor"])
             shard(model, mesh["data"])
             found[kind] = self.off(kind, train(model, patch, words, mesh["data"]))
         return found
@@ -231,11 +244,10 @@ class Scenarios:
         found = {}
         for name, with_adapters in (("alone", False), ("adapted", True)):
             model = chain().double()
-            plan: Any = PLANS["chain"]
             if with_adapters:
                 adapters.inject(model, LoRA(rank=4), KINDS["chain"][2], seed=1)
             x = batch(0, False).requires_grad_()
-            parallelize_module(model, self.mesh, adapters.parallel_plan(model, plan))
+            self.divide(model)
             with CommDebugMode() as forward:
                 loss = loss_of(model, x)
             with CommDebugMode() as backward:
@@ -266,10 +278,8 @@ class Scenarios:
             found[units] = max(abs(a - b) for a, b in zip(first + rest, whole_run, strict=True)) < 1e-12
         return found
 
-    def check_accelerate(self) -> bool | None:
+    def check_accelerate(self) -> bool:
         """`prepare`, `save_state` and `load_state` of accelerate, which wraps the model in DDP here."""
-        if self.world > 2:
-            return None
         import accelerate
 
         runs = []
@@ -286,6 +296,70 @@ class Scenarios:
                 accelerator.save_state(str(self.folder / "accelerate"))
                 runs.append(train(prepared, patch, False, self.mesh, range(10, STEPS), optimizer))
         return runs[0] == runs[1] and max(map(abs, map(float.__sub__, runs[0], self.expected["chain"][10:]))) < 1e-9
+
+    def check_methods(self) -> dict[str, bool]:
+        """Each trains as in one process, and is merged and taken back to the bit."""
+        found = {}
+        x = batch(7, False)
+        for name, method in METHODS.items():
+            alone, own = patched("chain", method)
+            model, patch = patched("chain", method)
+            shard(model, self.mesh)
+            losses = [train(*one, steps=range(FEW)) for one in ((alone, own, False), (model, patch, False, self.mesh))]
+            found[f"{name}: trained"] = max(map(abs, map(float.__sub__, *losses))) < 1e-6
+            found[f"{name}: changed"] = losses[0][0] != losses[0][-1]
+            with torch.no_grad():
+                before = {key: whole(tensor).clone() for key, tensor in model.state_dict().items()}
+                expected = alone(x)
+                patch.merge()
+                found[f"{name}: merged"] = torch.allclose(model(x), expected, rtol=1e-6, atol=1e-6)
+                patch.unmerge()
+                after = {key: whole(tensor) for key, tensor in model.state_dict().items()}
+                found[f"{name}: unmerged"] = all(torch.equal(after[key], tensor) for key, tensor in before.items())
+        return found
+
+    def check_combined(self) -> dict[str, bool]:
+        """Patches are combined on a model in parts, as on a whole one."""
+        x = batch(9, False)
+        outputs = []
+        for sharded in (False, True):
+            model, first = patched("chain")
+            second = adapters.inject(model, LoRA(rank=2), KINDS["chain"][2], name="other", seed=2)
+            for number, (_, parameter) in enumerate([*first.named_parameters(), *second.named_parameters()]):
+                parameter.data.normal_(generator=torch.Generator().manual_seed(number))
+            if sharded:
+                shard(model, self.mesh)
+            both = {"style": 0.5, "other": 0.7}
+            adapters.combine(model, both, name="exact")
+            adapters.combine(model, both, name="svd", how="svd", rank=3)
+            adapters.combine(model, both, name="ties", how="ties", density=0.5)
+            with torch.no_grad():
+                for how in ("exact", "svd", "ties"):
+                    with adapters.use(model, how):
+                        outputs.append((how, model(x)))
+        return {
+            how: torch.allclose(one, other) for (how, one), (_, other) in zip(outputs[:3], outputs[3:], strict=True)
+        }
+
+    def check_ignored(self) -> str:
+        """Parameters that FSDP was told to leave out are not trained unnoticed."""
+        model, patch = patched("chain")
+        fully_shard(model, mesh=self.mesh, ignored_params={*patch.parameters()})
+        try:
+            patch.parameters()
+        except adapters.PatchStateError as error:
+            return str(error)
+        return "done"
+
+    def check_compiled(self) -> bool:
+        """A model in parts, compiled, computes the same."""
+        model, patch = patched("chain")
+        patch.load_state_dict({key: torch.ones_like(tensor) for key, tensor in patch.state_dict().items()})
+        x = batch(8, False)
+        with torch.no_grad():
+            expected = model(x)
+            self.divide(model)
+            return torch.allclose(torch.compile(model, backend="eager")(x), expected)
 
     # After sharding
 
@@ -306,7 +380,7 @@ class Scenarios:
         for name in ("fsdp", "fsdp after a step", "ddp", "tensor"):
             model: nn.Module = chain().double()
             if name == "tensor":
-                parallelize_module(model, self.mesh, adapters.parallel_plan(model, PLANS["chain"]))
+                self.divide(model)
             elif name == "ddp":
                 model = DistributedDataParallel(model)
             else:
@@ -353,7 +427,7 @@ class Scenarios:
             model, patch = patched("chain")
             patch.load_state_dict(own.state_dict())
             if way == "tensor":
-                parallelize_module(model, self.mesh, adapters.parallel_plan(model, PLANS["chain"]))
+                self.divide(model)
             else:
                 shard(model, self.mesh)
             with torch.no_grad():
