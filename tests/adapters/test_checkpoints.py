@@ -97,7 +97,7 @@ def test_a_model_with_an_adapter_folded_in_is_saved_and_loaded_as_any(name: str,
     assert torch.equal(run(case, again), folded)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "unet"])  # Of which there are thousands of files.
 def test_distributed_checkpoints(name: str, tmp_path: Path) -> None:
     case, patch = patched(name)
     adapted = case()

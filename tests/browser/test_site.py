@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 
-PAGES = ["index", "concepts", "diffusion", "from_peft", "methods", "api/adapters", "benchmarks/RESULTS"]
+PAGES = ["index", "diffusion", "methods", "api/adapters", "benchmarks/RESULTS"]
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -51,7 +51,7 @@ def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iter
 
 def test_pages_fit_and_follow_the_colours_of_the_system(page: Page, address: str) -> None:
     for name in PAGES:
-        page.goto(f"{address}/{name}.html", wait_until="networkidle")
+        page.goto(f"{address}/{name}.html")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
     page.goto(f"{address}/concepts.html", wait_until="networkidle")
     ground, line = page.evaluate(

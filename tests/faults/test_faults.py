@@ -15,7 +15,7 @@ import pytest
 def test_nothing_is_lost() -> None:
     """In a process of its own, which has one thread: what is forked from several may wait forever."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--rounds", "12", "--seconds", "0.25", "--seed", str(os.getpid())],
+        [sys.executable, "-m", "tests.faults", "--rounds", "5", "--seconds", "0.1", "--seed", str(os.getpid())],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,

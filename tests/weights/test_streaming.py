@@ -257,7 +257,7 @@ for scale in (3.0, 2.0):
     remove(out)
 taken = (time.perf_counter() - start) / 2
 resumed = ended = other = 0
-for number in range(60):
+for number in range(30):
     scale = 2.0 if number % 10 else 3.0
     child = os.fork()
     if child == 0:
@@ -279,7 +279,7 @@ for number in range(60):
         assert contents(out) == expected[scale]
         assert not list(folder.glob(".*"))
         remove(out)
-assert resumed > 5, resumed
+assert resumed > 2, resumed
 print(resumed, ended)
 path = source(1)
 run(path, "2.0", 2.0, shards)

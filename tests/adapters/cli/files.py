@@ -46,11 +46,11 @@ def refused(*arguments: object, code: int = 1) -> str:
     return result.stderr
 
 
-def by_peft(folder: Path) -> Path:
-    """LoRA on MiniLM, as PEFT writes it."""
+def by_peft(folder: Path, base: Path = MINILM) -> Path:
+    """LoRA on MiniLM, or a model like it, as PEFT writes it."""
     torch.default_generator.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
-    peft.get_peft_model(AutoModel.from_pretrained(MINILM), config).save_pretrained(folder)
+    peft.get_peft_model(AutoModel.from_pretrained(base), config).save_pretrained(folder)
     return folder
 
 
