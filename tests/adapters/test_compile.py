@@ -167,7 +167,7 @@ def test_methods_that_run_beside_the_layer(method: Method) -> None:
     assert counter.frame_count == 1
 
 
-BREAKING = [adapters.DoRA(rank=2), adapters.OFT(block_size=2), adapters.LoHa(rank=2), adapters.Bottleneck(2)]
+BREAKING = [adapters.DoRA(rank=2), adapters.Bottleneck(2)]
 
 
 @pytest.mark.parametrize("method", BREAKING, ids=str)

@@ -50,7 +50,8 @@ def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iter
 
 
 def test_pages_fit_and_follow_the_colours_of_the_system(page: Page, address: str) -> None:
-    for name in PAGES:
+    narrow = page.viewport_size and page.viewport_size["width"] < 600
+    for name in PAGES if narrow else PAGES[:1]:
         page.goto(f"{address}/{name}.html")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
     page.goto(f"{address}/concepts.html", wait_until="networkidle")

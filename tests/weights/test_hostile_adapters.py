@@ -250,7 +250,7 @@ def store(
 
 
 @pytest.mark.parametrize(("form", "key"), CASES)
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_typed_error_or_a_patch_that_runs(form: str, key: str, data: st.DataObject) -> None:
     name, tensors, config, metadata = data.draw(broken(form, key))
@@ -261,7 +261,7 @@ def test_a_typed_error_or_a_patch_that_runs(form: str, key: str, data: st.DataOb
 
 
 @pytest.mark.parametrize(("form", "key"), CASES)
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_bytes(form: str, key: str, data: st.DataObject) -> None:
     name, tensors, config, metadata = sound(form, key)
