@@ -62,8 +62,8 @@ def assert_all_hold(each: list[dict[str, bool]], count: int) -> None:
 
 
 @pytest.mark.parametrize("way", ["fsdp", "ddp", "tensor_parallel"])
-def test_losses_are_those_of_one_process(of_two: Found, way: str) -> None:
-    assert_near(of_two[way])
+def test_losses_are_those_of_one_process(found: Found, way: str) -> None:
+    assert_near(found[way])
 
 
 def test_losses_are_those_of_one_process_where_ways_meet(of_four: Found) -> None:

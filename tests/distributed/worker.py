@@ -87,7 +87,7 @@ METHODS: dict[str, adapters.Method] = {
     "full": adapters.Full(),
 }
 FEW = 4
-FOR_FOUR = ["both", "messages", "used"]
+FOR_FOUR = ["both", "ddp", "fsdp", "messages", "tensor_parallel", "used"]
 
 
 def patched(kind: str, method: adapters.Method | None = None) -> tuple[nn.Module, Patch]:
