@@ -122,3 +122,43 @@ def test_no_name_breaks_out(
     assert "`" not in tree
     assert len(tree.splitlines()) <= 40
     assert all(line.isprintable() for line in tree.splitlines())
+
+
+yaml_like = st.text(
+    st.sampled_from("ab01:,-?[]{}&*!|>'\"%@#~=<. \n\t\x00\x85\u2028é")
+    | st.characters(codec="utf-8", exclude_categories=("Cs",)),
+    max_size=60,
+)
+PIECES = [
+    "license: mit",
+    "tags:\n- a\n- [b]",
+    "tags: null",
+    "base_model: {a: 1}",
+    "a: &x [*x]",
+    "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
+    "<<: 1",
+    "? [a]\n: b",
+    "- a",
+    "!!python/object:os.x",
+    "a: !!binary ?",
+    "a: 2020-99-99",
+    "a: 1:99:99",
+    "a: 0x",
+    "[" * 300,
+]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=60)
+    | st.lists(yaml_like | st.sampled_from(PIECES), max_size=5).map(lambda lines: "\n".join(lines).encode()),
+    end=st.sampled_from(["\n---\n", "\n---", "", "\r\n---\r\n", "\n--- \n# Title\n"]),
+)
+def test_any_card_is_sound_or_refused_in_a_sentence(tmp_path: Path, content: bytes, end: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(b"---\n" + content + end.encode())
+    try:
+        check_card(path)
+    except weights.FileFormatError as error:
+        assert str(path) in str(error)
+        assert str(error).endswith(".") and "\n" not in str(error)
