@@ -255,13 +255,15 @@ SUPPORTED = list(supported())
 SAMPLED = [pair for number, pair in enumerate(SUPPORTED) if pair[0] == "lora" or pair[1] == "linear" or number % 5 == 0]
 
 
-@pytest.fixture(params=SUPPORTED, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def named(pair: tuple[str, str]) -> str:
+    return "-".join(pair)
+
+
+sampled = pytest.mark.parametrize("product", SAMPLED, ids=named, indirect=True)
+
+
+@pytest.fixture(params=SUPPORTED, ids=named)
 def product(request: pytest.FixtureRequest) -> Product:
-    return Product(*request.param)
-
-
-@pytest.fixture(params=SAMPLED, ids=lambda pair: f"{pair[0]}-{pair[1]}")
-def sample(request: pytest.FixtureRequest) -> Product:
     return Product(*request.param)
 
 
@@ -351,11 +353,12 @@ def test_all_promises(product: Product) -> None:
     assert snapshot(model) == before
 
 
-def test_nothing_keeps_an_ejected_patch_alive(sample: Product) -> None:
+@sampled
+def test_nothing_keeps_an_ejected_patch_alive(product: Product) -> None:
     gc.freeze()  # What was there before is not looked through.
-    patch = sample.inject()
-    sample()
-    if sample.variant.method.mergeable:
+    patch = product.inject()
+    product()
+    if product.variant.method.mergeable:
         patch.merge()
     patch.eject()
     gone = weakref.ref(patch)
@@ -375,44 +378,47 @@ def test_gradients_reach_every_tensor(product: Product) -> None:
     assert all(parameter.grad is None for parameter in product.model.parameters() if not parameter.requires_grad)
 
 
-def test_merged_for_good(sample: Product) -> None:
-    patch = sample.inject()
+@sampled
+def test_merged_for_good(product: Product) -> None:
+    patch = product.inject()
     perturb(patch, 1)
-    if not sample.variant.method.mergeable or sample.kind.endswith("norm") or sample.kind == "orthogonal":
+    if not product.variant.method.mergeable or product.kind.endswith("norm") or product.kind == "orthogonal":
         return
-    expected = sample()
+    expected = product()
     patch.merge_and_eject()
-    close(sample(), expected)
-    assert not list(fl.walk(sample.model, adapters.Adapted))
+    close(product(), expected)
+    assert not list(fl.walk(product.model, adapters.Adapted))
 
 
+@sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_dtypes(sample: Product, dtype: torch.dtype) -> None:
-    sample.model.to(dtype)
-    sample.x = sample.x.to(dtype) if sample.wide else sample.x
-    patch = sample.inject()
+def test_narrow_dtypes(product: Product, dtype: torch.dtype) -> None:
+    product.model.to(dtype)
+    product.x = product.x.to(dtype) if product.wide else product.x
+    patch = product.inject()
     perturb(patch, 1)
-    expected = sample()
+    expected = product()
     assert expected.dtype == dtype and expected.isfinite().all()
-    if sample.variant.method.mergeable:
+    if product.variant.method.mergeable:
         patch.merge()
         tolerance = 1e-4 if dtype == torch.float32 else 0.15
-        torch.testing.assert_close(sample(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(product(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_state_comes_back(sample: Product) -> None:
+@sampled
+def test_state_comes_back(product: Product) -> None:
     """By the patch's own dict into another patch, and by the model's into another model, constants included."""
-    patch = sample.inject(seed=1)
+    patch = product.inject(seed=1)
     perturb(patch, 1)
-    expected, state, whole = sample(), patch.state_dict(), copy.deepcopy(sample.model.state_dict())
+    expected, state, whole = product(), patch.state_dict(), copy.deepcopy(product.model.state_dict())
     patch.eject()
-    other = sample.inject(seed=2)
+    other = product.inject(seed=2)
     other.load_state_dict(state)
-    assert torch.equal(sample(), expected)
+    assert torch.equal(product(), expected)
     other.eject()
-    sample.inject(seed=3)
-    sample.model.load_state_dict(whole)
-    assert torch.equal(sample(), expected)
+    product.inject(seed=3)
+    product.model.load_state_dict(whole)
+    assert torch.equal(product(), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -167,11 +167,11 @@ class Scenarios:
         self.folder, self.found = folder, {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh("cpu", (self.world,))
-        # Two processes are enough to try all, each way with each model, and four are for both ways together.
+        # Two processes are enough to try each way with each model, and four for both ways together.
         self.kinds = KINDS if self.world == 2 else {"chain": KINDS["chain"]}
         self.expected: dict[str, list[float]] = {}
         self.saved: dict[str, bytes] = {}
-        for kind, (_, words, _) in self.kinds.items():
+        for kind, (_, words, _) in KINDS.items():
             model, patch = patched(kind)
             self.expected[kind] = train(model, patch, words)
             self.saved[kind] = self.bytes_of(patch, f"{kind}-alone-{self.rank}")
@@ -205,7 +205,7 @@ class Scenarios:
     def check_fsdp(self) -> dict[str, float]:
         found = {}
         for kind, (_, words, _) in self.kinds.items():
-            for units in UNITS if kind == "chain" and self.world == 2 else ("block",):
+            for units in UNITS if self.world == 2 else ("block",):
                 model, patch = patched(kind)
                 shard(model, self.mesh, units)
                 found[f"{kind}, {units}"] = self.off(kind, train(model, patch, words, self.mesh))
@@ -229,7 +229,7 @@ class Scenarios:
     def check_both(self) -> dict[str, float]:
         found = {}
         mesh = init_device_mesh("cpu", (self.world // 2, 2), mesh_dim_names=("data", "tensor"))
-        for kind, (_, words, _) in self.kinds.items():
+        for kind, (_, words, _) in KINDS.items():
             model, patch = patched(kind)
             self.divide(model, mesh["tensor"])
             shard(model, mesh["data"])
