@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 import fluxion as fl
 from adapters.adapter import Adapter, WeakSlots
 from adapters.branch import Branch
-from adapters.choice import NoWeight, Rows, RowWeight, Weights, current
+from adapters.choice import Active, NoWeight, Rows, RowWeight, Weights, acting
 from adapters.errors import RowsError
 from adapters.fusion import Fusion
 from adapters.layers import (
@@ -26,18 +27,15 @@ from adapters.layers import (
     with_parameters,
     with_weights,
 )
-from adapters.low_rank import is_ready, linear, linear_of_rows
 from adapters.quantized import is_quantized
 from adapters.sharded import is_sharded, parted, whole
 from adapters.traced import number_of, strengths
-from fluxion.chain import PLAIN_CALLS, entry
+from fluxion.chain import GLOBAL_HOOKS
 from fluxion.module import Late, Template
 
 if TYPE_CHECKING:
-    from adapters.patch import Patch
+    pass
 
-Active = list[tuple[Branch, float]]
-"""Branches that act, in the order of their injection, and how strongly."""
 Made = dict[object, "nn.Parameter | None"]
 """Weights with branches folded in, by what they were made of."""
 
@@ -140,7 +138,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def chosen(self) -> Active | Rows:
         """Which branches act at the moment, and how strongly, or what is chosen for each row."""
-        return _chosen(self.branches)
+        return acting(self.branches)
 
     def _post_structural_copy(self, source: Adapter[nn.Module]) -> None:
         super()._post_structural_copy(source)
@@ -154,27 +152,39 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # It provides no context, so a call of it is not a call of a tree.
-        run = entry(self)
-        return nn.Module.__call__(self, *args, **kwargs) if run is self else run(*args, **kwargs)
+        if is_compiling() or len(args) != 1 or kwargs:
+            return nn.Module.__call__(self, *args, **kwargs)
+        state = self.__dict__
+        fusion: Fusion | None = state["_fusion"]
+        if fusion is None or not fusion.is_all(state):
+            return nn.Module.__call__(self, *args, **kwargs)
+        output = fusion.run(args[0])
+        return self._run(args, kwargs) if output is None else output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and "input" in kwargs:  # What torch's layers call it.
             args = (kwargs.pop("input"),)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and args and self._is_traceable():
             return self._traced(*args, **kwargs)
-        state = self.__dict__
-        if (divided := state.get("_divided")) is not None:
+        if (divided := self.__dict__.get("_divided")) is not None:
             return divided(self, *args, **kwargs)
+        if len(args) == 1 and not kwargs and (output := self._short(args[0])) is not None:
+            return output
+        return self._run(args, kwargs)
+
+    def _short(self, x: Any) -> Tensor | None:
+        """The output in a few operations, None where there is no such way."""
+        state = self.__dict__
         fusion: Fusion | None = state["_fusion"]
         if fusion is None or not fusion.holds(state):
             fusion = state["_fusion"] = Fusion(self)
             if not fusion.holds(state):  # A branch came or left meanwhile.
                 state["_fusion"] = None
-        chosen = _chosen(fusion.branches)
-        if len(args) == 1 and not kwargs and not state["_merged"]:
-            output = self._short(fusion, chosen, args[0])
-            if output is not None:
-                return output
+        return None if self._merged or any(GLOBAL_HOOKS) else fusion.run(x)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output by the modules that there are."""
+        chosen = self.chosen()
         if isinstance(chosen, Rows):
             try:
                 return chosen.run(self.base, self._of_row, args, kwargs)
@@ -200,26 +210,6 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
             for number, branch in enumerate(branches):
                 run = partial(branch.method.run, branch, run, scales[:, number])
         return run(x, *args, **kwargs)
-
-    @staticmethod
-    def _short(fusion: Fusion, chosen: Active | Rows, x: Any) -> Tensor | None:
-        """The output in a few operations, None where there is no such way."""
-        weight, bias = cast(Tensor, fusion.own.get("weight")), fusion.own.get("bias")
-        if isinstance(chosen, Rows):
-            groups = fusion.pairs_of_rows(chosen)
-            if groups is None or not is_ready(x, weight, bias) or len(x) != chosen.count:
-                return None
-            every = [pair for _, pairs in groups for pair in pairs]
-            tensors = (x, weight, bias, *(tensor for pair in every for tensor in pair[:2]))
-            trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-            if trained or any(pair[3] for pair in every):
-                return None
-            return linear_of_rows(x, weight, bias, groups, chosen.order, chosen.places)
-        pairs = fusion.pairs(chosen) if chosen else None
-        if not pairs or not is_ready(x, weight, bias):
-            return None
-        dropping = len(pairs) > 1 and any(pair[3] for pair in pairs)  # Each drops inputs of its own.
-        return None if dropping else linear(x, weight, bias, pairs)
 
     def _compose(self, active: Active) -> Callable[..., Any]:
         """The layer with these branches: some in its weights, then, from the inside out, those computed beside it.
@@ -454,7 +444,6 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         )
 
 
-PLAIN_CALLS.add(Adapted.__call__)
 _EMPTY = Template(fl.Chain())
 _NOWHERE = WeakSlots()
 
@@ -477,22 +466,6 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
 def nodes(model: nn.Module) -> list[Adapted]:
     """The nodes in a model in order, each once. What patches have added is not looked through."""
     return [module for module in base_modules(model) if isinstance(module, Adapted)]
-
-
-def _chosen(branches: Iterable[Branch]) -> Active | Rows:
-    """Which of the branches of a node act, and how strongly, or what is chosen for each row."""
-    weights = current()
-    active: Active = []
-    for branch in branches:
-        patch: Patch = branch.__dict__["patch"]
-        scale = weights.get(patch) if weights else None
-        if scale is None:
-            scale = patch._scale if patch.enabled else 0.0
-        if isinstance(scale, Rows):
-            return scale
-        if scale != 0:
-            active.append((branch, scale))
-    return active
 
 
 def is_merged_as(node: Adapted, active: Active) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,12 @@ from adapters.errors import AdapterError, RowsError, TargetError
 from adapters.layers import first_tensor, rebuilt
 
 if TYPE_CHECKING:
+    from adapters.branch import Branch
     from adapters.patch import Patch
 
 Weights = Mapping["Patch", float]
+Active = list[tuple["Branch", float]]
+"""Branches that act, in the order of their injection, and how strongly."""
 
 # Patches that are not in the mapping follow their own `scale` and `enabled`.
 _chosen: ContextVar[Mapping[Patch, float | Rows] | None] = ContextVar("chosen", default=None)
@@ -34,6 +37,24 @@ def choosing(choice: Mapping[Patch, float | Rows]) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def strength(patch: Patch, choice: Mapping[Patch, float | Rows] | None) -> float | Rows:
+    """How strongly a patch acts where this is chosen, or what is chosen for each row."""
+    scale = choice.get(patch) if choice else None
+    return (patch._scale if patch.enabled else 0.0) if scale is None else scale
+
+
+def acting(branches: Iterable[Branch]) -> Active | Rows:
+    """Which of the branches of a node act, and how strongly, or what is chosen for each row."""
+    choice, active = current(), []
+    for branch in branches:
+        scale = strength(branch.patch, choice)
+        if isinstance(scale, Rows):
+            return scale
+        if scale:
+            active.append((branch, scale))
+    return active
 
 
 def finite(scale: float, what: str) -> float:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import fluxion
 import weights
 from adapters import folding
-from adapters.adapted import Active, Adapted, adapted_weights
+from adapters.adapted import Adapted, adapted_weights
 from adapters.branch import Branch
 from adapters.checkpoint import Checkpoint
-from adapters.choice import finite
+from adapters.choice import Active, finite
 from adapters.errors import AdapterError
 from adapters.folding import Product
 from adapters.layers import widened

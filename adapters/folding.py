@@ -10,8 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adapters.adapted import Active, Adapted, base_modules
+from adapters.adapted import Adapted, base_modules
 from adapters.branch import Branch
+from adapters.choice import Active
 from adapters.forms import LowRank
 from adapters.layers import is_narrow
 

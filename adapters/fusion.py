@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from operator import getitem
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import fluxion as fl
 from adapters.branch import Branch
-from adapters.low_rank import Pair
+from adapters.choice import Rows, current, strength
+from adapters.low_rank import Pair, is_ready, linear, linear_of_rows
 from fluxion.chain import GLOBAL_HOOKS, PLAIN_CALLS
 
 if TYPE_CHECKING:
-    from adapters.adapted import Active, Adapted
-    from adapters.choice import Rows
+    from adapters.adapted import Adapted
     from adapters.patch import Patch
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_COVERS = ("forward", "_compiled_call_impl")  # One may be called in another way than torch's.
 _NUMBERS = (float, int)
 _FORWARD = nn.Linear.forward
+State = dict[str, Any]
+"""The `__dict__` of a module."""
 
 
 class Thin(NamedTuple):
@@ -39,111 +42,129 @@ class Thin(NamedTuple):
 
 
 class Fusion:
-    """What a node is made of, found once. What a user changes, hooks or puts over it is noticed in each call.
+    """What a node is made of, found once. What a user changes, hooks or puts over it is noticed in each call."""
 
-    Attributes:
-        branches: The branches of the node.
-        own: The parameters of the layer by name.
-    """
-
-    __slots__ = ("_children", "_fits", "_layer", "_of_patch", "_parts", "branches", "own")
+    __slots__ = ("_branches", "_checked", "_children", "_fits", "_layer", "_of_patch", "_own", "_parts", "_size")
 
     def __init__(self, node: Adapted) -> None:
-        self._layer = base = node.base
-        self.own = base._parameters
-        self._children = tuple(node._modules.values())  # Looked at once: others may come meanwhile.
-        self.branches = [child for child in self._children if isinstance(child, Branch)]
-        self._fits = self._children[0] is base and type(base).__call__ in PLAIN_CALLS
-        self._parts: dict[Branch, _Parts | None] = {}  # Of those that have acted: there may be hundreds that never do.
+        state = vars(node)
+        self._size = len(state)
+        self._checked = [name for name in (*_HOOKS, *_COVERS, "_divided") if name in state]
+        self._children = [*node._modules.values()]  # Looked at once: others may come meanwhile.
+        self._layer = layer = node.base
+        self._own = layer._parameters
+        self._fits = self._children[0] is layer and type(layer).__call__ in PLAIN_CALLS
+        self._branches = [(child, child.patch) for child in self._children if isinstance(child, Branch)]
         self._of_patch: dict[Patch, list[Branch]] = {}
-        for branch in self.branches:
+        for branch, _ in self._branches:
             self._of_patch.setdefault(branch.patch, []).append(branch)
+        self._parts: dict[Branch, _Parts | None] = {}  # Of those that have acted: hundreds may never do.
 
-    def holds(self, state: dict[str, Any]) -> bool:
-        """Whether a node, whose `__dict__` this is, has the same children."""
-        return tuple(state["_modules"].values()) == self._children
+    def holds(self, state: State) -> bool:
+        """Whether a node, of this `__dict__`, has the same children, and no new table for hooks."""
+        return len(state) == self._size and [*state["_modules"].values()] == self._children
 
-    def pairs(self, active: Active) -> list[Pair] | None:
-        """What these branches compute beside the layer; None if there is one that has to run by itself."""
-        return self._pairs(active) if self._is_plain() else None
-
-    def _is_plain(self) -> bool:
-        """Whether it is torch's code that runs in the layer, if there is nothing in the way of an object's own."""
+    def is_all(self, state: State) -> bool:
+        """Whether it holds, and there is nothing more to a call of the node."""
         return (
-            type(self._layer).forward is _FORWARD
-            and "bias" in self.own  # Otherwise it may be computed, or a buffer.
-            and not any(GLOBAL_HOOKS)
+            len(state) == self._size
+            and [*state["_modules"].values()] == self._children
+            and not (state["_merged"] or any(GLOBAL_HOOKS))
+            and not (self._checked and any(map(state.get, self._checked)))
         )
 
-    def _pairs(self, active: Active) -> list[Pair] | None:
-        pairs: list[Pair] = []
-        for branch, scale in active:
-            if branch not in self._parts:
-                self._parts[branch] = _Parts.of(self._layer, branch) if self._fits and branch.beside else None
-            if (parts := self._parts[branch]) is None:
-                return None
-            pair = parts.pair(scale)
-            if pair is None:  # It is not what it was: perhaps in a way that makes no difference.
-                if (parts := _Parts.of(self._layer, branch)) is None or (pair := parts.pair(scale)) is None:
-                    return None
-                self._parts[branch] = parts
-            pairs.append(pair)
-        return pairs
-
-    def pairs_of_rows(self, rows: Rows) -> list[tuple[int, list[Pair]]] | None:
-        """For each group of rows their number and what is computed beside the layer; None if that is another way."""
-        if not self._is_plain():
+    def run(self, x: Any) -> Tensor | None:
+        """The output of the node for an input; None if the layer or a branch that acts has to run by itself."""
+        weight: Any = self._own.get("weight")
+        bias: Any = self._own.get("bias", self)  # It may be computed, or a buffer.
+        if type(self._layer).forward is not _FORWARD or not is_ready(x, weight, bias):
             return None
-        found: list[tuple[int, list[Pair]]] = []
+        choice = current()
+        pairs: list[Pair] = []
+        for branch, patch in self._branches:
+            scale = strength(patch, choice)
+            if isinstance(scale, Rows):
+                return self._run_rows(scale, x, weight, bias)
+            if scale:
+                if (parts := self._look(branch)) is None:
+                    return None
+                pairs.append((parts.down, parts.up, scale * parts.factor, parts.dropout))
+        if not pairs or (len(pairs) > 1 and any(pair[3] for pair in pairs)):  # Each drops inputs of its own.
+            return None
+        return linear(x, weight, bias, pairs)
+
+    def _run_rows(self, rows: Rows, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The same where each row of the input has a choice of its own."""
+        groups: list[tuple[int, list[Pair]]] = []
+        tensors = [x, weight, bias]
         for weights, indices in rows.groups:
-            active = [(b, scale) for patch, scale in weights.items() if scale for b in self._of_patch.get(patch, ())]
-            if (pairs := self._pairs(active)) is None:
-                return None
-            found.append((indices.shape[0], pairs))
-        return found
+            pairs: list[Pair] = []
+            for patch, scale in weights.items():
+                for branch in self._of_patch.get(patch, ()) if scale else ():
+                    if (parts := self._look(branch)) is None or parts.dropout:
+                        return None
+                    pairs.append((parts.down, parts.up, scale * parts.factor, 0.0))
+                    tensors += pairs[-1][:2]
+            groups.append((len(indices), pairs))
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if trained or len(x) != rows.count:
+            return None
+        return linear_of_rows(x, weight, bias, groups, rows.order, rows.places)
+
+    def _look(self, branch: Branch) -> _Parts | None:
+        """The parts of a branch that adds the product of two thin matrices; None if that is not all it does."""
+        parts = self._parts.get(branch)
+        if parts is None or not parts.hold():
+            thin = branch.method.thin(branch) if self._fits and branch.beside else None
+            parts = None if thin is None else _Parts(self._layer, branch, thin)
+            parts = self._parts[branch] = parts if parts is not None and parts.are_plain() and parts.hold() else None
+        return parts
 
 
 class _Parts:
-    """A layer, a branch and what is in it, by their `__dict__`s: attributes of modules take five times as long."""
+    """A layer, a branch and the modules in it, as they were when they were looked at.
 
-    __slots__ = ("_all", "_children", "_count", "_covered", "_states", "_tables")
+    Attributes:
+        down: A.
+        up: B.
+        factor: What their product is multiplied by.
+        dropout: The probability of dropping each input of A.
+    """
 
     def __init__(self, layer: nn.Module, branch: Branch, thin: Thin) -> None:
-        self._states = [None if part is None else vars(part) for part in (branch, *thin)]
-        self._all = [vars(layer), *(state for state in self._states if state is not None)]
-        self._count = sum(map(len, self._all))
-        self._children = tuple(branch._modules.values())
-        tables = [(state, name) for state in self._all for name in _HOOKS if name in state]
-        self._tables = [state for state, _ in tables], [name for _, name in tables]
-        # One may be called in another way than torch's.
-        self._covered = any("forward" in state or "_compiled_call_impl" in state for state in self._all)
+        self._states = [vars(part) for part in (layer, branch, *thin) if part is not None]
+        self._sizes = [*map(len, self._states)]  # A table for hooks that is new is one attribute more.
+        tables = [(state, name) for state in self._states for name in (*_HOOKS, *_COVERS) if name in state]
+        self._holders, self._names = [state for state, _ in tables], [name for _, name in tables]
+        self._branch, self._children = vars(branch), [*branch._modules.values()]
+        self._downs, self._ups = thin.down._parameters, thin.up._parameters
+        self.down, self.up = (cast(Tensor, table.get("weight")) for table in (self._downs, self._ups))
+        self._multiply, self._dropout = (None if part is None else vars(part) for part in thin[2:])
+        multiply, dropout = self._multiply or {"scale": 1.0, "bias": 0.0}, self._dropout or {"p": 0.0}
+        self.factor, self._offset = (cast(float, multiply.get(name)) for name in ("scale", "bias"))
+        self._rate, self._training = cast(float, dropout.get("p")), dropout.get("training")
+        self.dropout = self._rate if self._training else 0.0
 
-    @classmethod
-    def of(cls, layer: nn.Module, branch: Branch) -> _Parts | None:
-        """Those of a branch that adds the product of two thin matrices."""
-        thin = branch.method.thin(branch)
-        return None if thin is None else cls(layer, branch, thin)
+    def are_plain(self) -> bool:
+        """Whether they are of the kinds that make up two thin matrices: a number may be a tensor, for one."""
+        return (
+            type(self.down) is type(self.up) is nn.Parameter
+            and type(self.factor) in _NUMBERS
+            and type(self._offset) in _NUMBERS
+            and self._offset == 0
+            and 0 <= self.dropout < 1
+        )
 
-    def pair(self, scale: float) -> Pair | None:
-        """What a branch, of these modules, computes at the moment; None if it was given what it is not made of."""
-        own, down, up, multiply, dropout = self._states
-        downs, ups = down["_parameters"], up["_parameters"]  # type: ignore[index]
-        a, b = downs.get("weight"), ups.get("weight")
-        if (
-            self._covered
-            or sum(map(len, self._all)) != self._count  # A table for hooks that is new is one attribute more.
-            or any(map(getitem, *self._tables))  # As fast as a loop over as many lookups can be.
-            or tuple(own["_modules"].values()) != self._children  # type: ignore[index]
-            or type(a) is not nn.Parameter
-            or type(b) is not nn.Parameter
-            or downs.get("bias", downs) is not None  # Nor is one that is no parameter.
-            or ups.get("bias", ups) is not None
-        ):
-            return None
-        if multiply is not None:
-            factor, bias = multiply.get("scale"), multiply.get("bias")
-            if type(factor) not in _NUMBERS or type(bias) not in _NUMBERS or bias:
-                return None
-            scale *= cast(float, factor)
-        rate = dropout["p"] if dropout is not None and dropout["training"] else 0.0
-        return (a, b, scale, rate) if 0 <= rate < 1 else None
+    def hold(self) -> bool:
+        """Whether all is as it was, and there are no hooks. Reading it as attributes would take five times as long."""
+        downs, ups, multiply, dropout = self._downs, self._ups, self._multiply, self._dropout
+        return (
+            [*map(len, self._states)] == self._sizes
+            and [*self._branch["_modules"].values()] == self._children
+            and not any(map(dict.get, self._holders, self._names))
+            and downs.get("weight") is self.down
+            and ups.get("weight") is self.up
+            and downs.get("bias", self) is ups.get("bias", self) is None  # Nor is one that is no parameter.
+            and (multiply is None or (multiply.get("scale") is self.factor and multiply.get("bias") is self._offset))
+            and (dropout is None or (dropout.get("p") is self._rate and dropout.get("training") is self._training))
+        )

@@ -18,7 +18,10 @@ from torch.nn import functional
 
 # Where the product of the two matrices is made first, its cost has to be clearly the lower one.
 _MARGIN = 1.5
+_FEW = 4096  # Elements of an input; with fewer than that, calls take longer than arithmetic.
 
+# Without a search for them in their modules in each call.
+_linear, _is_grad_enabled, _Parameter = functional.linear, torch.is_grad_enabled, nn.Parameter
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _transform_level = torch._C._functorch.maybe_current_level
 
@@ -31,9 +34,9 @@ def is_ready(x: Any, weight: Any, bias: Any) -> bool:
     """Whether the ways of this module may be gone: for plain tensors of one real dtype, outside of any transform."""
     return (
         type(x) is Tensor
-        and type(weight) is nn.Parameter
+        and type(weight) is _Parameter
         and (dtype := x.dtype) is weight.dtype
-        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is dtype))
+        and (bias is None or (type(bias) is _Parameter and bias.dtype is dtype))
         and dtype.is_floating_point
         and x.ndim > 1
         and not _is_autocast_enabled()
@@ -51,20 +54,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
         bias: `(outputs,)`.
         pairs: One or more, in any dtype: they are converted to that of the input.
     """
-    down, up, scale, dropout = joined(pairs, x.dtype)
-    # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
-    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
-    if torch.is_grad_enabled() and (
+    down, up, scale, dropout = pairs[0]
+    dtype = x.dtype
+    if len(pairs) > 1 or down.dtype is not dtype or up.dtype is not dtype:
+        down, up, scale, dropout = joined(pairs, dtype)
+    if dropout:
+        # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    if _is_grad_enabled() and (
         down.requires_grad
         or up.requires_grad
         or x.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _with_gradients(x, weight, bias, down, up, scale, dropout, seed)
-    if not dropout and _is_merged_cheaper(x, weight):
-        return functional.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
-    return _beside(x, weight, bias, down, up, scale, _mask(x, dropout, seed).mul_(x) if dropout else x)[0]
+        return _with_gradients(x, weight, bias, down, up, scale, dropout, seed if dropout else 0)
+    if dropout:
+        return _plus(_linear(x, weight, bias), _linear(_mask(x, dropout, seed).mul_(x), down), up, scale)
+    if x.numel() >= _FEW and _is_merged_cheaper(x, weight):
+        return _linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+    return _plus(_linear(x, weight, bias), _linear(x, down), up, scale)
 
 
 def linear_of_rows(
@@ -87,7 +96,7 @@ def linear_of_rows(
     """
     if order is not None:
         x = x.index_select(0, order.to(x.device))
-    output = functional.linear(x, weight, bias).contiguous()
+    output = _linear(x, weight, bias).contiguous()
     tokens = math.prod(x.shape[1:-1])  # Of each row.
     parts = [(count * tokens, joined(pairs, x.dtype) if pairs else None) for count, pairs in groups]
     # Groups of one size behind one another go through one product of batches, where that is the quicker way.
@@ -102,7 +111,7 @@ def linear_of_rows(
             _add(result, torch.bmm(some, down.mT), up.mT, pairs[0][2])
         elif pairs:
             down, up, scale, _ = pairs[0]
-            _add(result, functional.linear(some, down), up.t(), scale)
+            _add(result, _linear(some, down), up.t(), scale)
     return output if order is None else output.index_select(0, places.to(x.device))
 
 
@@ -118,16 +127,13 @@ def _add(output: Tensor, small: Tensor, up: Tensor, scale: float) -> Tensor:
     return add(small, up) if scale == 1 else add(small, up, alpha=scale)  # Which takes longer to be called.
 
 
-def _beside(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropped: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The output, and what A makes of the input."""
-    output, small = functional.linear(x, weight, bias), functional.linear(dropped, down)
-    if x.ndim == 2:
-        return _add(output, small, up.t(), scale), small
+def _plus(output: Tensor, small: Tensor, up: Tensor, scale: float) -> Tensor:
+    """An output, `(..., outputs)`, to which the product with B of what A has made is added, in place if it can be."""
+    if output.ndim == 2:
+        return output.addmm_(small, up.t()) if scale == 1 else output.addmm_(small, up.t(), alpha=scale)
     output = output.contiguous()
     _add(output.view(-1, output.shape[-1]), small.flatten(0, -2), up.t(), scale)
-    return output, small
+    return output
 
 
 def joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
@@ -145,10 +151,10 @@ def joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
 def _is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:
     """Whether it takes less to make the weight of both together: for many tokens, and where it is exact enough."""
     outputs, inputs = weight.shape
-    return x.dtype.itemsize >= 4 and x.numel() * (inputs + outputs) > _MARGIN * inputs * inputs * outputs
+    return x.numel() * (inputs + outputs) > _MARGIN * inputs * inputs * outputs and x.dtype.itemsize >= 4
 
 
-class _Linear(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     """The same with gradients. Kept for them is the input, and of the size of the rank what A makes of it.
 
     Dropout keeps no mask, but the seed to make it again.
@@ -167,7 +173,8 @@ class _Linear(torch.autograd.Function):
         seed: int,
     ) -> Tensor:
         dropped = _mask(x, dropout, seed).mul_(x) if dropout else x
-        output, small = _beside(x, weight, bias, down, up, scale, dropped)
+        small = _linear(dropped, down)
+        output = _plus(_linear(x, weight, bias), small, up, scale)
         ctx.save_for_backward(x, weight, down, up, small)
         ctx.settings = scale, dropout, seed
         return output
@@ -183,7 +190,7 @@ class _Linear(torch.autograd.Function):
         x, small = x.flatten(0, -2), small.flatten(0, -2)
         grad = grad.reshape(len(x), weight.shape[0])  # It may be a batch of gradients, which torch does not flatten.
         if torch.is_grad_enabled():  # Gradients of gradients: what was kept knows nothing of where it came from.
-            small = functional.linear(x if mask is None else x * mask, down)
+            small = _linear(x if mask is None else x * mask, down)
         inner = (grad @ up) * scale if for_x or for_down else None
         grads: list[Tensor | None] = [None] * 8
         if for_x and inner is not None:
@@ -208,4 +215,4 @@ def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-_with_gradients = cast(Callable[..., Tensor], _Linear.apply)
+_with_gradients = cast(Callable[..., Tensor], _WithGradients.apply)
