@@ -27,6 +27,7 @@ from adapters.layers import (
     with_parameters,
     with_weights,
 )
+from adapters.products import add, is_low_rank, products_of
 from adapters.quantized import is_quantized
 from adapters.sharded import is_sharded, parted, whole
 from adapters.traced import number_of, strengths
@@ -363,7 +364,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
         keys = {name: (id(own[name]), sources, parts, name) for name in cls._names(branches)}
         if not made.keys() >= set(keys.values()):
             with torch.no_grad():
-                weights = adapted_weights({name: own[name] for name in keys}, branches)
+                weights = _merged({name: own[name] for name in keys}, branches)
             for name, key in keys.items():
                 like = own[name] if own[name] is not None else own[branches[0][0].parameter]
                 made[key] = _parameter(weights[name], like)
@@ -539,6 +540,19 @@ def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[st
             result = result.to(dtype) if like is None else parted(result.to(like.dtype), like)
         weights[name] = result
     return weights
+
+
+def _merged(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
+    """The same in new tensors: where that can be done in place, to the bit what it makes of weights in place."""
+    merged: dict[str, Tensor | None] = {}
+    for name, weight in own.items():
+        added = [item for item in active if name in item[0].names]
+        plain = type(weight) in (Tensor, nn.Parameter) and all(is_low_rank(branch, name) for branch, _ in added)
+        if weight is None or not plain or not weight.is_floating_point():
+            return adapted_weights(own, active)
+        merged[name] = result = weight.detach().clone(memory_format=torch.contiguous_format)
+        add(result, products_of(added, weight))
+    return merged
 
 
 def _parameter(value: Tensor | None, like: Tensor | None) -> nn.Parameter | None:

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 import fluxion
 import weights
-from adapters import folding
 from adapters.adapted import Adapted, adapted_weights
 from adapters.branch import Branch
 from adapters.checkpoint import Checkpoint
 from adapters.choice import Active, finite
 from adapters.errors import AdapterError
-from adapters.folding import Product
 from adapters.layers import widened
 from adapters.loading import load
 from adapters.methods import METHODS
 from adapters.patch import refuse
 from adapters.placing import place, standins, tied_names
+from adapters.products import Product, add, is_low_rank, products_of
 from adapters.renaming import other_base
 from weights.files import bytes_of, read_settings
 from weights.streaming import ByRows, Change
@@ -155,7 +154,7 @@ def _changes(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
                 if checkpoint.is_quantized(full):
                     kind = checkpoint.slots[full].dtype
                     raise AdapterError(f"{full} is quantized, to {kind}: merge into the model it was made of.")
-                if all(folding.is_low_rank(branch, name) for branch, _ in active):
+                if all(is_low_rank(branch, name) for branch, _ in active):
                     yield full, ByRows(_LowRankRows(active, checkpoint.slots[full].shape[0], dtype))
                 else:
                     yield full, partial(_changed, checkpoint, path, name, others, active, dtype)
@@ -259,9 +258,8 @@ class _LowRankRows:
     def __call__(self, rows: Tensor, first: int) -> Tensor:
         rows = rows if self.dtype is None else widened(rows)
         if not self._products:
-            wide = widened(rows[:0]).dtype
-            self._products = [folding.product_of(branch, scale, wide) for branch, scale in self.active]
-        folding.add(rows, self._products, first)
+            self._products = products_of(self.active, rows)
+        add(rows, self._products, first)
         if first + len(rows) == self.count:
             self._products = []
         return rows

@@ -62,8 +62,6 @@ class LowRank(MatrixFree):
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
         up, down = self.factors(t)
         add = torch.baddbmm if weight.ndim == 3 else torch.addmm
-        if not weight.is_contiguous():  # Held by columns, it becomes to the bit what adding to it in place makes of it.
-            return add(weight.mT, down.mT, up.mT, alpha=scale).mT
         return add(weight, up, down, alpha=scale)
 
     def product(self, x: Tensor, t: Tensors) -> Tensor:

@@ -31,6 +31,7 @@ from adapters.layers import buffers, is_stored
 from adapters.method import Method, Site
 from adapters.models import Model, Models, as_module, component_of
 from adapters.pages import patch_fragment
+from adapters.products import add
 from adapters.quantized import is_quantized
 from adapters.sharded import check_before, check_leaving, check_trained, is_sharded, once, parted, settle, whole
 from adapters.targets import Layer, Pattern, Patterns, as_rules, layers, select, structure
@@ -470,7 +471,7 @@ class Patch:
                     if weight is not None and not is_sharded(weight):
                         replaced.setdefault(id(old), []).append(weight)
             for fold in folds:  # At the very end: it cannot be undone.
-                folding.add(fold.weight, fold.products)
+                add(fold.weight, fold.products)
         for patch in patches(model).values():
             patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
         self._leave(model)
