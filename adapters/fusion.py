@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from adapters.adapted import Adapted
     from adapters.patch import Patch
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_COVERS = ("forward", "_compiled_call_impl")  # One may be called in another way than torch's.
+# What makes a call of a module more than its class says, if there is something in one of these attributes.
+_COVERS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *("forward", "_compiled_call_impl"),
+)
 _NUMBERS = (float, int)
 _FORWARD = nn.Linear.forward
 State = dict[str, Any]
-"""The `__dict__` of a module."""
+"""The `__dict__` of a module. To look at its attributes themselves takes five times as long."""
 
 
 class Thin(NamedTuple):
@@ -44,31 +48,32 @@ class Thin(NamedTuple):
 class Fusion:
     """What a node is made of, found once. What a user changes, hooks or puts over it is noticed in each call."""
 
-    __slots__ = ("_branches", "_checked", "_children", "_fits", "_layer", "_of_patch", "_own", "_parts", "_size")
-
     def __init__(self, node: Adapted) -> None:
-        state = vars(node)
-        self._size = len(state)
-        self._checked = [name for name in (*_HOOKS, *_COVERS, "_divided") if name in state]
         self._children = [*node._modules.values()]  # Looked at once: others may come meanwhile.
         self._layer = layer = node.base
-        self._own = layer._parameters
+        self._base, self._own = vars(layer), layer._parameters
         self._fits = self._children[0] is layer and type(layer).__call__ in PLAIN_CALLS
+        self._size, self._base_size = len(vars(node)), len(self._base)  # A table for hooks that is new is one more.
+        self._checked, self._base_checked = _covers(vars(node), "_divided"), _covers(self._base)
         self._branches = [(child, child.patch) for child in self._children if isinstance(child, Branch)]
         self._of_patch: dict[Patch, list[Branch]] = {}
         for branch, _ in self._branches:
             self._of_patch.setdefault(branch.patch, []).append(branch)
         self._parts: dict[Branch, _Parts | None] = {}  # Of those that have acted: hundreds may never do.
+        self._of_rows: _OfRows | None = None
 
     def holds(self, state: State) -> bool:
-        """Whether a node, of this `__dict__`, has the same children, and no new table for hooks."""
-        return len(state) == self._size and [*state["_modules"].values()] == self._children
+        """Whether a node, of this `__dict__`, has the same children, and neither it nor its layer other attributes."""
+        return (
+            len(state) == self._size
+            and len(self._base) == self._base_size
+            and [*state["_modules"].values()] == self._children
+        )
 
     def is_all(self, state: State) -> bool:
         """Whether it holds, and there is nothing more to a call of the node."""
         return (
-            len(state) == self._size
-            and [*state["_modules"].values()] == self._children
+            self.holds(state)
             and not (state["_merged"] or any(GLOBAL_HOOKS))
             and not (self._checked and any(map(state.get, self._checked)))
         )
@@ -77,7 +82,11 @@ class Fusion:
         """The output of the node for an input; None if the layer or a branch that acts has to run by itself."""
         weight: Any = self._own.get("weight")
         bias: Any = self._own.get("bias", self)  # It may be computed, or a buffer.
-        if type(self._layer).forward is not _FORWARD or not is_ready(x, weight, bias):
+        if (
+            type(self._layer).forward is not _FORWARD
+            or any(map(self._base.get, self._base_checked))
+            or not is_ready(x, weight, bias)
+        ):
             return None
         choice = current()
         pairs: list[Pair] = []
@@ -95,8 +104,21 @@ class Fusion:
 
     def _run_rows(self, rows: Rows, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The same where each row of the input has a choice of its own."""
+        found = self._of_rows
+        if found is None or found.rows() is not rows or not all(map(_Parts.hold, found.parts)):
+            found = self._of_rows = self._divide(rows)
+        if found is None or len(x) != rows.count:
+            return None
+        if torch.is_grad_enabled():
+            every = (tensor for parts in found.parts for tensor in (parts.down, parts.up))
+            if any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, *every)):
+                return None
+        return linear_of_rows(x, weight, bias, found.groups, rows.order, rows.places)
+
+    def _divide(self, rows: Rows) -> _OfRows | None:
+        """What the node computes for these rows; None if a branch that acts on some has to run by itself."""
+        acting: list[_Parts] = []
         groups: list[tuple[int, list[Pair]]] = []
-        tensors = [x, weight, bias]
         for weights, indices in rows.groups:
             pairs: list[Pair] = []
             for patch, scale in weights.items():
@@ -104,25 +126,27 @@ class Fusion:
                     if (parts := self._look(branch)) is None or parts.dropout:
                         return None
                     pairs.append((parts.down, parts.up, scale * parts.factor, 0.0))
-                    tensors += pairs[-1][:2]
+                    acting.append(parts)
             groups.append((len(indices), pairs))
-        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if trained or len(x) != rows.count:
-            return None
-        return linear_of_rows(x, weight, bias, groups, rows.order, rows.places)
+        return _OfRows(ref(rows), acting, groups)
 
     def _look(self, branch: Branch) -> _Parts | None:
         """The parts of a branch that adds the product of two thin matrices; None if that is not all it does."""
         parts = self._parts.get(branch)
         if parts is None or not parts.hold():
             thin = branch.method.thin(branch) if self._fits and branch.beside else None
-            parts = None if thin is None else _Parts(self._layer, branch, thin)
+            parts = None if thin is None else _Parts(branch, thin)
             parts = self._parts[branch] = parts if parts is not None and parts.are_plain() and parts.hold() else None
         return parts
 
 
+def _covers(state: State, *more: str) -> list[str]:
+    """Where something would be that makes a call of a module, of this `__dict__`, more than its class says."""
+    return [name for name in (*_COVERS, *more) if name in state]
+
+
 class _Parts:
-    """A layer, a branch and the modules in it, as they were when they were looked at.
+    """A branch and the modules in it, as they were when they were looked at.
 
     Attributes:
         down: A.
@@ -131,11 +155,10 @@ class _Parts:
         dropout: The probability of dropping each input of A.
     """
 
-    def __init__(self, layer: nn.Module, branch: Branch, thin: Thin) -> None:
-        self._states = [vars(part) for part in (layer, branch, *thin) if part is not None]
-        self._sizes = [*map(len, self._states)]  # A table for hooks that is new is one attribute more.
-        tables = [(state, name) for state in self._states for name in (*_HOOKS, *_COVERS) if name in state]
-        self._holders, self._names = [state for state, _ in tables], [name for _, name in tables]
+    def __init__(self, branch: Branch, thin: Thin) -> None:
+        self._states = [vars(part) for part in (branch, *thin) if part is not None]
+        self._sizes = [*map(len, self._states)]  # A table for hooks that is new is one more.
+        self._checked = [(state, name) for state in self._states for name in _covers(state)]
         self._branch, self._children = vars(branch), [*branch._modules.values()]
         self._downs, self._ups = thin.down._parameters, thin.up._parameters
         self.down, self.up = (cast(Tensor, table.get("weight")) for table in (self._downs, self._ups))
@@ -156,15 +179,29 @@ class _Parts:
         )
 
     def hold(self) -> bool:
-        """Whether all is as it was, and there are no hooks. Reading it as attributes would take five times as long."""
+        """Whether all is as it was, and there are no hooks."""
         downs, ups, multiply, dropout = self._downs, self._ups, self._multiply, self._dropout
         return (
             [*map(len, self._states)] == self._sizes
             and [*self._branch["_modules"].values()] == self._children
-            and not any(map(dict.get, self._holders, self._names))
+            and not (self._checked and any(state.get(name) for state, name in self._checked))
             and downs.get("weight") is self.down
             and ups.get("weight") is self.up
             and downs.get("bias", self) is ups.get("bias", self) is None  # Nor is one that is no parameter.
             and (multiply is None or (multiply.get("scale") is self.factor and multiply.get("bias") is self._offset))
             and (dropout is None or (dropout.get("p") is self._rate and dropout.get("training") is self._training))
         )
+
+
+class _OfRows(NamedTuple):
+    """What a node computes for rows that have choices of their own.
+
+    Attributes:
+        rows: The choices, as long as there are any.
+        parts: Those of the branches that act.
+        groups: For each group of rows their number, and what is computed beside the layer.
+    """
+
+    rows: ref[Rows]
+    parts: list[_Parts]
+    groups: list[tuple[int, list[Pair]]]

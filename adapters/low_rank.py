@@ -97,22 +97,37 @@ def linear_of_rows(
     if order is not None:
         x = x.index_select(0, order.to(x.device))
     output = _linear(x, weight, bias).contiguous()
-    tokens = math.prod(x.shape[1:-1])  # Of each row.
-    parts = [(count * tokens, joined(pairs, x.dtype) if pairs else None) for count, pairs in groups]
-    # Groups of one size behind one another go through one product of batches, where that is the quicker way.
-    together = x.is_cuda or x.dtype.itemsize < 4
-    runs = [[*run] for _, run in itertools.groupby(parts, _alike)] if together else [[part] for part in parts]
-    sizes = [sum(count for count, _ in run) for run in runs]
-    inputs, outputs = x.reshape(-1, x.shape[-1]).split(sizes), output.view(-1, output.shape[-1]).split(sizes)
-    for run, some, result in zip(runs, inputs, outputs, strict=True):
-        if len(pairs := [pair for _, pair in run if pair]) > 1:
+    dtype, tokens = x.dtype, math.prod(x.shape[1:-1])  # Of each row.
+    parts = [(count * tokens, joined(pairs, dtype) if pairs else None) for count, pairs in groups]
+    together = dtype.itemsize < 4 or x.is_cuda  # Where one product of several matrices takes less than several.
+    add = _add_together if together else _add_each
+    add(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), parts)
+    return output if order is None else output.index_select(0, places.to(x.device))
+
+
+Parts = list[tuple[int, Pair | None]]
+"""For each group of tokens their number, and the pair that they have."""
+
+
+def _add_each(output: Tensor, x: Tensor, parts: Parts) -> None:
+    sizes = [size for size, _ in parts]
+    for (_, pair), some, result in zip(parts, x.split(sizes), output.split(sizes), strict=True):
+        if pair is not None:
+            _plus(result, _linear(some, pair[0]), pair[1], pair[2])
+
+
+def _add_together(output: Tensor, x: Tensor, parts: Parts) -> None:
+    """Groups of one size behind one another go through one product of batches."""
+    runs = [[*run] for _, run in itertools.groupby(parts, _alike)]
+    sizes = [sum(size for size, _ in run) for run in runs]
+    for run, some, result in zip(runs, x.split(sizes), output.split(sizes), strict=True):
+        pairs = [pair for _, pair in run if pair]
+        if len(pairs) > 1:
             down, up = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
             some, result = (rows.unflatten(0, (len(pairs), -1)) for rows in (some, result))
             _add(result, torch.bmm(some, down.mT), up.mT, pairs[0][2])
         elif pairs:
-            down, up, scale, _ = pairs[0]
-            _add(result, _linear(some, down), up.t(), scale)
-    return output if order is None else output.index_select(0, places.to(x.device))
+            _add_each(result, some, run)
 
 
 def _alike(part: tuple[int, Pair | None]) -> object:

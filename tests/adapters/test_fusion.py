@@ -720,6 +720,19 @@ def test_hooks_are_called_for_rows(part: str) -> None:
     assert calls
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_by_hand_between_calls_for_rows(change: str) -> None:
+    node, x = adapted(), torch.randn(3, INPUTS)
+    with torch.no_grad(), adapters.use(node.__dict__["model"], rows=["a", None, "a"]):
+        before = node(x)
+        CHANGES[change](node, branch_of(node))
+        node.eval()
+        for _ in range(2):
+            found = node(x)
+            close(found, node._run((x,), {}))
+            assert torch.allclose(found, before) == (change == "another strength")  # It was looked up on entering.
+
+
 def test_groups_of_one_size_keep_their_own_strengths() -> None:
     """In the dtypes in which they go through one product."""
     node, x = adapted(LoRA(rank=2, alpha=20), dtype=torch.bfloat16), torch.randn(4, INPUTS).bfloat16()
