@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,6 @@ from adapters.sharded import is_sharded, parted, whole
 from adapters.traced import number_of, strengths
 from fluxion.chain import GLOBAL_HOOKS
 from fluxion.module import Late, Template
-
-if TYPE_CHECKING:
-    pass
 
 Made = dict[object, "nn.Parameter | None"]
 """Weights with branches folded in, by what they were made of."""
@@ -152,14 +149,17 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     # Running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # It provides no context, so a call of it is not a call of a tree.
+        # It provides no context, so a call of it is not a call of a tree. Nor is it one of a module where that would
+        # come to the same: that takes longer.
         if is_compiling() or len(args) != 1 or kwargs:
             return nn.Module.__call__(self, *args, **kwargs)
         state = self.__dict__
         fusion: Fusion | None = state["_fusion"]
-        if fusion is None or not fusion.is_all(state):
+        if fusion is None or not fusion.holds(state):
+            fusion = self._fuse()
+        if fusion.is_covered(state):
             return nn.Module.__call__(self, *args, **kwargs)
-        output = fusion.run(args[0])
+        output = None if state["_merged"] else fusion.run(args[0])
         return self._run(args, kwargs) if output is None else output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,13 +175,17 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
 
     def _short(self, x: Any) -> Tensor | None:
         """The output in a few operations, None where there is no such way."""
-        state = self.__dict__
-        fusion: Fusion | None = state["_fusion"]
-        if fusion is None or not fusion.holds(state):
-            fusion = state["_fusion"] = Fusion(self)
-            if not fusion.holds(state):  # A branch came or left meanwhile.
-                state["_fusion"] = None
+        fusion = self._fusion
+        if fusion is None or not fusion.holds(self.__dict__):
+            fusion = self._fuse()
         return None if self._merged or any(GLOBAL_HOOKS) else fusion.run(x)
+
+    def _fuse(self) -> Fusion:
+        """Look at what there is."""
+        fusion = Fusion(self)
+        # A branch may have come or left meanwhile.
+        self.__dict__["_fusion"] = fusion if fusion.holds(self.__dict__) else None
+        return fusion
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output by the modules that there are."""

@@ -70,13 +70,9 @@ class Fusion:
             and [*state["_modules"].values()] == self._children
         )
 
-    def is_all(self, state: State) -> bool:
-        """Whether it holds, and there is nothing more to a call of the node."""
-        return (
-            self.holds(state)
-            and not (state["_merged"] or any(GLOBAL_HOOKS))
-            and not (self._checked and any(map(state.get, self._checked)))
-        )
+    def is_covered(self, state: State) -> bool:
+        """Whether there is more to a call of the node than what it computes."""
+        return any(GLOBAL_HOOKS) or (bool(self._checked) and any(map(state.get, self._checked)))
 
     def run(self, x: Any) -> Tensor | None:
         """The output of the node for an input; None if the layer or a branch that acts has to run by itself."""
