@@ -203,7 +203,7 @@ def test_frequencies_of_each_layer_load_in_peft(counts: tuple[int, ...], tmp_pat
     methods = {path: FourierFT(n_frequency=count) for path, count in zip(paths, counts, strict=True)}
     patch = adapters.inject(ours, {exactly(path): method for path, method in methods.items()})
     assert {place.path: place.branch.method for place in patch.places} == methods
-    perturbed(ours)
+    perturbed(ours, 0.003)  # The formula multiplies by 150, and what is large is rounded by more than the tolerance.
     patch.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
