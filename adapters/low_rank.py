@@ -202,25 +202,31 @@ class _WithGradients(torch.autograd.Function):
         shape, mask = x.shape, None
         if dropout and (for_x or for_down):
             mask = _mask(x, dropout, seed).flatten(0, -2)
-        x, small = x.flatten(0, -2), small.flatten(0, -2)
-        grad = grad.reshape(len(x), weight.shape[0])  # It may be a batch of gradients, which torch does not flatten.
-        if torch.is_grad_enabled():  # Gradients of gradients: what was kept knows nothing of where it came from.
+        if len(shape) > 2:
+            x, small = x.flatten(0, -2), small.flatten(0, -2)
+            grad = grad.reshape(len(x), len(weight))  # It may be a batch of gradients, which torch does not flatten.
+        if _is_grad_enabled():  # Gradients of gradients: what was kept knows nothing of where it came from.
             small = _linear(x if mask is None else x * mask, down)
-        inner = (grad @ up) * scale if for_x or for_down else None
         grads: list[Tensor | None] = [None] * 8
-        if for_x and inner is not None:
+        if for_x or for_down:
+            inner = _scaled(grad @ up, scale)
+        if for_x:
             plain = grad @ weight
             plain = plain.addmm_(inner, down) if mask is None else plain.addcmul_(inner @ down, mask)
-            grads[0] = plain.view(shape)
+            grads[0] = plain if len(shape) == 2 else plain.view(shape)
         if for_weight:
             grads[1] = grad.t() @ x
         if for_bias:
             grads[2] = grad.sum(0)
-        if for_down and inner is not None:
+        if for_down:
             grads[3] = inner.t() @ (x if mask is None else x * mask)
         if for_up:
-            grads[4] = (grad.t() @ small) * scale
+            grads[4] = grad.t() @ _scaled(small, scale)
         return tuple(grads)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
 
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
