@@ -156,11 +156,12 @@ def joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
     if len(pairs) == 1:
         down, up, scale, dropout = pair = pairs[0]
         return pair if down.dtype is dtype and up.dtype is dtype else (down.to(dtype), up.to(dtype), scale, dropout)
-    downs, ups, scales, _ = zip(*pairs, strict=True)
-    down, own = torch.cat([down.to(dtype) for down in downs]), [up.to(dtype) for up in ups]
-    if len(set(scales)) == 1:
-        return down, torch.cat(own, 1), scales[0], 0.0
-    return down, torch.cat([up * scale for up, scale in zip(own, scales, strict=True)], 1), 1.0, 0.0
+    downs, ups, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+    if any(tensor.dtype is not dtype for tensor in (*downs, *ups)):
+        downs, ups = ([tensor.to(dtype) for tensor in tensors] for tensors in (downs, ups))
+    if any(scale != scales[0] for scale in scales):
+        ups, scales = [up * scale for up, scale in zip(ups, scales, strict=True)], [1.0]
+    return torch.cat(downs), torch.cat(ups, 1), scales[0], 0.0
 
 
 def _is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:
