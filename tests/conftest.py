@@ -6,8 +6,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes is for the benchmarks to say: a machine that has other things to do fails no test.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # As many tests run at once as there are cores: neither they nor what they start should have more than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
