@@ -165,7 +165,7 @@ class Adapted(fl.Chain, Adapter[nn.Module]):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and "input" in kwargs:  # What torch's layers call it.
             args = (kwargs.pop("input"),)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and args and self._is_traceable():
+        if is_compiling() and not torch.compiler.is_exporting() and args and self._is_traceable():
             return self._traced(*args, **kwargs)
         if (divided := self.__dict__.get("_divided")) is not None:
             return divided(self, *args, **kwargs)
