@@ -150,7 +150,7 @@ def ranks(patch: Patch) -> dict[str, int]:
     return {path: layer.hyperparameters["rank"] for path, layer in content.items()}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources)
 def test_exact_is_the_weighted_sum(chosen: list[Source]) -> None:
     model, weights = injected(chosen)
@@ -168,7 +168,7 @@ def test_exact_is_the_weighted_sum(chosen: list[Source]) -> None:
             assert tensor.data_ptr() == state[name].data_ptr() and torch.equal(tensor, value[name])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources, st.none() | st.integers(1, 7))
 def test_svd_is_the_nearest_of_its_rank(chosen: list[Source], rank: int | None) -> None:
     model, weights = injected(chosen)
@@ -185,7 +185,7 @@ def test_svd_is_the_nearest_of_its_rank(chosen: list[Source], rank: int | None) 
         assert combined.errors[path] == pytest.approx(error.item(), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources, st.sampled_from(["magnitude", "ties"]), st.floats(0.01, 1))
 def test_pruning(chosen: list[Source], how: str, density: float) -> None:
     model, weights = injected(chosen)
@@ -199,7 +199,7 @@ def test_pruning(chosen: list[Source], how: str, density: float) -> None:
         assert 1 <= rank <= FULL_RANK[path]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(sources, st.floats(0.1, 1))
 def test_dare_drops_and_rescales(chosen: list[Source], density: float) -> None:
     model, weights = injected(chosen)

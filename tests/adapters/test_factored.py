@@ -32,7 +32,7 @@ def off(matrix: Tensor, factors: tuple[Tensor, Tensor]) -> float:
     return float((up @ down - matrix).norm() / matrix.norm())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     outputs=st.integers(1, 60),
     inputs=st.integers(1, 60),

@@ -71,7 +71,7 @@ def reference(node: Adapted, x: Tensor) -> Tensor:
     return output
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     methods=st.lists(
         st.builds(LoRA, rank=st.integers(1, 4), alpha=st.sampled_from([None, 0.5, 3]), rslora=st.booleans()),
@@ -661,7 +661,7 @@ def test_merged_and_switched_off() -> None:
 CHOICES: list[Any] = [None, "a", "b", "c", ["a", "b"], {"a": 0.5}, {"a": -1.0, "c": 2.0}, "elsewhere"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.sampled_from(CHOICES), min_size=1, max_size=9),
     ordered=st.booleans(),

@@ -247,9 +247,7 @@ class Paging(RuleBasedStateMachine):
 def test_any_sequence_of_uses_is_that_of_a_table_in_the_order_of_use(shelf: Shelf) -> None:
     Paging.shelf = shelf
     phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
-    run_state_machine_as_test(
-        Paging, settings=settings(max_examples=40, stateful_step_count=25, deadline=None, phases=phases)
-    )
+    run_state_machine_as_test(Paging, settings=settings(max_examples=40, stateful_step_count=25, phases=phases))
 
 
 @pytest.mark.parametrize("name", [MODEL, "chain"])

@@ -33,7 +33,7 @@ def convolutions(draw: st.DrawFn) -> nn.Conv2d:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(convolutions(), st.integers(1, 5), st.floats(0.1, 8), st.booleans(), st.sampled_from([1.0, 0.3, -2.0]))
 def test_merged_convolutions_compute_the_same(
     layer: nn.Conv2d, rank: int, alpha: float, rslora: bool, scale: float

@@ -116,7 +116,7 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(methods(), nets())
 def test_starts_and_gradients(method: Method, case: tuple[nn.Module, Tensor]) -> None:
     net, x = case
@@ -130,7 +130,7 @@ def test_starts_and_gradients(method: Method, case: tuple[nn.Module, Tensor]) ->
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(methods(), methods(), nets(), st.floats(-1.5, 1.5))
 def test_stacks_of_two_methods_merge_to_what_they_compute(
     first: Method, second: Method, case: tuple[nn.Module, Tensor], scale: float
@@ -156,7 +156,7 @@ def test_stacks_of_two_methods_merge_to_what_they_compute(
     assert torch.equal(net(x), base)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(methods(), methods(), nets())
 def test_patterns_give_layers_their_own_numbers_and_files_keep_them(
     first: Method, second: Method, case: tuple[nn.Module, Tensor]

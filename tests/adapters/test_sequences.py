@@ -217,7 +217,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 # A failure is shown as it is found: making a sequence of calls shorter would take minutes.
-SETTINGS = settings(max_examples=5, stateful_step_count=20, deadline=None, phases=[Phase.explicit, Phase.generate])
+SETTINGS = settings(max_examples=5, stateful_step_count=20, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -137,7 +137,7 @@ def means(pattern: str, path: str) -> bool:
     return rest(0, 0)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join), st.text("ab.", max_size=10)
 )

@@ -311,7 +311,7 @@ def test_tensors_that_share_bytes_or_have_too_few(tmp_path: Path) -> None:
     refused("'x' is of I8, which is not supported", text(b"x") + struct.pack("<IQIQ", 1, 16, 24, 0))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files(data: st.DataObject) -> None:
     """A typed error, or a patch that runs and leaves no trace."""

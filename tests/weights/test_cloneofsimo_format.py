@@ -175,7 +175,7 @@ class Net(nn.Module):
         return self.attn.to_k(self.attn.to_q(self.emb(tokens)))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_typed_error_or_a_patch_that_runs(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

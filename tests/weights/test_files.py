@@ -60,7 +60,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return tensor.mT if tensor.ndim >= 2 and draw(st.booleans()) else tensor
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(names, tensors(), max_size=5),
     st.dictionaries(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")), max_size=4),
@@ -211,7 +211,7 @@ def test_other_kinds_of_file_are_named(tmp_path: Path, content: bytes, match: st
         weights.open(tmp_path / "t.safetensors")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_damage_gets_past_the_typed_errors(tmp_path: Path, data: st.DataObject) -> None:
     path = weights.save(TENSORS, tmp_path / "t.safetensors", {"k": "v"})

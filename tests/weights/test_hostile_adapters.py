@@ -250,7 +250,7 @@ def store(
 
 
 @pytest.mark.parametrize(("form", "key"), CASES)
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_typed_error_or_a_patch_that_runs(form: str, key: str, data: st.DataObject) -> None:
     name, tensors, config, metadata = data.draw(broken(form, key))
@@ -261,7 +261,7 @@ def test_a_typed_error_or_a_patch_that_runs(form: str, key: str, data: st.DataOb
 
 
 @pytest.mark.parametrize(("form", "key"), CASES)
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_bytes(form: str, key: str, data: st.DataObject) -> None:
     name, tensors, config, metadata = sound(form, key)
@@ -282,7 +282,7 @@ def test_damaged_bytes(form: str, key: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("form", "key"), CASES)
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_no_file_can_hold_is_not_written(form: str, key: str, data: st.DataObject) -> None:
     """Neither is anything written that cannot be read again."""
@@ -439,7 +439,7 @@ def test_patterns_that_take_forever_are_not(pattern: str) -> None:
     assert not are_quick([pattern], ["a" * 40])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("aab.*+?|()[]{},1\\d", max_size=24))
 def test_what_is_taken_for_quick_is_quick(pattern: str) -> None:
     try:

@@ -248,7 +248,7 @@ def test_files_that_are_not_of_one_model(tmp_path: Path) -> None:
 # Hostile files
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_typed_error_or_a_patch_that_runs(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -278,7 +278,7 @@ def test_a_typed_error_or_a_patch_that_runs(data: st.DataObject) -> None:
         attempt(net().float().eval(), path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_no_file_can_hold_is_not_written(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:

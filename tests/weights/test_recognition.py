@@ -65,7 +65,7 @@ def test_gguf(tmp_path: Path) -> None:
         weights.read_adapter(tmp_path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     content=st.binary(max_size=100) | st.sampled_from([b"GGUF", b"{", b"[" * 9999, b'{"lora_parameters":1}', b"\xff"]),
     names=st.sets(

@@ -85,7 +85,7 @@ def test_what_is_not_supported(tmp_path: Path, shapes: Any, about: Any, said: st
         weights.read_adapter(folder(tmp_path, shapes, about))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_typed_error_or_a_patch_that_runs(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapters import Branch
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def numbers(low: float, high: float) -> st.SearchStrategy[float]:

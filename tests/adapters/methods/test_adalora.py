@@ -16,7 +16,7 @@ from adapters import AdaLoRA, AdapterError, LoRA, Patch, RankAllocator, TargetEr
 from tests.adapters.models import perturb
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.floats(0.1, 9), st.integers(0, 2**20))
 def test_linear_and_convolution(inputs: int, outputs: int, rank: int, alpha: float, seed: int) -> None:
     torch.default_generator.manual_seed(seed)

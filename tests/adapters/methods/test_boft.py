@@ -47,7 +47,7 @@ def factor(level: int, blocks: list[Tensor], in_turn: bool) -> Tensor:
     return matrix
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.booleans(), seeds)
 def test_boft_rotates_inputs(
     factors: int, half: int, groups: int, convolution: bool, by_number: bool, seed: int
@@ -71,7 +71,7 @@ def test_boft_rotates_inputs(
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 3),
     st.integers(1, 2),

@@ -46,7 +46,7 @@ def tensors(patch: adapters.Patch, path: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{path}."): t for name, t in patch.state_dict().items() if name.startswith(f"{path}.")}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(method=numbers, inputs=st.integers(1, 6), outputs=st.integers(1, 6))
 def test_linear(method: Bottleneck, inputs: int, outputs: int) -> None:
     torch.default_generator.manual_seed(0)
@@ -63,7 +63,7 @@ def test_linear(method: Bottleneck, inputs: int, outputs: int) -> None:
     torch.testing.assert_close(model(x), base.lerp(full, 0.25))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     method=st.builds(Bottleneck, size=st.integers(1, 4), activation=st.sampled_from(sorted(FUNCTIONS))),
     dims=st.integers(1, 3),

@@ -18,7 +18,7 @@ import adapters
 from adapters import C3A, AdapterError, TargetError
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 2**16))
 def test_c3a_adds_circulant_blocks(size: int, rows: int, columns: int, convolution: bool, seed: int) -> None:
     torch.default_generator.manual_seed(seed)

@@ -16,7 +16,7 @@ from adapters import AdapterError, DeLoRA
 from tests.adapters.models import perturb
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.floats(0.1, 20), st.sampled_from([1.0, -0.5]))
 def test_linear(inputs: int, outputs: int, rank: int, boundary: float, scale: float) -> None:
     base = nn.Linear(inputs, outputs).double()

@@ -27,7 +27,7 @@ def by_hand(weight: Tensor, state: dict[str, Tensor], path: str, scaling: float)
     return torch.stack(rows)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.floats(0.1, 9), st.booleans(), st.integers(0, 2**20))
 def test_linear(inputs: int, outputs: int, rank: int, alpha: float, rslora: bool, seed: int) -> None:
     torch.default_generator.manual_seed(seed)

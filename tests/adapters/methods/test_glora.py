@@ -51,7 +51,7 @@ def test_linear(configs: tuple[str, str, str]) -> None:
         patch.eject()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.sampled_from([1, 2]), st.integers(1, 3))
 def test_convolution(rank: int, groups: int, height: int) -> None:
     base = nn.Conv2d(4, 6, (height, 2), groups=groups).double()
@@ -65,7 +65,7 @@ def test_convolution(rank: int, groups: int, height: int) -> None:
     torch.testing.assert_close(model(x), F.conv2d(x, weight, bias, groups=groups), rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.floats(0.1, 5), st.sampled_from([1, 2]), st.integers(0, 2))
 def test_lycoris(rank: int, alpha: float, groups: int, dimensions: int) -> None:
     kernel, ones = (2, 3)[:dimensions], (1, 1)[:dimensions]

@@ -14,7 +14,7 @@ from adapters import AdapterError, HiRA
 from tests.adapters.models import perturb
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.booleans(), st.sampled_from([1.0, -0.5]))
 def test_linear(inputs: int, outputs: int, rank: int, bias: bool, scale: float) -> None:
     base = nn.Linear(inputs, outputs, bias=bias).double()
@@ -30,7 +30,7 @@ def test_linear(inputs: int, outputs: int, rank: int, bias: bool, scale: float) 
     torch.testing.assert_close(model(x), F.linear(x, weight, base.bias), rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([1, 2]))
 def test_convolution(rank: int, height: int, groups: int) -> None:
     base = nn.Conv2d(4, 6, (height, 2), stride=2, padding=1, groups=groups).double()

@@ -25,7 +25,7 @@ def reflect(weight: Tensor, u: Tensor, orthogonal: bool) -> Tensor:
     return weight
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.booleans(), st.booleans(), st.integers(0, 2**16))
 def test_hra_reflects_inputs(rank: int, orthogonal: bool, convolution: bool, seed: int) -> None:
     torch.default_generator.manual_seed(seed)

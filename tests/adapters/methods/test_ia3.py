@@ -14,7 +14,7 @@ from adapters import IA3
 from tests.adapters.models import perturb
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.25, -1.5]))
 def test_linear(inputs: int, outputs: int, bias: bool, feedforward: bool, scale: float) -> None:
     model, x = nn.Sequential(nn.Linear(inputs, outputs, bias=bias)).double(), torch.randn(3, inputs).double()
@@ -31,7 +31,7 @@ def test_linear(inputs: int, outputs: int, bias: bool, feedforward: bool, scale:
     torch.testing.assert_close(model(one), expected[0], rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from([1, 2, 4]), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans()
 )

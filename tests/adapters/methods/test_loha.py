@@ -52,13 +52,13 @@ def check(layer: nn.Module, method: LoHa, cores: bool) -> None:
 
 
 @given(few, few, few, strengths, st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_of_a_linear_layer(inputs: int, outputs: int, rank: int, alpha: float | None, tucker: bool) -> None:
     check(nn.Linear(inputs, outputs), LoHa(rank, alpha, tucker), cores=False)
 
 
 @given(few, few, few, st.sampled_from([1, 2, (1, 1), (3, 2), (1, 3), (2, 1, 2)]), few, strengths, st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_of_a_convolution(
     inputs: int, outputs: int, groups: int, kernel: Any, rank: int, alpha: float | None, tucker: bool
 ) -> None:

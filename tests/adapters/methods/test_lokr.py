@@ -54,7 +54,7 @@ def check(layer: nn.Module, x: Tensor, method: LoKr) -> dict[str, Tensor]:
 
 
 @given(sizes, sizes, few, strengths, factors, st.booleans(), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_of_a_linear_layer(
     inputs: int, outputs: int, rank: int, alpha: float | None, factor: int, both: bool, tucker: bool
 ) -> None:
@@ -73,7 +73,7 @@ def test_of_a_linear_layer(
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_of_a_convolution(
     inputs: int,
     outputs: int,

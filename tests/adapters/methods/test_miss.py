@@ -15,7 +15,7 @@ import adapters
 from adapters import AdapterError, Bat, MiSS, TargetError
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.sampled_from([0, 1, 2, 4]), st.booleans(), st.integers(0, 2**16))
 def test_miss_repeats_a_block(rank: int, mini_r: int, convolution: bool, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
@@ -35,7 +35,7 @@ def test_miss_repeats_a_block(rank: int, mini_r: int, convolution: bool, seed: i
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**16))
 def test_bat_multiplies_and_adds_a_block(rank: int, rows: int, columns: int, seed: int) -> None:
     torch.default_generator.manual_seed(seed)

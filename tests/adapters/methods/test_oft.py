@@ -55,7 +55,7 @@ def merged_weight(patch: adapters.Patch, model: nn.Module) -> Tensor:
     return weight
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes, counts, st.integers(2, 7), st.booleans(), st.booleans(), st.booleans(), st.booleans(), seeds)
 def test_oft_rotates_inputs(
     size: int, count: int, terms: int, neumann: bool, share: bool, coft: bool, by_number: bool, seed: int
@@ -83,7 +83,7 @@ def test_oft_rotates_inputs(
     torch.testing.assert_close(merged_weight(patch, model), base.weight @ r.T, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 3), st.sampled_from([1, 2]), seeds)
 def test_oft_of_convolutions_rotates_each_patch_of_the_input(channels: int, groups: int, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
@@ -117,7 +117,7 @@ def test_rotations_keep_lengths_and_the_series_comes_near_to_them() -> None:
     assert errors == sorted(errors, reverse=True) and errors[0] > 1e-4 and errors[-1] < 1e-8
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes, counts, st.booleans(), st.sampled_from([0.0, 0.01, 100.0]), st.booleans(), seeds)
 def test_diag_oft_rotates_outputs(
     size: int, count: int, rescale: bool, constraint: float, convolution: bool, seed: int

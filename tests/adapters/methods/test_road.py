@@ -15,7 +15,7 @@ from adapters import AdapterError, RoAd, TargetError
 from tests.adapters.models import perturb
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["road_1", "road_2", "road_4"]), st.integers(1, 3), st.integers(1, 3), st.booleans())
 def test_pairs_are_rotated_and_scaled(variant: str, half: int, groups: int, bias: bool) -> None:
     size = 2 * half
