@@ -6,7 +6,9 @@ Nothing of them is imported here: where there is such a tensor, that has been do
 from __future__ import annotations
 
 import gc
+import pickle
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
@@ -42,7 +44,8 @@ def parted(tensor: Tensor, like: Tensor) -> Tensor:
 
 def once(tensors: Iterable[Tensor], run: Callable[[], T]) -> T:
     """Do something in one process if tensors are in parts on several; all go on when it is done, or raise its error."""
-    if not any(map(is_sharded, tensors)):
+    shared = next(filter(is_sharded, tensors), None)
+    if shared is None:
         return run()
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -50,10 +53,34 @@ def once(tensors: Iterable[Tensor], run: Callable[[], T]) -> T:
             outcome[0] = run()
         except Exception as error:
             outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0)
+    outcome = _of_the_first(outcome, shared.device)
     if outcome[1] is not None:
         raise outcome[1]
     return cast(T, outcome[0])
+
+
+def _of_the_first(value: Any, device: torch.device) -> Any:
+    """What the first process has, in all of them.
+
+    It is `broadcast_object_list`, after which a process may end at once. A thread of gloo lets go of a tensor some time
+    after it was sent, and if nothing else has it by then, it waits for Python, and aborts a process that is ending.
+    """
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(data)], device=device)
+    _send(size)
+    if torch.distributed.get_rank() != 0:
+        data = data.new_empty(int(size))
+    _send(data)
+    return pickle.loads(bytes(data.tolist()))
+
+
+def _send(tensor: Tensor) -> None:
+    work = torch.distributed.broadcast(tensor, src=0, async_op=True)
+    work.wait()
+    _sent.append(work)
+
+
+_sent: deque[Any] = deque(maxlen=2)
 
 
 # FSDP2

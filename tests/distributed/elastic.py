@@ -25,8 +25,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    count = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    if count == "0":
+    killed = folder / "killed"
+    again = killed.exists()
+    if not again:
         model, patch, optimizer = begun(mesh)
         for step in range(STEPS):
             note(folder, "whole", step, train(model, patch, False, mesh, [step], optimizer))
@@ -38,9 +39,10 @@ def main(folder: Path) -> None:
         checkpoint.load(state, checkpoint_id=folder / str(done))
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for step in range(done, STEPS):
-        if step == KILLED_AT and count == "0" and dist.get_rank() == 1:
+        if step == KILLED_AT and not again and dist.get_rank() == 1:
+            killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        note(folder, count, step, train(model, patch, False, mesh, [step], optimizer))
+        note(folder, "again" if again else "first", step, train(model, patch, False, mesh, [step], optimizer))
         if (step + 1) % EVERY == 0:
             checkpoint.save(trained(model, optimizer), checkpoint_id=folder / str(step + 1))
     patch.save_pretrained(folder / "adapter")
