@@ -81,15 +81,21 @@ class Rows:
         for index, weights in enumerate(choices):
             indices.setdefault(frozenset(weights.items()), []).append(index)
         found = list(indices.items())
-        if [row for _, rows in found for row in rows] != list(range(self.count)):
+        order = _flat(found)
+        if order != list(range(self.count)):
             found.sort(key=lambda item: (not item[0], len(item[1])))  # Groups of one size can be computed together.
-        self.groups: list[tuple[Weights, Tensor]] = [(dict(key), torch.tensor(rows)) for key, rows in found]
-        order = torch.cat([rows for _, rows in self.groups])
-        self.places = torch.argsort(order)
-        self.order = None if torch.equal(order, self.places) and bool((order.diff() > 0).all()) else order
-        self.group_of_row = torch.empty(self.count, dtype=torch.long)
-        for number, (_, rows) in enumerate(self.groups):
-            self.group_of_row[rows] = number
+            order = _flat(found)
+        ordered = torch.tensor(order)
+        self.order = None if order == list(range(self.count)) else ordered
+        self.places = torch.argsort(ordered)
+        self.group_of_row = [0] * self.count
+        for number, (_, rows) in enumerate(found):
+            for row in rows:
+                self.group_of_row[row] = number
+        parts = ordered.split([len(rows) for _, rows in found])
+        self.groups: list[tuple[Weights, Tensor]] = [
+            (dict(key), part) for (key, _), part in zip(found, parts, strict=True)
+        ]
 
     def run(
         self, layer: nn.Module, compose: Callable[[Weights], Callable[..., Any]], args: tuple[Any, ...], kwargs: Any
@@ -129,8 +135,12 @@ class Rows:
                 outputs.append(compose(weights)(*some, **named))
             _check(outputs[-1], dim, len(index))
             taken.append(index)
-        order = self.group_of_row if shared else torch.argsort(torch.cat(taken))
+        order = torch.tensor(self.group_of_row) if shared else torch.argsort(torch.cat(taken))
         return _join(outputs, order, dim)
+
+
+def _flat(found: Iterable[tuple[object, list[int]]]) -> list[int]:
+    return [row for _, rows in found for row in rows]
 
 
 _ATTENTION_INPUTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")

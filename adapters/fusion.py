@@ -109,13 +109,13 @@ class Fusion:
             every = (tensor for parts in found.parts for tensor in (parts.down, parts.up))
             if any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, *every)):
                 return None
-        return linear_of_rows(x, weight, bias, found.groups, rows.order, rows.places)
+        return linear_of_rows(x, weight, bias, rows, found.pairs)
 
     def _divide(self, rows: Rows) -> _OfRows | None:
         """What the node computes for these rows; None if a branch that acts on some has to run by itself."""
         acting: list[_Parts] = []
-        groups: list[tuple[int, list[Pair]]] = []
-        for weights, indices in rows.groups:
+        found: list[list[Pair]] = []
+        for weights, _ in rows.groups:
             pairs: list[Pair] = []
             for patch, scale in weights.items():
                 for branch in self._of_patch.get(patch, ()) if scale else ():
@@ -123,8 +123,8 @@ class Fusion:
                         return None
                     pairs.append((parts.down, parts.up, scale * parts.factor, 0.0))
                     acting.append(parts)
-            groups.append((len(indices), pairs))
-        return _OfRows(ref(rows), acting, groups)
+            found.append(pairs)
+        return _OfRows(ref(rows), acting, found)
 
     def _look(self, branch: Branch) -> _Parts | None:
         """The parts of a branch that adds the product of two thin matrices; None if that is not all it does."""
@@ -195,9 +195,9 @@ class _OfRows(NamedTuple):
     Attributes:
         rows: The choices, as long as there are any.
         parts: Those of the branches that act.
-        groups: For each group of rows their number, and what is computed beside the layer.
+        pairs: For each group of rows what is computed beside the layer.
     """
 
     rows: ref[Rows]
     parts: list[_Parts]
-    groups: list[tuple[int, list[Pair]]]
+    pairs: list[list[Pair]]

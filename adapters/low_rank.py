@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from adapters.choice import Rows
+
 # Where the product of the two matrices is made first, its cost has to be clearly the lower one.
 _MARGIN = 1.5
+# Tokens of a row from which on sorting the rows takes longer than an adapter for each: in a loop, and in one product.
+_MANY = (4, 32)
 _FEW = 4096  # Elements of an input; with fewer than that, calls take longer than arithmetic.
 
 # Without a search for them in their modules in each call.
@@ -77,12 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]
 
 
 def linear_of_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: Sequence[tuple[int, Sequence[Pair]]],
-    order: Tensor | None,
-    places: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, pairs: Sequence[Sequence[Pair]]
 ) -> Tensor:
     """The output of a linear layer for a batch in which each row has pairs of its own, without gradients.
 
@@ -90,19 +89,23 @@ def linear_of_rows(
         x: The input, `(rows, ..., inputs)`.
         weight: `(outputs, inputs)`, in the dtype of the input.
         bias: `(outputs,)`.
-        groups: How many rows there are of each kind, and their pairs, which drop nothing.
-        order: The rows in the order of the groups, None if they are.
-        places: The place of each row in that order.
+        rows: Which rows are in one group.
+        pairs: Those of each group, which drop nothing.
     """
-    if order is not None:
-        x = x.index_select(0, order.to(x.device))
-    output = _linear(x, weight, bias).contiguous()
     dtype, tokens = x.dtype, math.prod(x.shape[1:-1])  # Of each row.
-    parts = [(count * tokens, joined(pairs, dtype) if pairs else None) for count, pairs in groups]
+    joint = [joined(own, dtype) if own else None for own in pairs]
     together = dtype.itemsize < 4 or x.is_cuda  # Where one product of several matrices takes less than several.
     add = _add_together if together else _add_each
+    order = rows.order if tokens < _MANY[together] else None
+    if order is not None:
+        x = x.index_select(0, order.to(x.device))
+    if order is rows.order:
+        parts = [(len(group) * tokens, pair) for (_, group), pair in zip(rows.groups, joint, strict=True)]
+    else:
+        parts = [(tokens, joint[number]) for number in rows.group_of_row]
+    output = _linear(x, weight, bias).contiguous()
     add(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), parts)
-    return output if order is None else output.index_select(0, places.to(x.device))
+    return output if order is None else output.index_select(0, rows.places.to(x.device))
 
 
 Parts = list[tuple[int, Pair | None]]
