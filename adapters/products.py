@@ -16,8 +16,9 @@ from adapters.layers import widened
 Product = tuple[Tensor, Tensor, float]
 """Two factors and a strength: what is added to the rows of a weight, with the experts in front for a stack."""
 
-_AT_ONCE = 1 << 17  # numbers that are changed at once, so that they stay in the cache of the processor
 _MATRIX_UNIT = torch.cpu.get_capabilities().get("amx_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
+# Numbers that are changed at once: as many as stay in the cache of the processor, and what multiplies is quick with.
+_AT_ONCE = 1 << (17 if _MATRIX_UNIT else 20)
 
 
 def is_low_rank(branch: Branch, parameter: str) -> bool:
