@@ -68,9 +68,10 @@ def _of_the_first(value: Any, device: torch.device) -> Any:
     data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
     size = torch.tensor([len(data)], device=device)
     _send(size)
-    if torch.distributed.get_rank() != 0:
-        data = data.new_empty(int(size))
-    _send(data)
+    if torch.distributed.get_rank() == 0:
+        _send(data)
+        return value
+    _send(data := data.new_empty(int(size)))
     return pickle.loads(bytes(data.tolist()))
 
 
@@ -80,7 +81,7 @@ def _send(tensor: Tensor) -> None:
     _sent.append(work)
 
 
-_sent: deque[Any] = deque(maxlen=2)
+_sent: deque[Any] = deque(maxlen=2)  # What was sent last, and has to stay.
 
 
 # FSDP2
