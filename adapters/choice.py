@@ -70,6 +70,7 @@ class Rows:
     Attributes:
         count: How many rows there are.
         groups: For each distinct choice, its weights and the indices of its rows.
+        sizes: For each of them, how many rows these are.
         group_of_row: The number of each row's choice among the groups.
         order: The rows in the order of the groups; None if that is the order they are in.
         places: For each row, its place in that order.
@@ -92,7 +93,8 @@ class Rows:
         for number, (_, rows) in enumerate(found):
             for row in rows:
                 self.group_of_row[row] = number
-        parts = ordered.split([len(rows) for _, rows in found])
+        self.sizes = [len(rows) for _, rows in found]
+        parts = ordered.split(self.sizes)
         self.groups: list[tuple[Weights, Tensor]] = [
             (dict(key), part) for (key, _), part in zip(found, parts, strict=True)
         ]

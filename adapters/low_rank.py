@@ -100,7 +100,7 @@ def linear_of_rows(
     if order is not None:
         x = x.index_select(0, order.to(x.device))
     if order is rows.order:
-        parts = [(len(group) * tokens, pair) for (_, group), pair in zip(rows.groups, joint, strict=True)]
+        parts = [(size * tokens, pair) for size, pair in zip(rows.sizes, joint, strict=True)]
     else:
         parts = [(tokens, joint[number]) for number in rows.group_of_row]
     output = _linear(x, weight, bias).contiguous()
