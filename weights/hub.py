@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -179,15 +180,20 @@ class Snapshot:
     def _download(self, paths: Collection[str]) -> None:
         from huggingface_hub import snapshot_download
 
-        with hub_errors(self.place.repo_id, self.token):
-            if not self.reached:  # Fails at once, where the client would try for half a minute.
-                head(self.place.repo_id, self.commit, self.token)
-            snapshot_download(
-                self.place.repo_id,
-                revision=self.commit,
-                token=self.token,
-                allow_patterns=[glob.escape(path) for path in paths],
-            )
+        try:
+            with hub_errors(self.place.repo_id, self.token):
+                if not self.reached:  # Fails at once, where the client would try for half a minute.
+                    head(self.place.repo_id, self.commit, self.token)
+                snapshot_download(
+                    self.place.repo_id,
+                    revision=self.commit,
+                    token=self.token,
+                    allow_patterns=[glob.escape(path) for path in paths],
+                )
+        finally:  # The client leaves a list of files that it could not write, or that it was killed over.
+            for cut_off in (_storage(self.place.repo_id) / "trees").glob("*.tmp"):
+                with contextlib.suppress(OSError):
+                    cut_off.unlink()
 
     def _check(self, path: str) -> None:
         file = self.folder / path

@@ -163,6 +163,15 @@ def test_a_file_damaged_in_the_cache_is_noticed(hub: HubServer, folder: Path) ->
     assert contents(weights.download("me/style")) == contents(folder)
 
 
+def test_a_list_of_files_that_the_client_did_not_finish_does_not_stay(hub: HubServer, folder: Path) -> None:
+    serve(hub, folder)
+    lists = Path(constants.HF_HUB_CACHE) / "models--me--style" / "trees"
+    lists.mkdir(parents=True)
+    (lists / "tmpa1b2c3d4.tmp").touch()
+    weights.download("me/style")
+    assert [path.suffix for path in lists.iterdir()] == [".json"]
+
+
 @pytest.mark.parametrize(
     ("name", "error", "match"),
     [
