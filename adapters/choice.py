@@ -82,18 +82,16 @@ class Rows:
         for index, weights in enumerate(choices):
             indices.setdefault(frozenset(weights.items()), []).append(index)
         found = list(indices.items())
-        order = _flat(found)
-        if order != list(range(self.count)):
+        own, order = list(range(self.count)), _flat(found)
+        if order != own:
             found.sort(key=lambda item: (not item[0], len(item[1])))  # Groups of one size can be computed together.
             order = _flat(found)
         ordered = torch.tensor(order)
-        self.order = None if order == list(range(self.count)) else ordered
+        self.order = None if order == own else ordered
         self.places = torch.argsort(ordered)
-        self.group_of_row = [0] * self.count
-        for number, (_, rows) in enumerate(found):
-            for row in rows:
-                self.group_of_row[row] = number
         self.sizes = [len(rows) for _, rows in found]
+        numbers = {row: number for number, (_, rows) in enumerate(found) for row in rows}
+        self.group_of_row = torch.tensor([numbers[row] for row in own])
         parts = ordered.split(self.sizes)
         self.groups: list[tuple[Weights, Tensor]] = [
             (dict(key), part) for (key, _), part in zip(found, parts, strict=True)
@@ -137,7 +135,7 @@ class Rows:
                 outputs.append(compose(weights)(*some, **named))
             _check(outputs[-1], dim, len(index))
             taken.append(index)
-        order = torch.tensor(self.group_of_row) if shared else torch.argsort(torch.cat(taken))
+        order = self.group_of_row if shared else torch.argsort(torch.cat(taken))
         return _join(outputs, order, dim)
 
 

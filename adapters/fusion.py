@@ -151,13 +151,8 @@ class _Parts:
         dropout: The probability of dropping each input of A.
     """
 
-    __slots__ = (
-        *("_branch", "_checked", "_children", "_downs", "_dropout", "_multiply", "_offset", "_rate", "_sizes"),
-        *("_states", "_training", "_ups", "down", "dropout", "factor", "up"),
-    )
-
     def __init__(self, branch: Branch, thin: Thin) -> None:
-        self._states = tuple(vars(part) for part in (branch, *thin) if part is not None)
+        self._states = [vars(part) for part in (branch, *thin) if part is not None]
         self._sizes = [*map(len, self._states)]  # A table for hooks that is new is one more.
         self._checked = [(state, name) for state in self._states for name in _covers(state)]
         self._branch, self._children = vars(branch), [*branch._modules.values()]

@@ -102,7 +102,7 @@ def linear_of_rows(
     if order is rows.order:
         parts = [(size * tokens, pair) for size, pair in zip(rows.sizes, joint, strict=True)]
     else:
-        parts = [(tokens, joint[number]) for number in rows.group_of_row]
+        parts = [(tokens, joint[number]) for number in rows.group_of_row.tolist()]
     output = _linear(x, weight, bias).contiguous()
     add(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), parts)
     return output if order is None else output.index_select(0, rows.places.to(x.device))

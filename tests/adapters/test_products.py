@@ -19,6 +19,7 @@ LAYERS = {"linear": nn.Linear(160, 96), "embedding": nn.Embedding(96, 160), "con
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether bfloat16 is taken to be multiplied in hardware. Where it is not, the same comes out, only later."""
     monkeypatch.setattr(products, "_MATRIX_UNIT", request.param)
+    monkeypatch.setattr(products, "_AT_ONCE", 1 << 12)  # These weights are small, and are to be in several parts.
 
 
 def assert_rounded_once(found: Tensor, exact: Tensor, terms: Tensor | float = 20.0) -> None:
