@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from weights.disk.paths import check_regular
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.local import check_regular
 
 DTYPES = {
     "F64": torch.float64,

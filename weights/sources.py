@@ -8,10 +8,10 @@ from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 
-from weights.atomic import settle
+from weights.disk.atomic import settle
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.hub import Snapshot
-from weights.hub_path import HubPath
+from weights.hub.download import Snapshot
+from weights.hub.path import HubPath
 
 TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"

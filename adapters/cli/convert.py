@@ -63,14 +63,14 @@ def convert(
     import torch
 
     import weights
-    from adapters.patch import write_file
+    from adapters.patch.save import write_file
 
     check_new(destination)
     adapter = weights.read_adapter(source, pickle=pickle)
     if component is not None:
         adapter = of_component(source, adapter, component)
     if base is not None and not adapter.counted:
-        from adapters.renaming import with_names_in
+        from adapters.files.resolve.checkpoint_names import with_names_in
 
         adapter = with_names_in(weights.open_parts(base), adapter)
         adapter = replace(adapter, base_model=adapter.base_model or base)
@@ -87,7 +87,7 @@ def convert(
 
 def check_new(path: Path) -> None:
     """See to it that nothing is written over, and no folder is called like a file."""
-    from weights.atomic import tidy
+    from weights.disk.atomic import tidy
 
     if path.suffix in _OTHERS:
         raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")

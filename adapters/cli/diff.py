@@ -117,7 +117,7 @@ def _of_adapters(a: weights.AdapterFile, b: weights.AdapterFile) -> Iterator[Dif
 
 def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[str, weights.LayerWeights]:
     """The layers by names that two files have in common: without dots, or without component, if one has it so."""
-    from adapters.matching import flat
+    from adapters.files.resolve.matching import flat
 
     if len(adapter.components) == 1 and not other.components:
         adapter = adapter.part(adapter.components[0])
@@ -131,7 +131,7 @@ def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[st
 
 
 def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
-    from adapters.checkpoint import Checkpoint
+    from adapters.files.checkpoint import Checkpoint
 
     one, other = Checkpoint.open(a), Checkpoint.open(b)
     kinds, other_kinds = (

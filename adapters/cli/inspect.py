@@ -165,7 +165,7 @@ def _span(values: Iterable[Any]) -> str:
 
 
 def _show_layers(console: Console, adapter: weights.AdapterFile) -> None:
-    from weights.layer_tree import drawn, numbers_apart
+    from weights.hub.layer_tree import drawn, numbers_apart
 
     console.print()
     described = {path: f"{plain(layer.method)}{_rank(layer)}" for path, layer in adapter.layers.items()}

@@ -42,8 +42,8 @@ def _copied(path: Path, destination: Path) -> Path:
     """Copy a file, or what is in a folder, into another folder. Returns what is there then."""
     from fnmatch import fnmatch
 
-    from weights.atomic import write_files
-    from weights.hub import SAFE_FILES
+    from weights.disk.atomic import write_files
+    from weights.hub.download import SAFE_FILES
 
     if path.is_file():
         write_files({destination / path.name: _chunks(path)})

@@ -71,8 +71,8 @@ def push(
 def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
     """A folder to publish: what is given, or a copy for a while that has a model card with the license and the tags."""
     import weights
-    from weights.card import CARD
-    from weights.publishing import files_in
+    from weights.hub.card import CARD
+    from weights.hub.publish import files_in
 
     has_card = (source / CARD).is_file()
     if has_card and not license and not tags:
@@ -97,7 +97,7 @@ def _with_fields(path: Path, license: str | None, tags: Sequence[str]) -> str:
     """A model card with another license, and more tags."""
     from huggingface_hub import ModelCard
 
-    from weights.card import check_card
+    from weights.hub.card import check_card
 
     check_card(path)
     card = ModelCard(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from adapters.cli.console import columns, make_console, plain, print_json
 from adapters.cli.convert import FORMATS
 
 if TYPE_CHECKING:
-    from adapters.extract import Reduction
+    from adapters.files.extract import Reduction
 
 rank = click.option("--rank", type=click.IntRange(1), metavar="N", help="The largest rank at a layer.")
 energy = click.option(

@@ -40,8 +40,8 @@ def report(sources: tuple[str, ...], base: str | None, output: Path, as_json: bo
       fluxion report style.safetensors
       fluxion report someone/style-lora style.safetensors --base someone/model --output both.html
     """
-    from adapters.pages import check_charts
-    from adapters.report import report
+    from adapters.reports.html import check_charts
+    from adapters.reports.report import report
 
     if not as_json:
         _check(output)
@@ -59,7 +59,7 @@ def report(sources: tuple[str, ...], base: str | None, output: Path, as_json: bo
 
 def _check(path: Path) -> None:
     """See to it that nothing but an older page is written over."""
-    from adapters.pages import is_page
+    from adapters.reports.html import is_page
 
     if path.suffix not in (".html", ".htm"):
         raise click.ClickException(f"{path} has not the name of a page: end it with .html.")

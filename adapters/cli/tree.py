@@ -44,7 +44,7 @@ def tree(source: str, depth: int | None, as_json: bool) -> None:
     Example:
       fluxion tree someone/model --depth 2
     """
-    from adapters.checkpoint import Checkpoint
+    from adapters.files.checkpoint import Checkpoint
 
     slots = Checkpoint.open(source).slots
     size = sum(slot.stop - slot.start for slot in slots.values())
@@ -100,7 +100,7 @@ class Module:
 
     def collapse(self) -> object:
         """Put in order what is inside, and make one of neighbours that are alike. Equal for modules that are alike."""
-        from weights.layer_tree import natural
+        from weights.hub.layer_tree import natural
 
         alike = {name: module.collapse() for name, module in self.inside.items()}
         names = sorted(self.inside, key=natural)
@@ -147,7 +147,7 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
 
 def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[str, str, str]]:
     """The lines of a module: its name, two of its own tensors in each, and how many parameters it has."""
-    from weights.layer_tree import natural
+    from weights.hub.layer_tree import natural
 
     named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", natural(item[0])))
     kinds = {own: "" if type_of(slot) == usual else f" {type_of(slot)}" for own, slot in named}

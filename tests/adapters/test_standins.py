@@ -10,8 +10,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weights
-from adapters.layers import Conv1D, is_conv1d
-from adapters.standins import Shapes
+from adapters.files.skeleton import Shapes
+from adapters.layers.kinds import Conv1D, is_conv1d
 from weights.header import Slot
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import weights
-from weights.card import check_card
-from weights.layer_tree import drawn
+from weights.hub.card import check_card
+from weights.hub.layer_tree import drawn
 
 
 def layer(method: str = "lora", rank: int = 8) -> weights.LayerWeights:

@@ -10,7 +10,7 @@ import torch
 
 import weights
 from adapters.cli.combine import _WAYS
-from adapters.combine import PRUNINGS
+from adapters.patch.combine import PRUNINGS
 from tests.adapters.cli.files import MINILM, document, done, fluxion, refused
 
 
