@@ -78,3 +78,6 @@ class AdapterFile:
         layers = {rest: self.layers[path] for path, (first, rest) in places.items() if first == component}
         counted = {"": self.counted[component]} if component in self.counted else {}
         return replace(self, layers=layers, components=(), counted=counted, others={} if component else self.others)
+
+
+CONFIG = "adapter_config.json"  # belongs to the tensors beside it

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 
+from weights.adapter_file import CONFIG
 from weights.disk.atomic import settle
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.hub.download import Snapshot
@@ -17,7 +18,6 @@ TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt")
 _BASE_MODEL = re.compile(r"(diffusion_pytorch_)?model\b.*|.*-\d{5}-of-\d{5}")  # of the name, without the ending
-CONFIG = "adapter_config.json"  # belongs to the tensors beside it
 
 
 def find(source: str | PathLike[str], revision: str | None) -> Path | HubPath:

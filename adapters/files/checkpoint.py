@@ -14,7 +14,7 @@ from adapters.layers.dtypes import is_narrow
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weights.header import Slot
+    from weights.disk.header import Slot
 
 
 @dataclass(frozen=True)

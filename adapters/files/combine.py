@@ -21,7 +21,7 @@ from adapters.methods import METHODS
 from adapters.methods.copied import Copy
 from adapters.methods.lora import LoRA
 from adapters.patch.combine import combine
-from weights.header import Slot
+from weights.disk.header import Slot
 from weights.tensors.open import read_settings
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import weights
 from adapters.layers.kinds import CONVOLUTIONS, TRANSPOSED, Conv1D
-from weights.header import Slot
+from weights.disk.header import Slot
 
 _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?(_tokens|_positions|_in|_out)?|wte|wpe|shared")
 _KERNELS = {3: 0, 4: 1, 5: 2}  # Dimensions of the weight, and the place of the class.

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import weights
 from adapters.files.skeleton import Shapes
 from adapters.layers.kinds import Conv1D, is_conv1d
-from weights.header import Slot
+from weights.disk.header import Slot
 
 
 def shapes(model: nn.Module) -> Shapes:

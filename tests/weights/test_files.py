@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import weights
-from weights.header import DTYPES
+from weights.disk.header import DTYPES
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, -2], dtype=torch.int8)}
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from weights.disk.header import read_header
 from weights.disk.locks import locked
 from weights.disk.paths import is_inside, place_to_write, read_small
 from weights.errors import FileFormatError, FileWriteError
-from weights.header import read_header
 
 _STAGE = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _JOURNAL = "journal"

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from weights.adapter_file import AdapterFile, LayerWeights
+from weights.adapter_file import CONFIG, AdapterFile, LayerWeights
 from weights.errors import FileFormatError, SourceNotFoundError, listed
 from weights.formats import peft_besides as besides
 from weights.formats import torchtune
@@ -27,7 +27,6 @@ from weights.formats.output import Chunks, write_folder
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
-from weights.sources import CONFIG
 from weights.tensors.open import encode, open_tensors
 
 TENSORS = "adapter_model.safetensors"

@@ -9,14 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weights.adapter_file import CONFIG
+from weights.disk.header import Stamp, read_header
 from weights.disk.paths import is_inside
 from weights.errors import FileFormatError, HubAccessError, HubConnectionError, HubError, SourceNotFoundError
-from weights.header import Stamp, read_header
 from weights.hub.card import CARD, check_card
 from weights.hub.download import HubFile, Snapshot, fits, head, published_files, stored_token
 from weights.hub.errors import hub_errors
 from weights.hub.path import HubPath
-from weights.sources import CONFIG
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

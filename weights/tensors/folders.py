@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from weights.disk.header import Header, Stamp, parse_header, read_header
 from weights.disk.paths import read_small
 from weights.errors import FileFormatError, HubError, SourceNotFoundError
-from weights.header import Header, Stamp, parse_header, read_header
 from weights.hub.download import Snapshot
 from weights.hub.path import HubPath
 

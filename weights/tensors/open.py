@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from weights.disk.atomic import write_files
+from weights.disk.header import DTYPES, METADATA_KEY, Slot, Stamp, check_name
 from weights.disk.paths import is_folder
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.header import DTYPES, METADATA_KEY, Slot, Stamp, check_name
 from weights.hub.path import HubPath
 from weights.sources import INDEX, TENSORS, find
 from weights.tensors.folders import Folder, TensorFile, hub_folder, local_folder

@@ -12,8 +12,8 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
+from weights.adapter_file import CONFIG
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.sources import CONFIG
 from weights.tensors.open import save
 
 FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_lora_weights.bin")

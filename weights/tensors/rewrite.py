@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights.disk.header import Slot
 from weights.errors import FileFormatError, SourceNotFoundError, WeightsError
-from weights.header import Slot
 from weights.sources import INDEX, TENSORS
 from weights.tensors.folders import Folder, TensorFile
 from weights.tensors.open import (

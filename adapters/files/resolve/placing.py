@@ -15,7 +15,7 @@ from adapters.files.resolve.checkpoint_names import names_in
 from adapters.files.resolve.rotary import in_halves
 from adapters.files.skeleton import Shapes
 from adapters.methods import METHODS
-from weights.header import Slot
+from weights.disk.header import Slot
 
 # The ends of the names of classes that have an output head which may share the tensor of the embedding.
 _HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "WithLMHead")

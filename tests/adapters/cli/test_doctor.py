@@ -16,7 +16,7 @@ from tests.adapters.cli.test_cli import installed
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import READER, WRITER, HubServer
 
-module = import_module("adapters.cli.doctor")  # The package has the command under that name.
+module = import_module("adapters.cli.commands.doctor")  # The package has the command under that name.
 
 
 def problem() -> str:

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import Source
+from adapters.cli.options import Source
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
     import weights
 
-FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
-_OTHERS = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth")
-DTYPES = ("float16", "bfloat16", "float32")
+from adapters.cli.options import DTYPES, FORMATS, check_new, of_component
 
 
 @click.command()
@@ -83,32 +81,6 @@ def convert(
         adapter = _cast(adapter, getattr(torch, kind))
     form = write_file(adapter, destination, form)
     click.echo(f"{destination}: {len(adapter.layers):,} layers in {form} format, from {adapter.format}.")
-
-
-def check_new(path: Path) -> None:
-    """See to it that nothing is written over, and no folder is called like a file."""
-    from weights.disk.atomic import tidy
-
-    if path.suffix in _OTHERS:
-        raise click.ClickException(f"{path} has the name of a {path.suffix} file: only .safetensors are written.")
-    tidy(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise click.ClickException(f"{path} is there already: choose another destination, or remove it first.")
-
-
-def of_component(source: str, adapter: weights.AdapterFile, name: str) -> weights.AdapterFile:
-    """What is for one model of a pipeline, or an adapter of which it is said now for which it is."""
-    if not adapter.components:
-        at = {path: f"{name}.{path}" if path else path for path in adapter.layers}
-        layers = {at[path]: layer for path, layer in adapter.layers.items()}
-        aliases = {at[path]: others for path, others in adapter.aliases.items()}
-        return replace(adapter, layers=layers, components=(name,), aliases=aliases)
-    layers = {path: layer for path, layer in adapter.layers.items() if adapter.component_of(path)[0] == name}
-    if not layers:
-        parts = ", ".join(adapter.components)
-        raise click.ClickException(f"{source} has nothing for {name!r}: its components are {parts}.")
-    counted = {name: adapter.counted[name]} if name in adapter.counted else {}
-    return replace(adapter, layers=layers, components=(name,), counted=counted)
 
 
 def _cast(adapter: weights.AdapterFile, to: dtype) -> weights.AdapterFile:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from adapters.cli.console import Source
+from adapters.cli.options import Source
 
 _AT_ONCE = 1 << 20  # bytes
 

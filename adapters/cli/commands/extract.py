@@ -6,20 +6,20 @@ from pathlib import Path
 
 import click
 
-from adapters.cli import reduction
-from adapters.cli.console import Source, as_json, progress_in_bytes
-from adapters.cli.convert import DTYPES, check_new
+from adapters.cli import options, reduction
+from adapters.cli.console import progress_in_bytes
+from adapters.cli.options import DTYPES, Source, as_json, check_new
 
 
 @click.command()
 @click.argument("base", type=Source())
 @click.argument("tuned", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
-@reduction.rank
-@reduction.energy
+@options.rank
+@options.energy
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Which layers, by name or glob.  [default: all]")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Which layers to leave out.")
-@reduction.to
+@options.to
 @click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as in TUNED]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Where chance comes from.")
 @as_json
@@ -51,7 +51,7 @@ def extract(
       fluxion extract someone/model someone/tuned-model lora --rank 8
       fluxion extract someone/model someone/tuned-model smaller --energy 0.9 --rank 64 --exclude '**embeddings'
     """
-    reduction.need_size(rank, energy)
+    options.need_size(rank, energy)
     import torch
 
     import adapters

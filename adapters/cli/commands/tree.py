@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import (
-    Source,
-    as_json,
-    columns,
-    make_console,
-    megabytes,
-    plain,
-    print_json,
-    shape_of,
-    type_of,
-    types,
-)
+from adapters.cli.console import columns, make_console, megabytes, plain, print_json, shape_of, type_of, types
+from adapters.cli.options import Source, as_json
 
 if TYPE_CHECKING:
-    from weights.header import Slot
+    from weights.disk.header import Slot
+
 
 _MOST_PARTS = 30  # of a name; more are one
 

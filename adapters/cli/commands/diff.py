@@ -10,22 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapters.cli.console import (
-    Source,
-    as_json,
-    make_console,
-    plain,
-    print_json,
-    progress_in_bytes,
-    shape_of,
-    type_of,
-)
+from adapters.cli.console import make_console, plain, print_json, progress_in_bytes, shape_of, type_of
+from adapters.cli.options import Source, as_json
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
     import weights
+
 
 _MOST_ROWS = 40  # of a table; --json has all
 _AT_ONCE = 1 << 22  # numbers

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import click
 
-from adapters.cli import reduction
-from adapters.cli.console import Source, as_json, progress_in_layers
-from adapters.cli.convert import check_new
+from adapters.cli import options, reduction
+from adapters.cli.console import progress_in_layers
+from adapters.cli.options import Source, as_json, check_new
 
 
 @click.command()
 @click.argument("source", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
-@reduction.rank
-@reduction.energy
-@reduction.base
-@reduction.to
+@options.rank
+@options.energy
+@options.base
+@options.to
 @as_json
 def resize(
     source: str,
@@ -41,7 +41,7 @@ def resize(
       fluxion resize someone/style-lora smaller --rank 2
       fluxion resize style.safetensors small.safetensors --energy 0.95
     """
-    reduction.need_size(rank, energy)
+    options.need_size(rank, energy)
     import adapters
 
     check_new(destination)

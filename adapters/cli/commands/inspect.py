@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapters.cli.console import (
-    Source,
-    as_json,
     columns,
     facts,
     make_console,
@@ -24,12 +22,14 @@ from adapters.cli.console import (
     type_of,
     types,
 )
+from adapters.cli.options import Source, as_json
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
     import weights
+
 
 _MOST_VALUES = 3  # of a hyperparameter that are no numbers
 _MOST_TAGS = 8

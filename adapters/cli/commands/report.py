@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from adapters.cli.console import Source, as_json, megabytes, print_json, progress_in_layers
+from adapters.cli.console import megabytes, print_json, progress_in_layers
+from adapters.cli.options import Source, as_json
 
 
 @click.command()

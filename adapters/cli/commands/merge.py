@@ -8,29 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapters.cli.console import Source, as_json, megabytes, print_json, progress_in_bytes
-from adapters.cli.convert import DTYPES, check_new, of_component
+from adapters.cli.console import megabytes, print_json, progress_in_bytes
+from adapters.cli.options import DTYPES, Source, as_json, check_new, of_component
 
 if TYPE_CHECKING:
     import weights
 
+from adapters.cli.options import scaled
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kMGT]?B)", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-
-
-def scaled(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Sources of adapters and their scales, 1 where none is said."""
-    found: list[tuple[str, float]] = []
-    for value in values:
-        source, equals, scale = value.rpartition("=")
-        if not equals or Path(value).exists():
-            found.append((value, 1.0))
-            continue
-        try:
-            found.append((source, float(scale)))
-        except ValueError:
-            raise click.BadParameter(f"{scale!r} is no scale: write SOURCE=SCALE, such as style=0.7.") from None
-    return found
 
 
 def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import click
 
-from adapters.cli.console import as_json, facts, make_console, megabytes, print_json
+from adapters.cli.console import facts, make_console, megabytes, print_json
 from adapters.cli.damage import NAME, damage, owners
+from adapters.cli.options import as_json
 
 _PARTNERS = ("transformers", "diffusers", "accelerate", "peft", "gguf", "torchao", "bitsandbytes")
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")

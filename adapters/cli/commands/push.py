@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from adapters.cli.console import Source, as_json, print_json
+from adapters.cli.console import print_json
+from adapters.cli.options import Source, as_json
 
 
 @click.command()

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from adapters.cli import reduction
-from adapters.cli.console import Source, as_json, progress_in_layers
-from adapters.cli.convert import check_new
-from adapters.cli.merge import scaled
+from adapters.cli import options, reduction
+from adapters.cli.console import progress_in_layers
+from adapters.cli.options import Source, as_json, check_new, scaled
 
 _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
 
@@ -27,8 +26,8 @@ _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
     help="An adapter and its weight, 1 if that is not said. Repeat it for several.",
 )
 @click.option("--how", type=click.Choice(_WAYS), default="exact", show_default=True, help="How to combine.")
-@reduction.rank
-@reduction.energy
+@options.rank
+@options.energy
 @click.option(
     "--density",
     type=click.FloatRange(0, 1, min_open=True),
@@ -36,8 +35,8 @@ _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
     help="How many entries of each update to keep, for magnitude, ties and dare.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Where the chance of dare comes from.")
-@reduction.base
-@reduction.to
+@options.base
+@options.to
 @as_json
 def combine(
     destination: Path,
