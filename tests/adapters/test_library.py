@@ -531,12 +531,12 @@ def test_a_call_keeps_no_branch_that_leaves_meanwhile(monkeypatch: pytest.Monkey
     tensors = [weakref.ref(tensor) for tensor in leaving[0].parameters()]
     find = adapted.FastPath
 
-    def finding(node: adapters.AdaptedLayer) -> adapted.FastPath:
-        found = find(node)
+    def finding(node: adapters.AdaptedLayer, layer: nn.Module) -> adapted.FastPath:
+        found = find(node, layer)
         leaving.pop().eject()
         return found
 
-    monkeypatch.setattr(adapted, "Fusion", finding)
+    monkeypatch.setattr(adapted, "FastPath", finding)
     with adapters.use(model, "stays"):
         model(x)
     monkeypatch.undo()

@@ -85,6 +85,14 @@ class Catalogue(Mapping[str, type[Method]]):
         self._methods[method.key] = method
         return method
 
+    def forget(self, key: str) -> None:
+        """Take a registered method out again.
+
+        Raises:
+            KeyError: No method has that key.
+        """
+        del self._methods[key]
+
     def __getitem__(self, key: str) -> type[Method]:
         return self._all()[key]
 
