@@ -61,7 +61,7 @@ def test_other_licenses_need_a_name() -> None:
     card = weights.model_card(adapter, "peft", license="other", license_name="mine", license_link="LICENSE")
     assert fields(card)["license_name"] == "mine"
     for tags in ("style", [1], ["a\nb"], ["\x85"]):
-        with pytest.raises(weights.FileFormatError, match="a text in one line"):
+        with pytest.raises(weights.FileFormatError, match="a string in one line"):
             weights.model_card(adapter, "peft", tags=tags)  # type: ignore[arg-type]
 
 

@@ -24,7 +24,7 @@ _PATIENCE = 30.0  # seconds, in which others have put their files in place
 
 
 def write_files(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
-    """Write each file's chunks, all files together.
+    """Atomic write of several files: all of them or none.
 
     Every file is written into a hidden folder, synced and (if it is safetensors) opened and checked; only when all are
     there do they take their names. If the process is killed while they do, the next call that reads or writes there
@@ -61,7 +61,7 @@ def write_files(contents: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
 
 
 class _Stage:
-    """A hidden folder with files that are to go into the folder around it, locked while somebody writes there.
+    """Staging folder: hidden, locked while it is written, inside the folder that the files are for.
 
     Several files are moved under a lock of the folder around it, and by a journal that says where each of them goes:
     what one has begun, another can end.
@@ -89,7 +89,7 @@ class _Stage:
         self._lock.close()
 
     def write(self, target: Path, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a file, which is not at its place yet."""
+        """Write a file into the staging folder."""
         name = f"{len(self._targets)}{target.suffix}"
         _write(self._path / name, chunks)
         if target.suffix == ".safetensors":
@@ -97,7 +97,7 @@ class _Stage:
         self._targets[name] = target
 
     def put_in_place(self) -> None:
-        """Let the files take their names."""
+        """Rename the files to their targets."""
         if len(self._targets) == 1:
             for name, target in self._targets.items():
                 (self._path / name).replace(target)
@@ -113,10 +113,10 @@ class _Stage:
 
 
 def settle(folder: Path) -> None:
-    """Put in place what somebody has left who was killed while files took their names in a folder.
+    """Finish the renames of a writer that was killed halfway.
 
     Raises:
-        FileWriteError: It cannot be, and some of the files there are old and some new.
+        FileWriteError: They cannot be finished, and the folder has old files and new ones.
     """
     if any(map(_is_cut_off, _stages(folder))):
         with _putting_in_place(folder):
@@ -125,7 +125,7 @@ def settle(folder: Path) -> None:
 
 @contextmanager
 def _putting_in_place(folder: Path) -> Iterator[None]:
-    """A block in which nobody else puts files in place in a folder, and nobody has left that half done."""
+    """Block in which this process alone renames files in a folder, after unfinished renames were finished."""
     try:
         lock = ExitStack()
         sure = lock.enter_context(locked(folder, _PATIENCE))
@@ -145,7 +145,7 @@ def _putting_in_place(folder: Path) -> Iterator[None]:
 
 
 def _move(stage: Path) -> None:
-    """Move files to where the journal says, those that are not there yet."""
+    """Rename the remaining files of a staging folder as its journal says."""
     try:
         places = {str(name): str(place) for name, place in json.loads(read_small(stage / _JOURNAL)).items()}
     except (ValueError, AttributeError, RecursionError) as error:
@@ -165,7 +165,7 @@ def _move(stage: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Put in place what somebody who was killed has left, as `settle` does, and remove what was not so far."""
+    """Finish the renames of killed writers, as `settle` does, and remove staging folders that have no journal."""
     settle(folder)
     for stage in _stages(folder):
         with suppress(OSError), locked(stage) as sure:
@@ -183,7 +183,7 @@ def _stages(folder: Path) -> list[Path]:
 
 
 def _is_cut_off(stage: Path) -> bool:
-    """Whether files of it have begun to take their names, and not all have."""
+    """Whether some files of a staging folder were renamed and others not."""
     return (stage / _JOURNAL).exists()
 
 
@@ -198,7 +198,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def check_written(path: Path) -> None:
-    """Open what was written with both readers: the official one, and the stricter one it will be read with here."""
+    """Validate a written safetensors file by both readers: the official one and the stricter one of this package."""
     read_header(path)
     try:
         with safe_open(path, framework="pt"):
@@ -208,7 +208,7 @@ def check_written(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Sync a folder, so that renames in it survive a crash."""
     if os.name != "posix":  # elsewhere a folder cannot be opened, and a rename needs no help
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: eight bytes of length, then JSON with every tensor's type, shape and place.
+"""Safetensors headers: eight bytes of length, then JSON with the dtype, shape and offsets of every tensor.
 
 The format is https://github.com/huggingface/safetensors#format. The official reader accepts more than it
 promises (duplicate keys, unknown fields, names such as `../../etc/passwd`), so a header is checked here in full
@@ -61,7 +61,7 @@ _SIGNATURES: Mapping[bytes | tuple[bytes, ...], str] = {
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells one state of a file from another."""
+    """State of a file, by which changes are noticed: inode, size in bytes, time of modification in nanoseconds."""
 
     inode: int
     size: int
@@ -75,7 +75,7 @@ class Stamp:
 
 
 class Slot(NamedTuple):
-    """One tensor's type, shape and place: bytes `start` to `stop`, counted from the start of the file."""
+    """Dtype, shape and place of a tensor: bytes `start` to `stop`, counted from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header, and the number of bytes of the whole file."""
+    """Validated header, and the size of the whole file in bytes."""
 
     slots: Mapping[str, Slot]
     metadata: Mapping[str, str]
@@ -114,9 +114,12 @@ def read_header(path: Path) -> tuple[Header, Stamp]:
 
 
 def parse_header(name: str, size: int, read: Callable[[int, int], bytes]) -> Header:
-    """Check the header of a safetensors file of `size` bytes, of which `read` gives those from one to another place.
+    """Parse and validate a header, wherever the file is.
 
-    It is asked for the first 64 bytes, and then for the header alone.
+    Args:
+        name: The file, for messages.
+        size: Its size in bytes.
+        read: Gives the bytes from one offset to another; called for the first 64, then for the header alone.
 
     Raises:
         FileFormatError: It is not a sound safetensors file; the message says what it looks like, or what is wrong.
@@ -141,7 +144,7 @@ def check_name(name: str) -> None:
 
 
 def _header_text(name: str, size: int, read: Callable[[int, int], bytes]) -> bytes:
-    """The JSON of the header, or a FileFormatError that says what the file is instead."""
+    """The JSON of the header; raises a FileFormatError that says what the file looks like instead."""
     start = read(0, min(size, 64))
     length = int.from_bytes(start[:8], "little")
     if size < 10 or length > min(size - 8, MAX_HEADER_BYTES) or start[8:9] != b"{":
@@ -162,7 +165,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     if metadata is None:  # As MLX writes it where there is none.
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"its {METADATA_KEY} is not a table of texts")
+        raise ValueError(f"its {METADATA_KEY} is not a mapping of strings")
     return metadata
 
 
@@ -185,7 +188,7 @@ def _checked_slot(name: str, fields: Any, first_byte: int) -> Slot:
 
 @lru_cache(maxsize=1024)  # Files have few different shapes.
 def _count(shape: tuple[int, ...]) -> int | None:
-    """How many numbers a tensor of a shape has; None for a shape that no tensor can have."""
+    """Number of elements of a shape; None for a shape that no tensor can have."""
     if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0 or max(shape, default=0) >= _MAX_DIMENSION:
         return None
     # Strides multiply the non-zero sizes, so these must not overflow even where the tensor is empty.
@@ -197,7 +200,7 @@ def _are_integers(values: Any) -> bool:
 
 
 def _check_tiling(slots: Mapping[str, Slot], first_byte: int, size: int) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
+    """Raise a ValueError unless every byte after the header belongs to exactly one tensor."""
     end = first_byte
     for slot in sorted(slots.values(), key=lambda slot: (slot.start, slot.stop)):
         if slot.start != end:

@@ -1,4 +1,4 @@
-"""Locks between threads and processes, which the system lets go when their holder ends, however it ends."""
+"""Locks between threads and processes, released by the system when the holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _held: set[int] = set()
 
 @contextmanager
 def locked(path: Path, wait: float = 0.0) -> Iterator[bool]:
-    """Hold the lock of a file or a folder in this block.
+    """Lock of a file or a folder, held in this block.
 
     Args:
         path: The file or the folder, which stays as it is.
         wait: For how many seconds to try.
 
     Yields:
-        Whether it is held. It is not where there are no locks: on Windows, and on some disks in the network.
+        Whether it is held: False where there are no locks, on Windows and on some network file systems.
 
     Raises:
         BlockingIOError: Another has it.
@@ -58,7 +58,7 @@ def _lock(descriptor: int, until: float) -> bool:
 
 
 def _forget() -> None:
-    """In a process that was forked meanwhile, let go of what is held by the one it was forked from."""
+    """Release in a forked process the locks that its parent holds."""
     while _held:
         with suppress(OSError):
             os.close(_held.pop())

@@ -1,4 +1,4 @@
-"""Files on this machine, opened with care: what is at a path may be a pipe, or a link to what has no end."""
+"""Local paths, opened with care: there may be a pipe at a path, or a link to an endless device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MOST_BYTES = 50_000_000  # of settings and indexes, far beyond those of any mod
 
 
 def check_regular(path: Path) -> None:
-    """Raise a FileFormatError for what is there and is no file of bytes: opening a pipe waits for who writes to it."""
+    """Raise a FileFormatError for a folder, a pipe or a device: opening a pipe would block until somebody writes."""
     with suppress(OSError):  # Where it cannot be looked at, it cannot be opened.
         if path.exists() and not path.is_file():
             raise FileFormatError(f"{path} is a folder, a pipe or a device, and no file; check the path.")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; not where a path is none, with too long a name or a NUL in it."""
+    """Whether a path is that of a folder; False for names that no path can have, too long or with a NUL."""
     try:
         return path.is_dir()
     except OSError:
@@ -27,7 +27,7 @@ def is_folder(path: Path) -> bool:
 
 
 def place_to_write(path: Path) -> Path:
-    """The place a path leads to, through links.
+    """The target of a path to be written, links resolved.
 
     Raises:
         FileWriteError: It leads nowhere.
@@ -42,11 +42,11 @@ def place_to_write(path: Path) -> Path:
 
 
 def read_small(path: Path) -> bytes:
-    """All bytes of a file of settings.
+    """The bytes of a small file, such as settings or an index.
 
     Raises:
         OSError: It cannot be read.
-        FileFormatError: It is no file, or a very large one.
+        FileFormatError: It is not a regular file, or larger than 50 MB.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -57,5 +57,5 @@ def read_small(path: Path) -> bytes:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path, with `/` between its parts, can be joined to a folder and stay in it."""
+    """Whether a relative path, with `/` between its parts, stays inside the folder that it is joined to."""
     return path.isprintable() and not re.search(r"[\\:]", path) and not {"", ".", ".."} & set(path.split("/"))

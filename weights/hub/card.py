@@ -94,7 +94,7 @@ def model_card(
         tags: More tags.
 
     Raises:
-        FileFormatError: The license has no name or link, or a tag is no text.
+        FileFormatError: The license has no name or link, or a tag is not a string.
     """
     from huggingface_hub import ModelCardData
 
@@ -102,7 +102,7 @@ def model_card(
         raise FileFormatError('The license "other" needs license_name= and license_link= too.')
     given = [text for text in (license, license_name, license_link, *tags) if text is not None]
     if isinstance(tags, str) or not all(isinstance(text, str) and text.isprintable() for text in given):
-        raise FileFormatError(f"The license and each of tags={tags!r} must be a text in one line.")
+        raise FileFormatError(f"The license and each of tags={tags!r} must be a string in one line.")
     base = adapter.base_model if adapter.base_model and is_repo_id(adapter.base_model) else None
     methods = sorted({layer.method for layer in adapter.layers.values()})
     named = [_LIBRARY, *([format] if format in _ELSEWHERE else []), *map(_plain, methods)]
@@ -151,14 +151,14 @@ def check_card(path: Path) -> None:
 
 
 def _wanted(name: Any, value: Any) -> str:
-    """What the value of a field should be, where it is something else."""
+    """The expected kind of value of a field; empty where the value is of that kind."""
     is_text = value is None or isinstance(value, str)
     is_list = value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
     if name == "tags":
-        return "" if is_list else "a list of texts"
+        return "" if is_list else "a list of strings"
     if name in _TEXT_OR_LIST:
-        return "" if is_text or is_list else "a text or a list of texts"
-    return "" if is_text or name not in _TEXTS else "a text"
+        return "" if is_text or is_list else "a string or a list of strings"
+    return "" if is_text or name not in _TEXTS else "a string"
 
 
 def _row(adapter: AdapterFile, method: str) -> str:
@@ -174,7 +174,7 @@ def _described(layer: LayerWeights) -> str:
 
 
 def _plain(method: str) -> str:
-    """A method's key, where a file may have said anything, as one that is nothing but a word."""
+    """A method's key reduced to the letters of a word: it comes from a file."""
     return re.sub(r"[^\w.+-]", "?", method)[:40]
 
 

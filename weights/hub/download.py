@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what a repository holds, and checked downloads of it."""
+"""Snapshots of repositories on the Hub, and checked downloads."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def download(
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file in a repository: its size in bytes, and its published hash, empty where only the cache was asked."""
+    """File in a repository: its size in bytes and its published hash, empty where only the cache was asked."""
 
     size: int
     hash: str
@@ -82,7 +82,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a repository at one commit.
+    """Files of a repository at one commit.
 
     Attributes:
         place: What was asked for.
@@ -100,7 +100,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, place: HubPath, token: str | None) -> Snapshot:
-        """What the Hub has of `place`, or the cache where the Hub fails or need not be asked.
+        """Snapshot of a place on the Hub, from the cache where the Hub fails or need not be asked.
 
         Raises:
             HubError: The Hub failed, and there is nothing in the cache.
@@ -125,7 +125,7 @@ class Snapshot:
 
     @property
     def folder(self) -> Path:
-        """Where its files are or will be, in the client's cache."""
+        """The folder of the snapshot in the client's cache, downloaded or not."""
         return _storage(self.place.repo_id) / "snapshots" / self.commit
 
     def inside(self, folder: str) -> dict[str, str]:
@@ -147,7 +147,7 @@ class Snapshot:
         return self.folder
 
     def read(self, path: str, start: int, stop: int) -> bytes:
-        """Some bytes of a file, without the rest of it.
+        """Read a range of bytes of a file, without downloading the rest.
 
         Raises:
             HubError: The Hub failed, or sent something else.
@@ -215,16 +215,16 @@ class Snapshot:
 
 
 def head(repo_id: str, revision: str | None, token: str | None) -> ModelInfo:
-    """What the Hub says of the newest commit of a revision; asked once, so that an absent Hub is noticed soon."""
+    """Newest commit of a revision. The Hub is asked once, so that an unreachable one is noticed soon."""
     from huggingface_hub import HfApi
 
     return HfApi(token=token).model_info(repo_id, revision=revision or "main", timeout=_TIMEOUT)
 
 
 def published_files(repo_id: str, commit: str, token: str | None) -> dict[str, HubFile]:
-    """The files of a commit. The hash of a large one is its sha256, of another git's.
+    """Files of a commit with their hashes: the sha256 of a large one, git's hash of any other.
 
-    Those with a path that leads elsewhere are left out.
+    Files whose path leads out of the repository are left out.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -287,7 +287,7 @@ def _cached_commit(place: HubPath) -> str:
 
 
 def _remember(place: HubPath, commit: str) -> None:
-    """Note in the cache, as the client does, for which commit a revision stands: who is offline later needs it."""
+    """Note in the cache, as the client does, the commit of a revision: it is needed offline."""
     if not place.is_pinned:
         with suppress(FileWriteError):
             write_files({_storage(place.repo_id) / "refs" / (place.revision or "main"): [commit.encode()]})

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, of which there are many unrelated types, as one kind of error that names the fix."""
+"""Errors of the Hub's client, of many unrelated types, as one kind of error that names the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weights.errors import FileWriteError, HubAccessError, HubConflictError, Hub
 
 @contextmanager
 def hub_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
-    """Turn whatever the client raises inside into a HubError about a repository, or a FileWriteError.
+    """Block that turns errors of the client into a HubError about a repository, or a FileWriteError.
 
     A token that no request could carry is refused first: the error that it would lead to shows it.
     """

@@ -1,4 +1,4 @@
-"""The paths of many layers as a small tree of text, with those that differ in numbers only in one line."""
+"""Paths of layers as a small tree of text; paths that differ in numbers only share a line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tree = dict[str, "Tree"]
 
 
 def drawn(layers: Mapping[str, str]) -> str:
-    """The tree of some paths, each with a text about it: of bounded size, and of printable characters, no backtick."""
+    """Tree of paths, each with a text: of bounded size, and of printable characters without backticks."""
     tree: Tree = {}
     for parts in _collapsed(layers):
         branch = tree
@@ -28,13 +28,13 @@ def drawn(layers: Mapping[str, str]) -> str:
 
 
 def natural(name: str) -> tuple[tuple[bool, int | str], ...]:
-    """By which names are sorted: numbers in them by their values."""
+    """Sort key of names, numbers in them by value."""
     parts = re.split(r"(\d+)", name, flags=re.ASCII)
     return tuple((False, int(part)) if part.isdecimal() and len(part) < 20 else (True, part) for part in parts if part)
 
 
 def numbers_apart(path: str) -> str:
-    """A flattened path with dots around its numbers, so that those which differ in numbers only belong together."""
+    """A flattened path with dots around its numbers, so that paths which differ in numbers only are grouped."""
     return re.sub(r"_(\d+)(?=_|$)", r".\1.", path).replace("._", ".").strip(".")
 
 

@@ -1,4 +1,4 @@
-"""What names a place on the Hub: a repository, a revision of it, and a file or folder in it."""
+"""Places on the Hub: a repository, its revision, a file or folder in it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class HubPath:
 
     @classmethod
     def parse(cls, source: str, revision: str | None = None) -> Self | None:
-        """The place that `source` names, or None where it has no form of one.
+        """Parse a place on the Hub; None for a string that has none of its forms.
 
         The forms are `user/repo`, `user/repo@revision`, `user/repo:folder/file`, `user/repo@revision:folder/file`,
         `hf://user/repo@revision/folder/file`, and the address of a page at the Hub.

@@ -99,7 +99,7 @@ def publish(
 
 @dataclass
 class _Target:
-    """Where to publish, and what had to be made for it."""
+    """Destination of a commit, and the repository or branch that was made for it."""
 
     repo_id: str
     revision: str | None
@@ -107,7 +107,7 @@ class _Target:
     made: str = ""
 
     def prepare(self, *, private: bool | None, create_pr: bool) -> ModelInfo:
-        """Make the repository and the branch, if there are none. Returns what the Hub says of the branch."""
+        """Make the repository and the branch where there are none. Returns the newest commit of the branch."""
         from huggingface_hub import HfApi, errors
 
         api = HfApi(token=self.token)
@@ -139,7 +139,7 @@ class _Target:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Add to an error inside what was made before it."""
+        """Block that adds to an error which repository or branch was made before it."""
         try:
             with hub_errors(self.repo_id, self.token):
                 yield
@@ -164,7 +164,7 @@ def _check_unchanged(stamps: Mapping[Path, Stamp | None]) -> None:
 
 
 def _verify(files: Mapping[str, Path], place: HubPath, url: str, token: str) -> None:
-    """Compare what the Hub has at a commit with what was sent: all hashes, and the headers of the tensors."""
+    """Compare the files of a commit with those that were sent: all hashes, and the headers of the tensors."""
     try:
         with hub_errors(place.repo_id, token):
             published = published_files(place.repo_id, str(place.revision), token)
@@ -188,7 +188,7 @@ def _arrived(snapshot: Snapshot, name: str, path: Path) -> bool:
 
 
 def _plan(files: Mapping[str, Path], repo_id: str, revision: str | None, token: str | None) -> str:
-    """What a dry run says."""
+    """Report of a dry run."""
     sizes = {name: f"{path.stat().st_size:,} bytes" for name, path in files.items()}
     width = max(map(len, sizes))
     state, card = _state(repo_id, revision, token), files[CARD].read_text(encoding="utf-8")
@@ -222,7 +222,7 @@ def _state(repo_id: str, revision: str | None, token: str | None) -> str:
 
 
 def _settings_of(name: str) -> str:
-    """The file without which PEFT's file of tensors says nothing, if `name` is one."""
+    """The configuration that belongs to a tensor file of PEFT; empty for any other file."""
     folder, _, own = name.rpartition("/")
     return f"{folder}/{CONFIG}".removeprefix("/") if own == "adapter_model.safetensors" else ""
 
