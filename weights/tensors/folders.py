@@ -1,4 +1,4 @@
-"""Folders with safetensors files, on this machine and on the Hub, behind one face."""
+"""Folders of safetensors files, local and on the Hub, by one interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIRST_PART = 1 << 16  # bytes; holds most headers whole
 
 
 class TensorFile(Protocol):
-    """One safetensors file, of which only the header has been read."""
+    """Safetensors file whose header alone was read."""
 
     @property
     def name(self) -> str:
@@ -27,38 +27,38 @@ class TensorFile(Protocol):
 
     @property
     def header(self) -> Header:
-        """What is in it."""
+        """The validated header."""
 
     def local(self) -> tuple[Path, Stamp]:
-        """Where the file is on this machine, fetched if need be, and the state in which its header was read."""
+        """Local path of the file, downloaded if need be, and the state in which its header was read."""
 
 
 class Folder(Protocol):
-    """A folder with such files."""
+    """Folder of safetensors files."""
 
     def names(self) -> Iterable[str]:
         """The names of the files in it."""
 
     def folders(self, linked: bool = True) -> Mapping[str, Folder]:
-        """The folders in it, by name, and those that links in it lead to if wanted."""
+        """Its sub-folders by name, linked ones too if wanted."""
 
     def content(self, name: str) -> bytes:
-        """All bytes of a small file."""
+        """The bytes of a small file."""
 
     def local(self, name: str) -> Path:
-        """Where a file is on this machine, fetched if need be."""
+        """Local path of a file, downloaded if need be."""
 
     def file(self, name: str) -> TensorFile:
         """A safetensors file; raises FileFormatError where its header is not sound."""
 
 
 def local_folder(path: Path) -> tuple[Folder, str]:
-    """A folder on this machine and the name of the file asked for in it, empty where it was the folder."""
+    """Local folder of a path, and the name of the file in it; empty where the path is the folder."""
     return (LocalFolder(path), "") if path.is_dir() else (LocalFolder(path.parent), path.name)
 
 
 def hub_folder(place: HubPath, token: str | None) -> tuple[Folder, str]:
-    """A folder on the Hub and the name of the file asked for in it, empty where it was the folder."""
+    """Folder of a place on the Hub, and the name of the file in it; empty where the place is the folder."""
     snapshot = Snapshot.of(place, token)
     parent, _, name = place.path.rpartition("/")
     is_file = place.path in snapshot.files
@@ -67,7 +67,7 @@ def hub_folder(place: HubPath, token: str | None) -> tuple[Folder, str]:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder on this machine."""
+    """Local folder."""
 
     path: Path
 
@@ -97,7 +97,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A safetensors file on this machine."""
+    """Local safetensors file."""
 
     path: Path
     header: Header
@@ -116,7 +116,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class HubFolder:
-    """A folder of a repository."""
+    """Folder of a repository on the Hub."""
 
     snapshot: Snapshot
     path: str
@@ -157,7 +157,7 @@ class HubFolder:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A safetensors file on the Hub."""
+    """Safetensors file on the Hub."""
 
     snapshot: Snapshot
     path: str
@@ -184,7 +184,7 @@ class RemoteFile:
 
 
 def remote_header(snapshot: Snapshot, path: str) -> Header:
-    """The header of a safetensors file on the Hub, in one request for its first part, and one more if it is long."""
+    """Header of a safetensors file on the Hub: one request for its first 64 KiB, and one more if it is longer."""
     size = snapshot.files[path].size
     first = snapshot.read(path, 0, min(size, _FIRST_PART))
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: a lazy read-only mapping, and a careful save."""
+"""Tensors in safetensors files: a lazy read-only mapping, and an atomic save."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensors by name over one safetensors file or several, each read when it is asked for.
+    """Lazy mapping of tensors by name over one safetensors file or several.
 
     A tensor is a fresh copy in memory: changing it changes no file, and a file cut short later raises an error
     instead of killing the process, as a memory map would.
@@ -49,7 +49,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     @contextmanager
     def held_open(self) -> Iterator[None]:
-        """In this block each file is opened once, however many of its tensors are read.
+        """Block in which each file is opened once, however many of its tensors are read.
 
         Raises:
             FileFormatError: A file was changed meanwhile, and what was read is of no use.
@@ -144,7 +144,7 @@ def open_tensors(
 def open_parts(
     source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> dict[str, TensorFiles]:
-    """Open every model of a pipeline, or the one that there is, as `weights.open` does.
+    """Open every component of a pipeline, or a single model under the empty name, as `weights.open` does.
 
     A pipeline is a folder with `model_index.json`, or one that has its tensors in folders only.
 
@@ -159,7 +159,7 @@ def open_parts(
 
 
 def read_settings(source: str | PathLike[str]) -> dict[str, dict[str, Any]]:
-    """What `config.json` says beside the tensors of every model of a pipeline, or of the one that there is.
+    """Settings in `config.json` by component of a pipeline; under the empty name for a single model.
 
     Raises:
         WeightsError: As `open_parts` does.
@@ -175,7 +175,7 @@ def read_settings(source: str | PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def find_parts(folder: Folder, name: str) -> dict[str, tuple[Folder, str]]:
-    """The folder and the file or index of every model of a pipeline by its name, or those of the one that there is.
+    """Folder and tensor file or index of every component of a pipeline, or of a single model under the empty name.
 
     Args:
         folder: The folder.
@@ -189,7 +189,7 @@ def find_parts(folder: Folder, name: str) -> dict[str, tuple[Folder, str]]:
 
 
 def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a safetensors file: whole or not at all, synced, by the umask, same input same bytes.
+    """Write a safetensors file: atomic, synced, with the permissions of the umask, byte-identical for the same input.
 
     Tensors may be anywhere in memory, strided and shared (each name gets its own copy). Where `path` is a symbolic
     link, the file it points to is replaced.
@@ -209,7 +209,7 @@ def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Map
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, in chunks; the input is checked before the first.
+    """Bytes of a safetensors file in chunks; the input is validated before the first.
 
     Raises:
         FileFormatError: A name, a value or the metadata cannot be stored.
@@ -225,7 +225,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 def encode_header(
     kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None
 ) -> tuple[list[str], bytes]:
-    """The names of tensors in the order of their bytes in a file, and all that goes before these bytes.
+    """Names of tensors in the order of their bytes in a file, and the header that goes before these.
 
     Args:
         kinds: The type and the shape of each tensor.
@@ -245,13 +245,13 @@ def encode_header(
 
 
 def locate_tensors(source: str | PathLike[str], revision: str | None, token: str | None) -> tuple[Folder, str]:
-    """A folder, here or on the Hub, and the name of the file asked for in it, empty where it was the folder."""
+    """Folder of a source, local or on the Hub, and the name of the file in it; empty where the source is the folder."""
     place = find(source, revision)
     return hub_folder(place, token) if isinstance(place, HubPath) else local_folder(place)
 
 
 def _chosen(folder: Folder) -> str:
-    """The index in a folder, or else its only file of tensors, or of several the one that is called as by default."""
+    """Index of a folder, or else its only tensor file, or of several the one with the default name."""
     names = sorted(folder.names())
     indexes = [name for name in names if name.endswith(INDEX)]
     found = indexes or [name for name in names if name.endswith(TENSORS)]
@@ -270,7 +270,7 @@ def has_tensors(folder: Folder) -> bool:
 
 
 def opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, str]]:
-    """The files of tensors that `name` stands for, itself or the shards of an index, and the metadata.
+    """Tensor files of a name, itself or the shards of an index, and the metadata.
 
     An index is `{"metadata": {...}, "weight_map": {tensor name: file name}}`, as transformers writes it.
     """
@@ -316,7 +316,7 @@ def _read_tensor(file: FileIO, path: Path, slot: Slot, name: str) -> Tensor:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, what: str) -> Tensor:
-    """Memory for a tensor; raises a FileFormatError where there is not so much: a file may say anything."""
+    """Allocate a tensor; raises a FileFormatError where that fails: a file may claim any shape."""
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
@@ -374,5 +374,5 @@ def _chunks(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor, which must outlive it. NumPy is not required here, and has no bfloat16."""
+    """Memory of a contiguous tensor, which must outlive it. Without NumPy, which is optional and has no bfloat16."""
     return memoryview((ctypes.c_ubyte * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr())).cast("B")

@@ -23,7 +23,7 @@ _MOST_TIMES = 8  # as many bytes as the file has; tensors in it may share theirs
 
 @contextmanager
 def unpickled(path: Path) -> Iterator[Path]:
-    """In this block, what is at a path with safetensors in place of the pickle: the file, or the only one in a folder.
+    """Block with a copy of the source in which the pickle, or the only one in a folder, is a safetensors file.
 
     Without a pickle the path itself.
 
@@ -76,6 +76,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_size(path: Path, size: int, times: int) -> None:
-    """Refuse a small file that would fill the memory."""
+    """Raise a FileFormatError for a small file that would fill the memory."""
     if size > times * path.stat().st_size:
         raise FileFormatError(f"{path} is a small file of {size:,} bytes of tensors; get it as safetensors.")

@@ -1,4 +1,4 @@
-"""Where large files are written until they are whole: a hidden folder that says how far the writing has come."""
+"""Resumable writes of large files: a hidden folder with a journal of the bytes that are on the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from weights.tensors.open import bytes_of
 
 
 class Workspace:
-    """A folder beside a destination with the files to be, and a journal of how many of their bytes are on the disk.
+    """Folder beside a destination with unfinished files, and a journal of the bytes that are on the disk.
 
     The journal's first line says what is written, so that nothing goes on with what is for something else. Each other
     line is a number of bytes, and is written when these are synced; the last one holds.
@@ -31,7 +31,7 @@ class Workspace:
     """
 
     def __init__(self, destination: Path, single: bool, fingerprint: str) -> None:
-        """Nothing is made before it is entered.
+        """No folder is made before the block is entered.
 
         Args:
             destination: The file or the folder to make.
@@ -99,13 +99,13 @@ class Workspace:
             raise FileFormatError(f"{self._destination} is there already; choose another, or remove it first.")
 
     def _tidy(self) -> None:
-        """Remove the folder of one who was killed just after all of it had appeared."""
+        """Remove the folder of a writer that was killed just after the destination appeared."""
         with suppress(OSError), locked(self.folder / "journal"):
             if not (self.folder / "journal").read_bytes():
                 shutil.rmtree(self.folder)
 
     def _begin(self) -> None:
-        """Find out how far it came, and forget what is for something else, or what was cut off in the journal."""
+        """Read the journal; discard it where it is for another write, and its last line where that was cut off."""
         self._journal.seek(0)
         lines = self._journal.read().split(b"\n")[:-1]
         self._journal.truncate(0)
@@ -121,11 +121,11 @@ class Workspace:
         os.fsync(self._journal.fileno())
 
     def writer(self) -> Writer:
-        """What writes into the files."""
+        """Writer into the files."""
         return Writer(self._files)
 
     def sync(self, paths: Sequence[str], done: int) -> None:
-        """Wait until files are on the disk, and note how many bytes of all are."""
+        """Sync the files, and note in the journal how many bytes are on the disk."""
         for path in paths:
             with (self._files / path).open("r+b") as file:
                 os.fsync(file.fileno())
@@ -134,7 +134,7 @@ class Workspace:
         self._note(f"{done}\n")
 
     def finish(self, tensors: Sequence[str], beside: Mapping[str, bytes | Path]) -> None:
-        """Let all of it appear: the files that are written, and others with their content or a file to copy."""
+        """Move the written files to the destination, with others given by their content or a file to copy."""
         for path in tensors:
             check_written(self._files / path)
         for path, content in beside.items():
@@ -161,7 +161,7 @@ class Workspace:
 
 
 class OneFile:
-    """One file of several, which stays open until another one is asked for."""
+    """One open file of several; it is closed when another one is asked for."""
 
     def __init__(self) -> None:
         self._path = Path()
@@ -175,7 +175,7 @@ class OneFile:
             self._file.close()
 
     def at(self, path: Path) -> FileIO:
-        """The file at a path, open; raises an OSError where it cannot be."""
+        """Open file of a path; raises an OSError where it cannot be opened."""
         if self._file is None or path != self._path:
             self.__exit__()
             self._file, self._path = self.open(path), path
@@ -187,7 +187,7 @@ class OneFile:
 
 
 class Writer(OneFile):
-    """Writes parts of files, each where the last one ended or anywhere else."""
+    """Writer of parts of files, each after the last one or anywhere else."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Writer(OneFile):
         return FileIO(os.open(path, flags, 0o666), "r+b")
 
     def write(self, path: str, start: int, content: bytes | Tensor) -> None:
-        """Write bytes, or those of a tensor on the CPU, into a file from a place on."""
+        """Write bytes, or those of a tensor on the CPU, into a file at an offset."""
         file = self.at(self._folder / path)
         file.seek(start)
         rest = memoryview(content) if isinstance(content, bytes) else bytes_of(content)

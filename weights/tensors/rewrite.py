@@ -1,4 +1,4 @@
-"""A checkpoint written anew from disk to disk, a few tensors in memory at a time, and gone on with if it is cut off.
+"""Rewriting a checkpoint from disk to disk: a few tensors in memory at a time, resumable.
 
 One thread reads, one changes and one writes, and a fourth syncs what is written, into buffers that are used again and
 again: fresh memory would cost as much as the copying.
@@ -40,7 +40,7 @@ from weights.tensors.resume import OneFile, Workspace
 
 @dataclass(frozen=True)
 class ByRows:
-    """A change of a tensor that is made to some of its rows at a time, which takes less memory.
+    """Change of a tensor that is made to some rows at a time, which takes less memory.
 
     Attributes:
         change: Makes rows of rows, given these and the number of the first; it may write into those it is given.
@@ -72,7 +72,7 @@ def rewrite(
     max_shard_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a checkpoint with some tensors changed, without having it in memory.
+    """Copy a checkpoint with some tensors changed, a few of them in memory at a time.
 
     Tensors without a change are copied as bytes. What is written appears under its name when all of it is on the disk.
     Until then it is in a hidden folder beside the destination, and the same call goes on there after it was cut off;
@@ -113,7 +113,7 @@ def rewrite(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the source, and its type in what is written."""
+    """Tensor of the source, and its dtype in the output."""
 
     name: str
     file: TensorFile
@@ -122,13 +122,13 @@ class _Tensor:
 
     @property
     def size(self) -> int:
-        """Its bytes in what is written."""
+        """Its size in bytes in the output."""
         return math.prod(self.slot.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class _Output:
-    """A file to write: its path in the destination, its first bytes, and the tensors in the order of their bytes."""
+    """File to write: its path in the destination, its header, and its tensors in the order of their bytes."""
 
     path: str
     header: bytes
@@ -136,7 +136,7 @@ class _Output:
 
     @classmethod
     def of(cls, path: str, tensors: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> _Output:
-        """A file with these tensors, by the names that they have in it."""
+        """Output file of tensors by name."""
         names, header = encode_header({name: (t.dtype, t.slot.shape) for name, t in tensors.items()}, metadata)
         return cls(path, header, [tensors[name] for name in names])
 
@@ -147,7 +147,7 @@ class _Output:
 
 @dataclass
 class _Plan:
-    """All files to write; those that are no safetensors with their content, or with where this is."""
+    """Plan of all files to write; files other than safetensors with their content or the path of it."""
 
     outputs: list[_Output] = field(default_factory=list)
     beside: dict[str, bytes | Path] = field(default_factory=dict)
@@ -177,7 +177,7 @@ def _plan_part(
     dtype: torch.dtype | None,
     max_shard_size: int | None,
 ) -> None:
-    """What to write of one model, into one file if that has a name."""
+    """Outputs of one component, a single file if that has a name."""
     front, dot = (f"{part}/", f"{part}.") if part else ("", "")
     files, _ = opened(folder, name)
 
@@ -209,7 +209,7 @@ def _plan_part(
 
 
 def _split(tensors: Mapping[str, _Tensor], stem: str, most: int) -> dict[str, dict[str, _Tensor]]:
-    """Tensors in files of so many bytes, in the order in which they come."""
+    """Tensors distributed over files of a maximal size in bytes, in their order."""
     shards: list[dict[str, _Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -226,7 +226,7 @@ def _split(tensors: Mapping[str, _Tensor], stem: str, most: int) -> dict[str, di
 def _beside(
     folder: Folder, parts: Collection[str], dtype: torch.dtype | None, whole: bool, front: str = ""
 ) -> dict[str, bytes | Path]:
-    """The files beside the tensors by their paths, also in folders below, unless there is another model in these."""
+    """Files beside the tensors by path, in sub-folders too unless these hold another model."""
     found: dict[str, bytes | Path] = {}
     folders = folder.folders()
     names = [name for name in folder.names() if name not in folders]
@@ -250,7 +250,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _with_dtype(content: bytes, dtype: torch.dtype | None) -> bytes:
-    """Settings that say that the tensors are of another type, where they say something of it."""
+    """Settings with another dtype, where they name one."""
 
     def changed(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -265,7 +265,7 @@ def _with_dtype(content: bytes, dtype: torch.dtype | None) -> bytes:
 
 
 def _fingerprint(plan: _Plan, key: str, changes: Mapping[str, Change]) -> str:
-    """Equal for calls that write the same bytes."""
+    """Fingerprint of a call, equal for calls that write the same bytes."""
     sources = {str(path): str(stamp) for output in plan.outputs for path, stamp in _sources(output)}
     outputs = {output.path: hashlib.sha256(output.header).hexdigest() for output in plan.outputs}
     known = [key, torch.__version__, sorted(changes), sorted(sources.items()), sorted(outputs.items())]
@@ -282,7 +282,7 @@ def _sources(output: _Output) -> list[tuple[Path, object]]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes to write: of a header, or those of a tensor or of a part of it that is copied.
+    """Piece of the output: a header, a tensor, or a part of a copied tensor.
 
     Attributes:
         path: The file to write.
@@ -310,7 +310,7 @@ class _Piece:
 
     @property
     def to_read(self) -> int:
-        """How many bytes are read."""
+        """Number of bytes to read."""
         return 0 if self.tensor is None else math.prod(self.shape) * self.tensor.slot.dtype.itemsize
 
 
@@ -330,7 +330,7 @@ def _pieces(plan: _Plan, changes: Mapping[str, Change]) -> Iterator[_Piece]:
 
 
 def _shapes(slot: Slot, change: Change | None) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """What to read of a tensor at once, each part with the byte and the row where it begins."""
+    """Parts of a tensor that are read at once, each with its first byte, its first row and its shape."""
     count = math.prod(slot.shape)
     if change is not None and not (isinstance(change, ByRows) and count):
         yield 0, 0, slot.shape
@@ -345,7 +345,7 @@ def _shapes(slot: Slot, change: Change | None) -> Iterator[tuple[int, int, tuple
 def _pump(
     plan: _Plan, changes: Mapping[str, Change], workspace: Workspace, progress: Callable[[int, int], None]
 ) -> None:
-    """Write all that is not written yet."""
+    """Write the remaining pieces; reading, changing, writing and syncing overlap in threads."""
     done = synced = workspace.done
     left = [piece for piece in _pieces(plan, changes) if piece.end > done]
     total = sum(output.size for output in plan.outputs)
@@ -399,7 +399,7 @@ def _pump(
 
 
 def _content(piece: _Piece, buffer: Tensor) -> bytes | Tensor:
-    """What to write, of what was read."""
+    """Bytes to write for a piece that was read."""
     if piece.tensor is None:
         return piece.content
     read = buffer[: piece.to_read].view(piece.tensor.slot.dtype).view(piece.shape)
@@ -413,7 +413,7 @@ def _content(piece: _Piece, buffer: Tensor) -> bytes | Tensor:
 
 
 def _made(read: Tensor, piece: _Piece) -> Tensor:
-    """What becomes of a tensor, or of its rows."""
+    """Changed tensor, or its changed rows."""
     if piece.change is None:
         return read
     return piece.change.change(read, piece.row) if isinstance(piece.change, ByRows) else piece.change(read)
@@ -425,10 +425,10 @@ def _infinities(tensor: Tensor) -> int:
 
 
 class _Reader(OneFile):
-    """Reads parts of files."""
+    """Reader of parts of files."""
 
     def read(self, piece: _Piece, buffer: Tensor) -> None:
-        """Read what a piece is made of."""
+        """Read the bytes of a piece."""
         if piece.tensor is None:
             return
         path, stamp = piece.tensor.file.local()
