@@ -24,7 +24,7 @@ import adapters
 import weights
 from adapters import AdapterError, LayerMismatchError
 from tests.adapters.models import snapshot
-from weights.formats.gguf_file import GgufFile
+from weights.formats.common.gguf_file import GgufFile
 
 SIZES = {
     "vocab_size": 40,

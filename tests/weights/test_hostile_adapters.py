@@ -27,7 +27,7 @@ from adapters import AdapterError, Method
 from adapters.methods import METHODS
 from tests.adapters.models import perturb, snapshot
 from weights import WeightsError
-from weights.formats.patterns import PatternTable, are_quick, compiled
+from weights.methods.core.patterns import PatternTable, are_quick, compiled
 
 SECONDS, BYTES = 20, 2**30
 

@@ -15,8 +15,8 @@ from torch import nn
 import adapters
 import weights
 from adapters import DoRA, LoRA
-from weights.formats import FORMATS, WRITTEN
-from weights.formats.found import Found
+from weights import formats
+from weights.formats import Probe, writable
 
 A, B, LENGTHS = torch.randn(2, 6), torch.randn(9, 2), torch.randn(9)
 FILES = {
@@ -31,7 +31,7 @@ FILES = {
 
 
 def recognised(path: Path) -> list[str]:
-    return [name for name, known in FORMATS.items() if known.recognise(Found(path))]
+    return formats.recognised(Probe(path))
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -44,7 +44,7 @@ def test_files_of_tensors(tmp_path: Path, case: str, config: object) -> None:
     assert recognised(path) == case.split()[:1]
 
 
-@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("form", writable())
 @pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)])
 def test_what_is_written(tmp_path: Path, form: str, method: adapters.Method) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(6, 9), "out": nn.Linear(9, 2)})

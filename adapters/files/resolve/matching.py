@@ -10,17 +10,8 @@ from torch import nn
 import weights
 from adapters.layers.matrix import Matrix
 from adapters.targets.target import Target
+from weights.families import class_names, component_names
 
-# What a component may be called in a pipeline, where a file goes by another.
-_ALSO = {
-    "unet": ("transformer", "prior"),
-    "text_encoder_3": ("text_encoder_2",),  # T5, the third for kohya's scripts also where there are two.
-    "clip_l": ("text_encoder",),
-    "clip_g": ("text_encoder_2",),
-    "t5xxl": ("text_encoder_3", "text_encoder_2", "text_encoder"),
-}
-# What classes whose layers files count have been called in other versions of diffusers and transformers.
-_RENAMED = {"CrossAttention": ("Attention",), "CLIPAttention": ("CLIPSdpaAttention", "CLIPFlashAttention2")}
 _BLOCK = re.compile(r"(.*\btransformer_blocks\.\d+)\.(attn2\b)?")
 
 
@@ -74,7 +65,7 @@ def find_layers(
 def spellings(name: str, file: weights.AdapterFile) -> Sequence[str]:
     """What a layer may be called in the model: with its component, in one that has several, or without."""
     component, inside = file.component_of(name)
-    names = [name, *(f"{other}.{inside}" for other in _ALSO.get(component, ())), inside, *file.aliases.get(name, ())]
+    names = [name, *(f"{other}.{inside}" for other in component_names(component)), inside, *file.aliases.get(name, ())]
     return [flat(name) for name in names] if file.flattened else names
 
 
@@ -102,7 +93,7 @@ def _numbered(layers: Sequence[Target], file: weights.AdapterFile) -> dict[str, 
 
 def _counted(layers: Sequence[Target], classes: Sequence[str], convolutions: bool) -> list[Target]:
     """The layers that are in a module of one of some classes."""
-    known = {name for kind in classes for name in (kind, *_RENAMED.get(kind, ()))}
+    known = {name for kind in classes for name in class_names(kind)}
     kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
     modules = [layer for layer in layers if layer.parameter == "weight"]
     holders = {layer.path for layer in modules if type(layer.module).__name__ in known}

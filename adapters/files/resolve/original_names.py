@@ -10,8 +10,8 @@ import weights
 from adapters.files.resolve.matching import Places, flat, spellings
 from adapters.layers.matrix import Matrix
 from adapters.targets.target import Target
-from weights.families.translate import Part, translate
-from weights.methods.rows import split_rows, take_rows
+from weights.families import Part, translate
+from weights.methods.core.rows import split_rows, take_rows
 
 
 def with_names_of(places: Places, file: weights.AdapterFile) -> tuple[weights.AdapterFile, list[str]]:

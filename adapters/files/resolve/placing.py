@@ -16,9 +16,7 @@ from adapters.files.resolve.rotary import in_halves
 from adapters.files.skeleton import Shapes
 from adapters.methods import METHODS
 from weights.disk.header import Slot
-
-# The ends of the names of classes that have an output head which may share the tensor of the embedding.
-_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "WithLMHead")
+from weights.families import head_classes
 
 
 def of_text(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -40,7 +38,7 @@ def tied_names(checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]]
         says = {**of_text(said), **said}.get("tie_word_embeddings")
         slots = checkpoint.parts[part].slots
         large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
-        headed = any(str(name).endswith(_HEADS) for name in said.get("architectures") or ())
+        headed = any(str(name).endswith(head_classes()) for name in said.get("architectures") or ())
         if headed and (says or (says is None and len(large) == 1)):
             tied |= {f"{part}.{name}".removeprefix(".") for name in large}
     return tied

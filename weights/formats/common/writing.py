@@ -1,4 +1,4 @@
-"""The files of an adapter on the disk, with a model card beside them."""
+"""Writing the files of an adapter, with a model card beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PEFT's files hold besides the adapters of a method: parameters, and rows of embeddings, that are saved whole.
+"""Parameters, and rows of embeddings, that PEFT's files hold whole beside the adapters of a method.
 
 `modules_to_save` and `bias` ask for parameters, which are layers of the method `"copy"` here;
 `trainable_token_indices` asks for rows of embeddings, which are layers of the method `"trainable_tokens"`.
@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import LayerWeights
-from weights.formats.peft_methods import Grammar
+from weights.methods.core.peft import PeftLayout
 
-PREFIX = "base_model.model."
 METHODS = ("copy", "trainable_tokens")
 DEFAULTS: Mapping[str, Any] = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
-"""The settings that ask for it, and PEFT's defaults."""
+"""The settings that ask for them, and PEFT's defaults."""
 ALONE = "dummy-target-modules"
 """PEFT's name for the targets of a file that holds nothing else."""
 
@@ -25,29 +24,8 @@ _BIASES = ("bias", "in_proj_bias")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _ROWS = "trainable_tokens_delta"
 _ROWS_END = f".token_adapter.{_ROWS}"
-# With bias="all", PEFT also writes the biases of what it has wrapped to save it: the original, and the copy again.
+# With bias="all", PEFT also writes the biases of modules that it has wrapped to save them: original and copy again.
 _WRAPPED = (".original_module.", ".modules_to_save.")
-
-# The types whose files can have biases, or rows of embeddings, beside the adapters.
-_WITH_BIASES = frozenset(
-    {
-        "BOFT",
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "GLORA",
-        "GRALORA",
-        "HRA",
-        "LORA",
-        "MISS",
-        "OFT",
-        "RANDLORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    }
-)
-_WITH_TOKENS = frozenset({"LORA"})
 
 
 def place_of(module: str, name: str) -> str:
@@ -62,22 +40,22 @@ def module_of(path: str, layer: LayerWeights) -> str:
 
 
 def problems(fields: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings."""
+    """The problems of the settings."""
     if not isinstance(fields["bias"], str):
-        yield "bias is not a text"
+        yield "bias is not a string"
     modules = fields["modules_to_save"]
     if modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
         yield "modules_to_save is not a list of names"
     tokens = fields["trainable_token_indices"]
     for some in tokens.values() if isinstance(tokens, dict) else [] if tokens is None else [tokens]:
         if not (isinstance(some, list) and all(type(token) is int for token in some)):
-            yield "trainable_token_indices is not a list of numbers, nor a table of such lists"
+            yield "trainable_token_indices is not a list of numbers, nor a dict of such lists"
 
 
 def layers(
     tensors: Mapping[str, Tensor], keys: Collection[str], fields: Mapping[str, Any], prefix: str
 ) -> tuple[dict[str, LayerWeights], list[str]]:
-    """The layers that some keys of a file stand for, and the keys that are none."""
+    """The layers that some keys of a file stand for, and the keys that stand for none."""
     named: dict[str, dict[str, Tensor]] = {}
     stray = []
     for key in keys:
@@ -100,7 +78,7 @@ def layers(
 
 
 def _is_saved(module: str, modules_to_save: Collection[str]) -> bool:
-    """Whether a module, or one around it, is what PEFT takes for one of these: their names are how its path may end."""
+    """Whether PEFT takes a module, or one around it, for one of these: its path ends in one of the names."""
     names = module.split(".")
     around = [".".join(names[:end]) for end in range(1, len(names) + 1)]
     return any(path.endswith(name) for path in around for name in modules_to_save)
@@ -116,14 +94,14 @@ def _layer(path: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) 
 
 
 def write(
-    besides: Mapping[str, LayerWeights], adapted: Collection[str], grammar: Grammar
+    besides: Mapping[str, LayerWeights], adapted: Collection[str], layout: PeftLayout
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """The tensors and the settings of layers beside adapters, and why PEFT cannot hold them, if so.
+    """The tensors and the settings of layers beside adapters, and the reasons why PEFT cannot hold them.
 
     Args:
         besides: The layers.
         adapted: The paths of the layers that have adapters.
-        grammar: That of the method of these.
+        layout: The layout of their method.
     """
     tokens = {path: layer for path, layer in besides.items() if layer.method == "trainable_tokens"}
     copies = {path: layer for path, layer in besides.items() if layer.method == "copy"}
@@ -131,26 +109,21 @@ def write(
     saved = {modules[path] for path, layer in copies.items() if not set(layer.tensors) <= set(_BIASES)}
     outer = sorted(module for module in saved if not _parents(module) & saved)
     biases = {module for module in modules.values() if not ({module} | _parents(module)) & saved}
-    tensors = {f"{grammar.prefix}{path}{_ROWS_END}": layer.tensors[_ROWS] for path, layer in tokens.items()}
+    tensors = {f"{layout.prefix}{path}{_ROWS_END}": layer.tensors[_ROWS] for path, layer in tokens.items()}
     for path, layer in copies.items():
         module = modules[path]
         wrapped = ".base_layer" if module in adapted and module in biases else ""
-        tensors |= {f"{grammar.prefix}{module}{wrapped}.{name}": tensor for name, tensor in layer.tensors.items()}
+        tensors |= {f"{layout.prefix}{module}{wrapped}.{name}": tensor for name, tensor in layer.tensors.items()}
     settings: dict[str, Any] = {"modules_to_save": outer or None}
     if biases:
-        settings["bias"] = f"{grammar.type.lower()}_only" if biases <= set(adapted) else "all"
+        settings["bias"] = f"{layout.type.lower()}_only" if biases <= set(adapted) else "all"
     if tokens:
         settings["trainable_token_indices"] = {path: layer.hyperparameters["tokens"] for path, layer in tokens.items()}
-    unfit = (
-        [f"{grammar.type} has no biases beside it in PEFT's files"]
-        if biases and grammar.type not in _WITH_BIASES
-        else []
-    )
-    unfit += (
-        [f"{grammar.type} has no tokens beside it in PEFT's files"]
-        if tokens and grammar.type not in _WITH_TOKENS
-        else []
-    )
+    unfit = [
+        f"{layout.type} has no {what} beside it in PEFT's files"
+        for what, some, held in (("biases", biases, layout.biases), ("tokens", tokens, layout.tokens))
+        if some and not held
+    ]
     unfit += [f"layer {path!r} has an adapter and is saved whole too" for path in sorted(saved & set(adapted))]
     return tensors, settings, unfit
 

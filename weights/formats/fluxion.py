@@ -1,4 +1,4 @@
-"""This library's own format: one safetensors file that says all about itself, for any method.
+"""This library's own format: one safetensors file that describes itself, for any method.
 
 Tensors are named `<path>/<tensor>`, those that all layers have in common `/<tensor>`. The header's metadata has one
 entry, `fluxion_adapter`, a JSON table: the `version`, the `base_model` and a fingerprint of its structure, for each
@@ -16,32 +16,32 @@ from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.errors import FileFormatError
-from weights.formats.found import Found, without
-from weights.formats.output import write_file
+from weights.formats.common.format import Format, Match
+from weights.formats.common.probe import Probe
+from weights.formats.common.settings import without
+from weights.formats.common.writing import write_file
 from weights.tensors.open import encode, open_tensors
 
 TENSORS = "adapter.safetensors"
-FILES = (TENSORS,)
-METHODS: frozenset[str] = frozenset()
 
 _ENTRY = "fluxion_adapter"
 _VERSION = 1
 
 
-def recognise(found: Found) -> bool:
-    """Whether it is such a file, or a folder with one."""
-    about_itself = found.tensors is not None and _ENTRY in found.tensors.metadata
-    return about_itself or (found.path / TENSORS).is_file()
+def recognise(probe: Probe) -> Match:
+    """SURE of a file with such an entry, and of a folder with a file of that name."""
+    describes_itself = probe.tensors is not None and _ENTRY in probe.tensors.metadata
+    return Match.sure_if(describes_itself or (probe.path / TENSORS).is_file())
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a file, or the one in a folder.
 
     Raises:
         FileFormatError: The file is not sound, or of a later version.
     """
-    file = found.path / TENSORS if (found.path / TENSORS).is_file() else found.file or found.path
-    tensors = found.open() if file == found.file else open_tensors(file)
+    file = probe.path / TENSORS if (probe.path / TENSORS).is_file() else probe.file or probe.path
+    tensors = probe.open() if file == probe.file else open_tensors(file)
     try:
         about = json.loads(tensors.metadata[_ENTRY])
         version, base, layers = about["version"], about["base_model"], about["layers"]
@@ -71,8 +71,7 @@ def write(adapter: AdapterFile, path: Path) -> None:
     """Write a file, or a folder with it and a model card, unless there is a `README.md` already.
 
     Raises:
-        FileFormatError: The adapter has no layers, or their paths are flattened, or a hyperparameter is nothing that
-            JSON can hold.
+        FileFormatError: The adapter has no layers, or their paths are flattened, or JSON cannot hold a hyperparameter.
         FileWriteError: The system refused to write.
     """
     if not adapter.layers:
@@ -110,3 +109,6 @@ def _about(adapter: AdapterFile) -> str:
         return json.dumps(table, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     except (TypeError, ValueError) as error:
         raise FileFormatError(f"A hyperparameter cannot be stored as JSON: {error}.") from error
+
+
+FORMAT = Format(recognise, read, write, methods=None, files=(TENSORS,))

@@ -1,4 +1,4 @@
-"""How a table of names is written."""
+"""Tables of names: the layers of an original model, by their names in diffusers or transformers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ def under(source: str, target: str, table: Table) -> Table:
 
 
 def same(*names: str) -> Table:
-    """A table of names that are the same."""
+    """A table of names that both namings have."""
     return dict(zip(names, names, strict=True))
 
 
 def _inside(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
+
+
+STEPS: Table = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
+"""The embedding of a time step, or of another condition."""
+MLP: Table = {"in_layer": "linear_1", "out_layer": "linear_2"}
+"""Such an embedding in the models of Black Forest Labs."""

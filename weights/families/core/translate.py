@@ -1,9 +1,8 @@
-"""What the layers of original models are called in those of diffusers and transformers.
+"""The layers of diffusers and transformers that a layer of an original model stands for.
 
 A file of kohya's scripts, of ComfyUI or of ai-toolkit names the layers of a model as its makers published it:
 `double_blocks.0.img_attn.qkv`. The model that it is put into may have other names, and several layers in place of one:
-`transformer_blocks.0.attn.to_q`, `.to_k` and `.to_v`. The tables are in the modules of this package, by families of
-models.
+`transformer_blocks.0.attn.to_q`, `.to_k` and `.to_v`. The tables are those of the families.
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from weights.families import flux, more, stable_diffusion, text, wan
-from weights.families.table import Table
-
-TABLES: tuple[Table, ...] = (*flux.TABLES, *stable_diffusion.TABLES, *wan.TABLES, *text.TABLES, *more.TABLES)
+from weights.families.core.family import families
 
 
 class Part(NamedTuple):
-    """Some rows of a layer, where a row is what makes one output.
+    """Some rows of a layer, each of which makes one output.
 
     Attributes:
         path: The layer.
@@ -35,7 +31,7 @@ class Part(NamedTuple):
 
 
 def translate(name: str, *, flattened: bool) -> list[tuple[Part, ...]]:
-    """What a layer of an original model may be in a model of diffusers or transformers.
+    """The layers that a layer of an original model may be in a model of diffusers or transformers.
 
     Args:
         name: The path of the layer, or of its bias.
@@ -43,7 +39,7 @@ def translate(name: str, *, flattened: bool) -> list[tuple[Part, ...]]:
 
     Returns:
         For each model that may be meant, the parts that together have the rows of the layer, in their order, with
-        dotted paths. The first of which all layers are there is the one.
+        dotted paths. The first of which the model has all layers is the one.
     """
     names = _split(name, flattened)
     suffix = ".bias" if names and names[-1] == "bias" else ""
@@ -64,7 +60,7 @@ _BLOCK = re.compile(r"(.*)\[(\d+)/(\d+)\]")
 def _index(flattened: bool) -> _Index:
     """The entries of all tables by the names without numbers: the numbers of each, and the parts."""
     index: _Index = {}
-    for table in TABLES:
+    for table in (table for family in families() for table in family.tables):
         for source, targets in table.items():
             key, numbers = _key(_split(source, flattened))
             parts = (targets,) if isinstance(targets, str) else targets
