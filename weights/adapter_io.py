@@ -32,9 +32,11 @@ def read_adapter(
     """Read an adapter file; its format is recognised.
 
     Example:
-        >>> file = weights.read_adapter("me/style")
-        >>> file.layers["unet.conv_in"].method
-        'lora'
+        >>> factors = {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(3, 1)}
+        >>> layer = weights.LayerWeights("lora", {"rank": 1, "alpha": 1.0}, factors)
+        >>> path = weights.write_adapter(weights.AdapterFile({"fc": layer}), "style", format="fluxion")
+        >>> weights.read_adapter(path)
+        AdapterFile(1 layer of lora, 5 parameters, format='fluxion')
 
     Args:
         source: A folder, a file, or a place on the Hub (`"user/repo"`, `"user/repo@revision"`,
@@ -117,9 +119,10 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
     """Write an adapter file: whole or not at all, and the same input gives the same bytes.
 
     Example:
-        >>> file = weights.read_adapter("style.safetensors")
-        >>> weights.write_adapter(file, "style", format="peft")
-        PosixPath('style')
+        >>> layer = weights.LayerWeights("full", {}, {"diff": torch.ones(3, 2)})
+        >>> path = weights.write_adapter(weights.AdapterFile({"fc": layer}), "style.safetensors", format="kohya")
+        >>> [*weights.open(path)]
+        ['lycoris_fc.diff']
 
     Args:
         adapter_file: The adapter.

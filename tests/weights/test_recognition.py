@@ -65,6 +65,39 @@ def test_gguf(tmp_path: Path) -> None:
         weights.read_adapter(tmp_path)
 
 
+def test_two_that_can_read_a_file_are_both_named(tmp_path: Path) -> None:
+    """As files of PEFT with names of tensors, or settings, that are not PEFT's."""
+    path = weights.save(FILES["comfyui"], tmp_path / "adapter_model.safetensors")
+    for config in ({"peft_type": "LORA", "r": 2}, {"r": 2, "lora_alpha": 4}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        assert recognised(path) == recognised(tmp_path) == ["peft", "comfyui"]
+        with pytest.raises(weights.FileFormatError, match="in peft and in comfyui format; give the file you mean"):
+            weights.read_adapter(tmp_path)
+
+
+def test_a_file_beside_another_kind_of_file_is_not_chosen_in_silence(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        write()
+    weights.save(FILES["comfyui"], tmp_path / "x.safetensors")
+    assert recognised(tmp_path) == ["comfyui", "gguf"]
+
+
+def test_the_surest_wins(tmp_path: Path) -> None:
+    """A file with names of two formats is of the one that has a mark, whichever its other names are."""
+    for other, name in (("torchtune", "layers"), ("lycoris", "lora_unet_x"), ("cloneofsimo", "unet:0")):
+        path = weights.save({**FILES["comfyui"], **FILES[other]}, tmp_path / "x.safetensors")
+        assert recognised(path) == [other] and name in str([*FILES[other]])
+
+
+def test_another_name_of_a_format(tmp_path: Path) -> None:
+    layer = weights.LayerWeights("full", {}, {"diff": torch.ones(3, 2)})
+    for name in ("kohya", "lycoris"):
+        weights.write_adapter(weights.AdapterFile({"fc": layer}), tmp_path / f"{name}.safetensors", name)
+    assert (tmp_path / "kohya.safetensors").read_bytes() == (tmp_path / "lycoris.safetensors").read_bytes()
+    assert weights.read_adapter(tmp_path / "kohya.safetensors").format == "lycoris"
+
+
 @settings(max_examples=100)
 @given(
     content=st.binary(max_size=100) | st.sampled_from([b"GGUF", b"{", b"[" * 9999, b'{"lora_parameters":1}', b"\xff"]),

@@ -62,8 +62,8 @@ def read(probe: Probe) -> AdapterFile:
     refuse(path, NAME, list(_field_problems(file.fields)))
     architecture = file.fields["general.architecture"]
     known = _paths(architecture)
-    keys = {key: match for key in file.slots if (match := _KEY.fullmatch(key)) and _template(match[1]) in known}
-    refuse(path, NAME, [f"the tensor {key!r} is not expected" for key in file.slots if key not in keys])
+    keys = {key: match for key in file.infos if (match := _KEY.fullmatch(key)) and _template(match[1]) in known}
+    refuse(path, NAME, [f"the tensor {key!r} is not expected" for key in file.infos if key not in keys])
     named: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.read().items():
         named.setdefault(keys[key][1], {})[keys[key][2]] = tensor

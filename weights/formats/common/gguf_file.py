@@ -1,8 +1,8 @@
-"""What a GGUF file says of itself, and its tensors.
+"""GGUF files: their fields and tensors.
 
-The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package goes on for
-ever where an array claims to be longer than the file, so everything is read here, against the size of the file; only
-quantised numbers are left to the package.
+The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package never
+returns where an array claims to be longer than the file, so everything is read here, against the size of the file; only
+quantized numbers are left to the package.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorInfo:
     """One tensor's type, by GGUF's number, its shape with the fastest dimension last, and where its bytes start."""
 
     type: int
@@ -47,7 +47,7 @@ class GgufFile:
 
     path: Path
     fields: Mapping[str, Any]
-    slots: Mapping[str, Slot]
+    infos: Mapping[str, TensorInfo]
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -68,54 +68,54 @@ class GgufFile:
             raise FileFormatError(f"{path} is not a sound GGUF file: {error}; fetch or save it again.") from error
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors; what is quantised in single precision.
+        """All tensors; what is quantized in single precision.
 
         Raises:
             FileFormatError: The file does not hold what it says, or has a type of numbers that is not supported.
         """
-        sizes = {name: self._size(name, slot) for name, slot in self.slots.items()}
+        sizes = {name: self._size(name, info) for name, info in self.infos.items()}
         try:
             with self.path.open("rb") as file:
                 whole = file.seek(0, os.SEEK_END)
-                for name, slot in self.slots.items():
-                    if slot.start + sizes[name] > whole:
+                for name, info in self.infos.items():
+                    if info.start + sizes[name] > whole:
                         raise FileFormatError(f"{self.path} is cut short at tensor {name!r}; fetch it again.")
                 # Tensors that share bytes could make far more of them than there are.
                 if sum(sizes.values()) > whole:
                     raise FileFormatError(f"{self.path} has tensors that overlap; fetch it again.")
-                return {name: self._tensor(file, name, slot, sizes[name]) for name, slot in self.slots.items()}
+                return {name: self._tensor(file, name, info, sizes[name]) for name, info in self.infos.items()}
         except OSError as error:
             raise SourceNotFoundError(f"{self.path} cannot be read: {error.strerror}; check the path.") from error
 
-    def _size(self, name: str, slot: Slot) -> int:
-        """How many bytes a tensor has."""
-        if slot.type in _PLAIN:
-            return math.prod(slot.shape) * _PLAIN[slot.type].itemsize
+    def _size(self, name: str, info: TensorInfo) -> int:
+        """The number of bytes of a tensor."""
+        if info.type in _PLAIN:
+            return math.prod(info.shape) * _PLAIN[info.type].itemsize
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         known = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
-        block, size = known.get(slot.type, (0, 0))
-        if not block or slot.shape[-1] % block:
-            kind = GGMLQuantizationType(slot.type).name if block else f"type {slot.type}"
-            raise FileFormatError(f"{self.path}: tensor {name!r} of {slot.shape} is no {kind}; fetch it again.")
-        return math.prod(slot.shape) // block * size
+        block, size = known.get(info.type, (0, 0))
+        if not block or info.shape[-1] % block:
+            kind = GGMLQuantizationType(info.type).name if block else f"type {info.type}"
+            raise FileFormatError(f"{self.path}: tensor {name!r} of {info.shape} is no {kind}; fetch it again.")
+        return math.prod(info.shape) // block * size
 
-    def _tensor(self, file: BinaryIO, name: str, slot: Slot, size: int) -> Tensor:
-        file.seek(slot.start)
+    def _tensor(self, file: BinaryIO, name: str, info: TensorInfo, size: int) -> Tensor:
+        file.seek(info.start)
         content = bytearray(file.read(size))
         if len(content) < size:
             raise FileFormatError(f"{self.path} has changed since it was opened; open it again.")
-        if slot.type in _PLAIN:
-            return torch.frombuffer(content, dtype=_PLAIN[slot.type]).reshape(slot.shape)
+        if info.type in _PLAIN:
+            return torch.frombuffer(content, dtype=_PLAIN[info.type]).reshape(info.shape)
         import numpy as np
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind = GGMLQuantizationType(slot.type)
-        rows = np.frombuffer(content, dtype=np.uint8).reshape(*slot.shape[:-1], -1)
+        kind = GGMLQuantizationType(info.type)
+        rows = np.frombuffer(content, dtype=np.uint8).reshape(*info.shape[:-1], -1)
         try:
             with np.errstate(all="ignore"):
-                return torch.from_numpy(dequantize(rows, kind)).reshape(slot.shape)
+                return torch.from_numpy(dequantize(rows, kind)).reshape(info.shape)
         except NotImplementedError as error:
             raise FileFormatError(f"{self.path}: {name!r} is of {kind.name}, which is not supported.") from error
 
@@ -127,7 +127,7 @@ class _Start:
         self._content = content
         self._at = 0
 
-    def parse(self) -> tuple[dict[str, Any], dict[str, Slot]]:
+    def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         """The fields and the places of the tensors; raises a ValueError that says what is wrong."""
         if self._take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
@@ -140,20 +140,20 @@ class _Start:
             if name in told:
                 raise ValueError(f"the field {name!r} occurs twice")
             told[name] = self._value(self._number("I"))
-        slots: dict[str, Slot] = {}
+        infos: dict[str, TensorInfo] = {}
         for _ in range(tensors):
             name = self._text()
             check_name(name)
-            if name in slots:
+            if name in infos:
                 raise ValueError(f"the tensor {name!r} occurs twice")
-            slots[name] = self._slot(name)
+            infos[name] = self._info(name)
         alignment = told.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_HEADER_BYTES:
             raise ValueError(f"its alignment is {alignment!r}")
         first = self._at + -self._at % alignment
-        return told, {name: Slot(slot.type, slot.shape, first + slot.start) for name, slot in slots.items()}
+        return told, {name: TensorInfo(info.type, info.shape, first + info.start) for name, info in infos.items()}
 
-    def _slot(self, name: str) -> Slot:
+    def _info(self, name: str) -> TensorInfo:
         """A tensor's place, counted from the first tensor."""
         dimensions = self._number("I")
         if not 0 < dimensions <= _MOST_DIMENSIONS:
@@ -161,7 +161,7 @@ class _Start:
         shape = tuple(self._number("Q") for _ in range(dimensions))
         if 0 in shape or math.prod(shape) >= 2**48:
             raise ValueError(f"tensor {name!r} has the shape {shape}")
-        return Slot(self._number("I"), shape[::-1], self._number("Q"))
+        return TensorInfo(self._number("I"), shape[::-1], self._number("Q"))
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -1,4 +1,4 @@
-"""The regular expressions in PEFT's settings, which say in which layers a number is another one."""
+"""Regular expressions in PEFT's settings: values by pattern, and a bound on the time that matching takes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def are_quick(patterns: Iterable[str], layers: Collection[str]) -> bool:
 
 
 def _ways(pattern: str, length: int) -> int:
-    """At most how many ways there are to match a pattern from one place in a text: backtracking may try them all."""
+    """Upper bound on the ways to match a pattern from one place in a string: backtracking may try them all."""
     # Of each group that is open: the ways of its alternatives so far, of the present one, and of the last item in it.
     groups = [[0, 1, 1]]
     at = 0
@@ -85,7 +85,7 @@ def _closed(group: list[int]) -> int:
 
 
 def _repeated(ways: int, quantifier: str, length: int) -> int:
-    """How many ways there are for repetitions of what there are some ways for."""
+    """The number of ways for repetitions of a part, from the number for the part."""
     if quantifier[0] == "?":
         return 1 + ways
     most = max(length, *map(int, re.findall(r"\d+", quantifier)), 0)
@@ -93,5 +93,5 @@ def _repeated(ways: int, quantifier: str, length: int) -> int:
 
 
 def _limited(ways: int) -> int:
-    """A number of ways, which need not be counted beyond what is too many."""
+    """A number of ways, counted no further than to one too many."""
     return min(ways, _MOST_WAYS + 1)
