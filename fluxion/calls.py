@@ -43,7 +43,8 @@ class Caller(Container):
                 output = entry(layer)(*args)
                 args = output if isinstance(output, tuple) else (output,)
         except Exception as error:
-            locate(error, self, key, args)
+            if not torch.compiler.is_compiling():  # Dynamo cannot trace it; a call that raises runs again uncompiled.
+                locate(error, self, key, args)
             raise
         return output
 
@@ -55,7 +56,8 @@ class Caller(Container):
             for (key, layer), args in zip(self._modules.items(), inputs):  # noqa: B007, B905
                 outputs.append(entry(layer)(*args))
         except Exception as error:
-            locate(error, self, key, args)
+            if not torch.compiler.is_compiling():  # Dynamo cannot trace it; a call that raises runs again uncompiled.
+                locate(error, self, key, args)
             raise
         return outputs
 

@@ -22,13 +22,13 @@ Contexts = dict[str, Context]
 ByProvider = dict["ContextProvider", Contexts]
 
 
-class Node(Protocol):
-    """A node of a tree that provides contexts: all that is asked here of a chain."""
+class ProvidesContexts(Protocol):
+    """A node of a tree with contexts of its own: all that is needed of a chain here."""
 
     @property
-    def parent(self) -> Node | None: ...
+    def parent(self) -> ProvidesContexts | None: ...
     @property
-    def root(self) -> Node: ...
+    def root(self) -> ProvidesContexts: ...
     @property
     def provider(self) -> ContextProvider: ...
     def init_context(self) -> Contexts: ...
@@ -37,7 +37,7 @@ class Node(Protocol):
 class Call:
     """A running call of a root, and the contexts of its providers while it lasts."""
 
-    def __init__(self, root: Node, contexts: ByProvider) -> None:
+    def __init__(self, root: ProvidesContexts, contexts: ByProvider) -> None:
         self.root = root
         self.contexts = contexts
 
@@ -90,11 +90,11 @@ class ContextProvider:
         {'embedding': tensor([1., 1.])}
     """
 
-    def __init__(self, chain: Node) -> None:
+    def __init__(self, chain: ProvidesContexts) -> None:
         self._chain = weakref.ref(chain)
 
     @property
-    def chain(self) -> Node | None:
+    def chain(self) -> ProvidesContexts | None:
         """The chain of these contexts, or None when it is gone."""
         return self._chain()
 
@@ -155,13 +155,13 @@ class ContextProvider:
         return f"{type(self).__name__}(contexts={self.contexts!r})"
 
 
-def call_of(chain: Node) -> Call | None:
+def call_of(chain: ProvidesContexts) -> Call | None:
     """The running call of this thread, if it is a call of this chain's tree."""
     call = running.call
     return call if call is not None and call.root is chain.root else None
 
 
-def start_call(root: Node) -> Call:
+def start_call(root: ProvidesContexts) -> Call:
     """A call of `root` that takes over the contexts prepared for it."""
     own: ByProvider = {}
     if prepared := _prepared.get():

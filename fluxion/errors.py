@@ -1,4 +1,4 @@
-"""Errors of the tree. Examples of each show a call that raises it."""
+"""Errors of the tree, each with a call that raises it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ BasicType = str | float | int | bool
 
 
 class Holder(Protocol):
-    """A module that holds others under keys: all that a path needs of a chain."""
+    """A module that holds others under keys: all that is needed of a chain here."""
 
     @property
     def parent(self) -> Holder | None: ...

@@ -16,7 +16,7 @@ _AROUND = 3  # Siblings shown on each side of the failing child, and ancestors s
 
 
 class Located(Protocol):
-    """A module that knows its path and its ancestors: all that is asked here of a chain."""
+    """A module that knows its path and its ancestors: all that is needed of a chain here."""
 
     _modules: dict[str, nn.Module]
 
@@ -29,8 +29,6 @@ def locate(error: Exception, chain: Located, key: str, args: tuple[Any, ...]) ->
 
     The error object stays: it is caught by its own type, and keeps its message.
     """
-    if torch.compiler.is_compiling():
-        return  # Dynamo cannot trace what follows; a call that raises runs again uncompiled.
     if getattr(error, "_fluxion_location", None) is None:
         error._fluxion_location = f"{chain.get_path()}.{key}"  # type: ignore[attr-defined]
         # Calls made next to compiled code are traced as well, which this code is not made for.
