@@ -42,7 +42,7 @@ class Template(Generic[M]):
     """Snapshot of a module from which many shallow copies are made; its attributes are sorted out once.
 
     A copy shares parameters, buffers and children, and has its own dicts and sets one level deep: the tables of
-    parameters, buffers, children and hooks, and private attributes. Empty ones that its class makes lazily are left
+    parameters, buffers, children and hooks, and private attributes. Empty ones in the class's `_lazy_tables` are left
     out.
 
     Example:
@@ -56,10 +56,11 @@ class Template(Generic[M]):
         self._class = type(module)
         self._shared: dict[str, Any] = {}
         self._copied: list[tuple[str, Callable[[], Any]]] = []
+        lazy = getattr(self._class, "_lazy_tables", ())
         for name, value in vars(module).items():
             if not isinstance(value, (dict, set)):
                 self._shared[name] = value
-            elif value or not isinstance(getattr(self._class, name, None), lazy_attribute):
+            elif value or name not in lazy:
                 self._copied.append((name, value.copy))
 
     def copy(self) -> M:

@@ -36,6 +36,7 @@ class Module(nn.Module):
     """
 
     _tag: ClassVar[str] = ""
+    _lazy_tables: ClassVar[frozenset[str]] = frozenset()  # Filled below.
 
     def __str__(self) -> str:
         attributes = self.basic_attributes(init_attrs_only=True)
@@ -125,6 +126,7 @@ def _empty(kind: Callable[[], Any]) -> Callable[[Any], Any]:
 for _name, _value in vars(nn.Module()).items():
     if isinstance(_value, (dict, set)) and _name not in ("_parameters", "_buffers", "_modules"):
         setattr(Module, _name, lazy_attribute(_empty(type(_value)), _name))
+        Module._lazy_tables |= {_name}
 
 
 class WeightedModule(Module):

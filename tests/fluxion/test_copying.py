@@ -33,6 +33,7 @@ def test_a_copy_has_what_the_module_has(name: str) -> None:
     assert type(twin) is type(module)
     assert vars(twin).keys() <= vars(module).keys()
     for left_out in vars(module).keys() - vars(twin).keys():
+        assert left_out in fl.Module._lazy_tables
         assert isinstance(getattr(type(module), left_out), lazy_attribute)
         assert getattr(module, left_out) == getattr(twin, left_out)
     for table in ("_parameters", "_buffers", "_modules"):
