@@ -141,7 +141,7 @@ class Adapter(Generic[T]):
         """What takes this adapter's place: the target, inside of the adapters that were injected below this one."""
         top, heir = cast(fl.Chain, self), cast(nn.Module, self.target)
         for parent, _ in find_slots(top, self.target):
-            node = parent if isinstance(parent, fl.Chain) else None
+            node: fl.ContextModule | None = parent if isinstance(parent, fl.Chain) else None
             while node is not None and node is not top:
                 if isinstance(node, Adapter):
                     heir = node

@@ -30,7 +30,7 @@ from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.init import STARTS
 from adapters.methods.core.method import Branch, Method, Tensors
 from adapters.methods.core.spec import WeightSpec
-from fluxion.chain import entry
+from fluxion.calls import entry
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from adapters.runtime.fast_path import FastPath
 from adapters.runtime.merged_weights import Made, _merged, _parameter, adapted_weights
 from adapters.runtime.placeholders import NoWeight, RowWeight
 from adapters.runtime.transparency import ByName
-from fluxion.chain import GLOBAL_HOOKS
-from fluxion.module import Late, Template
+from fluxion.calls import GLOBAL_HOOKS
+from fluxion.copying import Template, lazy_attribute
 
 
 class AdaptedLayer(fl.Chain, Adapter[nn.Module]):
@@ -44,7 +44,7 @@ class AdaptedLayer(fl.Chain, Adapter[nn.Module]):
     _own: dict[str, Tensor | None]
     _computed: dict[str, Tensor | None]
 
-    _load_state_dict_post_hooks = Late(lambda node: OrderedDict({-1: _finish_loading}))
+    _load_state_dict_post_hooks = lazy_attribute(lambda node: OrderedDict({-1: _finish_loading}))
 
     _tag = "ADAPTED"
     _may_repeat = True  # A shared layer is adapted once, by one node in all of its places.

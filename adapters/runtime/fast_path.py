@@ -15,7 +15,7 @@ from adapters.activation.switch import Switch
 from adapters.lowrank.linear import Pair, is_ready, linear, linear_of_rows
 from adapters.lowrank.thin import Thin
 from adapters.methods.core.method import Branch
-from fluxion.chain import GLOBAL_HOOKS, PLAIN_CALLS
+from fluxion.calls import GLOBAL_HOOKS, PLAIN_CALLS
 
 # What makes a call of a module more than its class says, if there is something in one of these attributes.
 _COVERS = (

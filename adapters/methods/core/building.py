@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from adapters.errors import TargetError
 from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
-from fluxion.module import ContextModule, Template, shallow_copy
+from fluxion.copying import Template, shallow_copy
+from fluxion.links import ContextModule
 
 
 def share(sites: Iterable[tuple[Method, WeightSpec]]) -> dict[Method, dict[str, Tensor]]:

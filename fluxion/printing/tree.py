@@ -1,4 +1,4 @@
-"""The picture of a tree: one line per node, the format of Refiners' repr."""
+"""Text of a tree: one line per node, in the format of Refiners' repr."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 @dataclass(slots=True)
 class Node:
-    """One line of the picture, and the lines below it.
+    """A printed line and the lines below it.
 
     Attributes:
-        text: What the node prints.
-        class_name: Class of the module: siblings of one class are numbered.
-        shape: Equal for two nodes exactly when their subtrees print the same.
-        module: What it shows; the first one, when several are folded into one.
-        key: The child's key in its parent.
+        text: The line.
+        class_name: Class name of the module; siblings of one class are numbered.
+        shape: Number of the subtree's text: equal for two nodes exactly when their subtrees print the same.
+        module: The module shown, the first one of a folded run.
+        key: Key of the module in its parent.
     """
 
     text: str
@@ -30,7 +30,7 @@ class Node:
 
 
 def label(module: nn.Module) -> str:
-    """The line of one module, without its children."""
+    """Line of one module, without its children."""
     tag = getattr(type(module), "_tag", "")
     if tag and module._show_only_tag():  # type: ignore[operator]
         return f"({tag})"
@@ -42,11 +42,11 @@ def label(module: nn.Module) -> str:
 
 
 def build(root: nn.Module, note: Callable[[nn.Module], str] = lambda module: "") -> Node:
-    """The picture of a module and of everything below it, plain `torch.nn` modules included.
+    """Lines of a module and of everything below it, plain `torch.nn` modules included.
 
     Args:
         root: The module.
-        note: What to print of each module after its line.
+        note: Text to append to the line of each module.
     """
     shapes: dict[object, int] = {}
 
@@ -60,7 +60,7 @@ def build(root: nn.Module, note: Callable[[nn.Module], str] = lambda module: "")
 
 
 def fold(node: Node) -> Node:
-    """Replace each run of successive siblings that print the same by one, marked `(xN)`."""
+    """Fold each run of successive siblings that print alike into one, marked `(xN)`, in place."""
     folded: list[Node] = []
     counts: list[int] = []
     for child in node.children:
@@ -78,7 +78,7 @@ def fold(node: Node) -> Node:
 
 
 def lines(node: Node, depth: int = -1) -> list[tuple[str, Node]]:
-    """Every printed line of a picture with the node it shows, `depth` levels deep, or all when negative."""
+    """Printed lines with their nodes, `depth` levels deep, or all levels when negative."""
     out: list[tuple[str, Node]] = []
 
     def visit(node: Node, text: str, indent: str, branch: str, depth: int) -> None:
@@ -100,5 +100,5 @@ def lines(node: Node, depth: int = -1) -> list[tuple[str, Node]]:
 
 
 def render(module: nn.Module, depth: int = -1, note: Callable[[nn.Module], str] = lambda module: "") -> str:
-    """The tree below a module as text, `depth` levels deep, or all of it when negative, with notes as in `build`."""
+    """Text of the tree below a module, `depth` levels deep, or all levels when negative, with notes as in `build`."""
     return "\n".join(line for line, _ in lines(fold(build(module, note)), depth))

@@ -1,40 +1,47 @@
-"""Where in the tree an error happened."""
+"""The location of an error: its path in the tree, the inputs there, and the modules around it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from fluxion.tree import label
-
-if TYPE_CHECKING:
-    from fluxion.chain import Chain
+from fluxion.printing.tree import label
 
 _AROUND = 3  # Siblings shown on each side of the failing child, and ancestors shown above it.
 
 
-def locate(error: Exception, chain: Chain, key: str, args: tuple[Any, ...]) -> None:
-    """Add to an error the place in the tree where it was raised and the inputs there, unless it has one already.
+class Located(Protocol):
+    """A module that knows its path and its ancestors: all that is needed of a chain here."""
 
-    The error stays the same object: it can be caught by its own type and keeps its own message.
+    _modules: dict[str, nn.Module]
+
+    def get_path(self) -> str: ...
+    def get_parents(self) -> Sequence[nn.Module]: ...
+
+
+def locate(error: Exception, chain: Located, key: str, args: tuple[Any, ...]) -> None:
+    """Add a note to an error with the path of the child that raised it and its inputs, unless it has one already.
+
+    The error object stays: it is caught by its own type, and keeps its message.
     """
     if getattr(error, "_fluxion_location", None) is None:
         error._fluxion_location = f"{chain.get_path()}.{key}"  # type: ignore[attr-defined]
-        # What is run beside compiled code is traced as well, but this is not made for it.
+        # Calls made next to compiled code are traced as well, which this code is not made for.
         describe = torch.compiler.disable(_describe) if "torch._dynamo" in sys.modules else _describe
         error.add_note(describe(chain, key, args))
 
 
-def _describe(chain: Chain, key: str, args: tuple[Any, ...]) -> str:
+def _describe(chain: Located, key: str, args: tuple[Any, ...]) -> str:
     return f"{chain.get_path()}.{key} failed on {summarize(args)}\n{_surroundings(chain, key)}"
 
 
 def summarize(value: object) -> str:
-    """A value in a few words: tensors by shape, dtype and device."""
+    """Short text of a value: tensors by shape, dtype and device."""
     if isinstance(value, Tensor):
         shape = ", ".join(map(str, value.shape))
         return f"Tensor(shape=({shape}), dtype={str(value.dtype).removeprefix('torch.')}, device={value.device})"
@@ -44,14 +51,14 @@ def summarize(value: object) -> str:
         return f"{{{', '.join(f'{key!r}: {summarize(item)}' for key, item in value.items())}}}"
     try:
         text = repr(value)
-    except Exception:  # It must not hide the error that is being described.
+    except Exception:  # It must not hide the error being located.
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _surroundings(chain: Chain, key: str) -> str:
-    """The failing child, marked, between its siblings, under the nearest of its ancestors."""
-    ancestors: list[nn.Module] = [chain, *islice(chain.get_parents(), _AROUND)]
+def _surroundings(chain: Located, key: str) -> str:
+    """Tree of the failing child, marked `>>>`, its nearest siblings and its nearest ancestors."""
+    ancestors = [cast(nn.Module, chain), *islice(chain.get_parents(), _AROUND)]
     indent = ""
     lines = []
     for node in reversed(ancestors):

@@ -1,4 +1,4 @@
-"""The shapes of what passes through a tree."""
+"""Output shapes of every node of a tree, recorded in one call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def note_of_call(root: nn.Module, *inputs: Any) -> Callable[[nn.Module], str]:
-    """Call a module, in eval mode and without gradients, and return what says the output shapes of each node.
+    """Call a module in eval mode without gradients, and return a function from a node to the text of its output shapes.
 
-    A node that is called several times with different outcomes has all of them, in order; one that is not called has
-    none.
+    A node that returns several shapes in turn shows each of them once; a node that is not called shows none. Training
+    flags and hooks are left as they were.
     """
     seen: dict[nn.Module, dict[str, None]] = {}
 
@@ -24,7 +24,7 @@ def note_of_call(root: nn.Module, *inputs: Any) -> Callable[[nn.Module], str]:
     hooks = [module.register_forward_hook(record) for module in modes]
     try:
         for module in modes:
-            module.training = False  # As it is, past `train` methods that do more.
+            module.training = False  # Bypasses `train` methods, which may do more.
         with torch.no_grad():
             root(*inputs)
     finally:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fluxion as fl
-from fluxion.module import _HOOK_TABLES, Late, Template, shallow_copy
+from fluxion.copying import Template, lazy_attribute, shallow_copy
 
 X = torch.ones(2, 3)
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -32,7 +32,10 @@ def test_a_copy_has_what_the_module_has(name: str) -> None:
     twin = shallow_copy(module)
     assert type(twin) is type(module)
     assert vars(twin).keys() <= vars(module).keys()
-    assert vars(module).keys() - vars(twin).keys() <= _HOOK_TABLES.keys()
+    for left_out in vars(module).keys() - vars(twin).keys():
+        assert left_out in fl.Module._lazy_tables
+        assert isinstance(getattr(type(module), left_out), lazy_attribute)
+        assert getattr(module, left_out) == getattr(twin, left_out)
     for table in ("_parameters", "_buffers", "_modules"):
         one, two = getattr(module, table), getattr(twin, table)
         assert one is not two and list(one) == list(two)
@@ -129,7 +132,7 @@ def test_copies_of_a_copy(name: str) -> None:
 def test_threads_get_one_object() -> None:
     class Holder:
         slow = threading.Barrier(8)
-        table = Late(lambda self: (self.slow.wait(timeout=60), OrderedDict())[1])
+        table = lazy_attribute(lambda self: (self.slow.wait(timeout=60), OrderedDict())[1])
 
     for _ in range(20):
         holder, found = Holder(), []
@@ -142,8 +145,8 @@ def test_threads_get_one_object() -> None:
         assert all(table is holder.table for table in found)
 
 
-def test_a_late_attribute_of_a_class_is_itself() -> None:
-    assert isinstance(fl.Module._forward_hooks, Late)
+def test_a_lazy_attribute_of_a_class_is_itself() -> None:
+    assert isinstance(fl.Module._forward_hooks, lazy_attribute)
 
 
 def test_hooks_of_a_thread_are_not_lost() -> None:

@@ -1,4 +1,4 @@
-"""The picture of a tree in a notebook: HTML that opens and closes."""
+"""HTML of a tree for notebooks: nodes that open and close."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from html import escape
 
 from torch import nn
 
-from fluxion.tree import Node, build, fold
+from fluxion.printing.tree import Node, build, fold
 
-_MAX_NODES = 2500  # Nodes shown, the uppermost ones first: with _MAX_TEXT it keeps any model well under a megabyte.
+_MAX_NODES = 2500  # Uppermost nodes first; with _MAX_TEXT it keeps the HTML of any model well under a megabyte.
 _MAX_TEXT = 160
 _OPEN_LEVELS = 2
 
@@ -23,17 +23,17 @@ _STYLE = """<style>
 
 
 def render(module: nn.Module) -> str:
-    """The tree below a module as HTML, with the number and the dtypes of the parameters of each node.
+    """HTML of the tree below a module, with the parameter count and dtypes of each node.
 
-    Nodes whose class sets `_highlight` have the CSS class `adapter`. Equal siblings are shown once, and the deepest
-    nodes of a tree with very many are counted instead of shown.
+    Nodes whose class sets `_highlight` have the CSS class `adapter`. Equal successive siblings are folded into one,
+    and the deepest nodes of a very large tree are counted instead of shown.
     """
     root = fold(build(module))
     return f'{_STYLE}<div class="fluxion-tree">{_html(root, _uppermost(root), level=0)}</div>'
 
 
 def _uppermost(root: Node) -> set[int]:
-    """The nodes that are shown, level by level until there are enough."""
+    """Ids of the nodes to show, level by level up to the limit."""
     queue, shown = deque([root]), set[int]()
     while queue and len(shown) < _MAX_NODES:
         node = queue.popleft()
@@ -56,7 +56,7 @@ def _html(node: Node, shown: set[int], level: int) -> str:
 
 
 def _parameters(module: nn.Module) -> str:
-    """How many parameters a module has, and of which dtypes."""
+    """Parameter count and dtypes of a module as HTML."""
     parameters = list(module.parameters())
     if not parameters:
         return ""
