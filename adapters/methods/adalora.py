@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from adapters.methods.core.checks import is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class AdaLoRA(LowRank):
     def check_training(self, layer: nn.Module, parameter: str) -> None:
         refuse_dropout(self, layer)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
         rank = self.rank if self.kept is None else self.kept
         return {
-            "lora_A": site.normal(*stack, rank, inputs, std=0.02),
-            "lora_B": site.normal(*stack, outputs, rank, std=0.02),
-            "lora_E": site.zeros(*stack, rank, 1),
+            "lora_A": spec.normal(*stack, rank, inputs, std=0.02),
+            "lora_B": spec.normal(*stack, outputs, rank, std=0.02),
+            "lora_E": spec.zeros(*stack, rank, 1),
         }
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:

@@ -94,25 +94,25 @@ class Bottleneck(Method):
         features = self.features or (known.shape[0] if known else 0)
         return Matrix((features, features), "as is", "block") if features else None
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         raise TargetError(f"{type(self).__name__} goes after layers or blocks of your choice: name them with targets=.")
 
-    def check_site(self, site: WeightSpec) -> None:
-        if self.parallel and site.matrix.kind in ("convolution", "embedding"):
+    def check_spec(self, spec: WeightSpec) -> None:
+        if self.parallel and spec.matrix.kind in ("convolution", "embedding"):
             raise TargetError(
-                f"{site.path} takes other positions or features than it gives: give it a {type(self).__name__} with"
+                f"{spec.path} takes other positions or features than it gives: give it a {type(self).__name__} with"
                 " parallel=False."
             )
-        if self.norm and _spatial(site.layer):
-            raise TargetError(f"{site.path} gives channels, which norm=True does not normalise: give it norm=False.")
+        if self.norm and _spatial(spec.layer):
+            raise TargetError(f"{spec.path} gives channels, which norm=True does not normalise: give it norm=False.")
 
     # Its layers
 
-    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
-        outputs, inputs = site.shape
+    def build(self, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch:
+        outputs, inputs = spec.shape
         size = self.size or max(outputs // self.reduction, 1)
-        spatial = _spatial(site.layer)
-        where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+        spatial = _spatial(spec.layer)
+        where: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return (

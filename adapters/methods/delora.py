@@ -8,8 +8,8 @@ from torch import Tensor
 
 from adapters.methods.core.checks import is_number, need, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _LEAST_NORM = 1e-4
 """What shorter rows and columns are divided by: at the start, those of B are zero."""
@@ -39,16 +39,16 @@ class DeLoRA(LowRank):
         need_rank(self)
         need(is_number(self.boundary), self, "a boundary that is a finite number", self.boundary)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        outputs, inputs = spec.shape
         return {
-            "delora_A": site.uniform(self.rank, inputs),
-            "delora_B": site.zeros(outputs, self.rank),
-            "delora_lambda": site.ones(1) * self.boundary,
+            "delora_A": spec.uniform(self.rank, inputs),
+            "delora_B": spec.zeros(outputs, self.rank),
+            "delora_lambda": spec.ones(1) * self.boundary,
         }
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"delora_w_norm": site.weight.norm(dim=0).to(site.device, site.dtype)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"delora_w_norm": spec.weight.norm(dim=0).to(spec.device, spec.dtype)}
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         lengths = t.delora_A.norm(dim=1).clamp(min=_LEAST_NORM) * t.delora_B.norm(dim=0).clamp(min=_LEAST_NORM)

@@ -10,8 +10,9 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.methods.core.checks import need_count, need_number, need_seed
 from adapters.methods.core.formulas import Additive
-from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.method import Branch
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,19 @@ class FourierFT(Additive):
         need_number(self, "scaling")
         need_seed(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
         if self.n_frequency > outputs * inputs:
             raise TargetError(
-                f"{site.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}: it takes no"
+                f"{spec.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}: it takes no"
                 f" n_frequency of {self.n_frequency}; give it a smaller one."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"fourierft_spectrum": site.zeros(*site.shape[:-2], self.n_frequency)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"fourierft_spectrum": spec.zeros(*spec.shape[:-2], self.n_frequency)}
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"positions": site.shuffled(self.seed)[: self.n_frequency].to(site.device, copy=True)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"positions": spec.shuffled(self.seed)[: self.n_frequency].to(spec.device, copy=True)}
 
     def delta(self, t: Tensors) -> Tensor:
         spectrum = t.fourierft_spectrum

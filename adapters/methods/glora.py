@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from adapters.methods.core.checks import need_choice, need_rank
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _A_B = ("lora", "vector", "constant", "none")
 _C = ("lora", "vector", "none")
@@ -48,16 +49,16 @@ class GLoRA(Method):
         for name, choices in (("config_a_b", _A_B), ("config_c", _C), ("config_d_e", _D_E)):
             need_choice(self, name, choices)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for letter, (form, shape) in self._parts(site.shape, site.has_bias).items():
+        for letter, (form, shape) in self._parts(spec.shape, spec.has_bias).items():
             name = f"glora_{letter}_X"
             if form == "lora":
-                found |= {f"{name}d": site.zeros(shape[0], self.rank), f"{name}u": site.uniform(self.rank, shape[1])}
+                found |= {f"{name}d": spec.zeros(shape[0], self.rank), f"{name}u": spec.uniform(self.rank, shape[1])}
             elif form == "vector":
-                found[name] = site.zeros(shape[0], *(1 for _ in shape[1:]))
+                found[name] = spec.zeros(shape[0], *(1 for _ in shape[1:]))
             elif form == "constant":
-                found[name] = site.zeros(1)
+                found[name] = spec.zeros(1)
         return found
 
     def _parts(self, matrix: tuple[int, ...], has_bias: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -72,8 +73,8 @@ class GLoRA(Method):
             "E": (d_e, (outputs,)),
         }
 
-    def names(self, site: WeightSpec) -> tuple[str, ...]:
-        return (site.parameter, str(site.bias_name)) if site.has_bias else (site.parameter,)
+    def changes(self, spec: WeightSpec) -> tuple[str, ...]:
+        return (spec.parameter, str(spec.bias_name)) if spec.has_bias else (spec.parameter,)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return weight + weight * _part(t, "A") + _part(t, "B")

@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 from adapters.errors import TargetError
 from adapters.methods.core.checks import is_integer, need, need_alpha, need_count, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,24 @@ class GraLoRA(LowRank):
         """`s` of the formula."""
         return (self.rank if self.alpha is None else self.alpha) / (self.rank + self.hybrid_rank)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
         if outputs % self.blocks or inputs % self.blocks:
             raise TargetError(
-                f"{site.path} is {outputs} × {inputs}, not multiples of blocks={self.blocks}: choose a number that"
+                f"{spec.path} is {outputs} × {inputs}, not multiples of blocks={self.blocks}: choose a number that"
                 " divides both, or exclude the layer."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
         width, height = inputs // self.blocks, outputs // self.blocks
         tensors = {
-            "gralora_A": site.uniform(*stack, self.blocks, width, self.rank, bound=width**-0.5),
-            "gralora_B": site.zeros(*stack, self.blocks, self.rank, height),
+            "gralora_A": spec.uniform(*stack, self.blocks, width, self.rank, bound=width**-0.5),
+            "gralora_B": spec.zeros(*stack, self.blocks, self.rank, height),
         }
         if self.hybrid_rank:
-            tensors["gralora_A_general"] = site.uniform(*stack, self.hybrid_rank, inputs, bound=inputs**-0.5)
-            tensors["gralora_B_general"] = site.zeros(*stack, outputs, self.hybrid_rank)
+            tensors["gralora_A_general"] = spec.uniform(*stack, self.hybrid_rank, inputs, bound=inputs**-0.5)
+            tensors["gralora_B_general"] = spec.zeros(*stack, outputs, self.hybrid_rank)
         return tensors
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from adapters.errors import TargetError
 from adapters.layers.dtypes import widened
 from adapters.methods.core.checks import need_rank
 from adapters.methods.core.formulas import InputTransform
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class HRA(InputTransform):
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        inputs = site.shape[-1]
+    def check_spec(self, spec: WeightSpec) -> None:
+        inputs = spec.shape[-1]
         if self.gram_schmidt and self.rank > inputs:
             raise TargetError(
-                f"{site.path} has {inputs} inputs, so no {self.rank} vectors are orthogonal to each other: choose a"
+                f"{spec.path} has {inputs} inputs, so no {self.rank} vectors are orthogonal to each other: choose a"
                 f" rank of {inputs} or less, or exclude it."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        inputs, pairs = site.shape[-1], not (self.rank % 2 or self.gram_schmidt)
-        columns = site.uniform(inputs, self.rank // 2 if pairs else self.rank, bound=1 / math.sqrt(inputs))
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        inputs, pairs = spec.shape[-1], not (self.rank % 2 or self.gram_schmidt)
+        columns = spec.uniform(inputs, self.rank // 2 if pairs else self.rank, bound=1 / math.sqrt(inputs))
         return {"hra_u": columns.repeat_interleave(2, dim=1) if pairs else columns}
 
     def map(self, x: Tensor, t: Tensors, transposed: bool) -> Tensor:

@@ -15,9 +15,10 @@ from adapters.layers.matrix import Matrix
 from adapters.methods.core.arithmetic import Scale, lerp
 from adapters.methods.core.checks import is_integer, is_number, need
 from adapters.methods.core.formulas import InputTransform
-from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.method import Branch
 from adapters.methods.core.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,16 @@ class OFT(InputTransform):
         terms = self.num_terms
         need(is_integer(terms, 2), self, "a num_terms that is an integer of 2 or more", terms)
 
-    def check_site(self, site: WeightSpec) -> None:
-        cut(self, site, self._features(site))
+    def check_spec(self, spec: WeightSpec) -> None:
+        cut(self, spec, self._features(spec))
 
-    def _features(self, site: WeightSpec) -> int:
+    def _features(self, spec: WeightSpec) -> int:
         """How many features are rotated: inputs, but those of an embedding are no features, so what it gives out."""
-        return site.shape[-2] if site.matrix.kind == "embedding" else site.shape[-1]
+        return spec.shape[-2] if spec.matrix.kind == "embedding" else spec.shape[-1]
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        blocks, size = cut(self, site, self._features(site))
-        return {"oft_R": site.zeros(1 if self.block_share else blocks, size * (size - 1) // 2)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        blocks, size = cut(self, spec, self._features(spec))
+        return {"oft_R": spec.zeros(1 if self.block_share else blocks, size * (size - 1) // 2)}
 
     def rotations(self, upper: Tensor) -> Tensor:
         """R of each block, from the elements of Q above the diagonal."""
@@ -121,8 +122,8 @@ class DiagOFT(OutputRotation):
     paper = "arXiv:2306.07280"
     formula = "diag(s) Rᵀ W, with R = (I + Q)(I - Q)⁻¹ in blocks, Q = B - Bᵀ"
 
-    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
-        blocks, size = cut(self, site, site.shape[-2], least=1)
+    def block_shape(self, spec: WeightSpec) -> tuple[int, ...]:
+        blocks, size = cut(self, spec, spec.shape[-2], least=1)
         return blocks, size, size
 
     def turn(self, y: Tensor, rotations: Tensor) -> Tensor:

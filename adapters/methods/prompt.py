@@ -50,18 +50,18 @@ class PromptTuning(VirtualTokens):
         embedding: Any = transformer.get_input_embeddings()  # type: ignore[operator]
         return embedding.num_embeddings, embedding.embedding_dim
 
-    def check_site(self, site: WeightSpec) -> None:
-        if any(token >= site.shape[0] for token in self.text):
-            raise TargetError(f"{site.path} has no tokens beyond {site.shape[0] - 1}: choose others for text=.")
+    def check_spec(self, spec: WeightSpec) -> None:
+        if any(token >= spec.shape[0] for token in self.text):
+            raise TargetError(f"{spec.path} has no tokens beyond {spec.shape[0] - 1}: choose others for text=.")
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        tokens = torch.randint(site.shape[0], (self.num_virtual_tokens,))
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        tokens = torch.randint(spec.shape[0], (self.num_virtual_tokens,))
         if self.text:
             tokens = torch.tensor(self.text).repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
-        embedding: Any = site.layer.get_input_embeddings()  # type: ignore[operator]
+        embedding: Any = spec.layer.get_input_embeddings()  # type: ignore[operator]
         with torch.no_grad():
             start = embedding(tokens.to(embedding.weight.device))
-        return {"prompt_embeddings": start.to(site.device, site.dtype, copy=True)}
+        return {"prompt_embeddings": start.to(spec.device, spec.dtype, copy=True)}
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"num_virtual_tokens": self.num_virtual_tokens}

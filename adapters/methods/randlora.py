@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from adapters.errors import TargetError
 from adapters.methods.core.checks import need, need_alpha, need_rank, need_seed
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 from adapters.methods.vera import largest
 
 
@@ -55,22 +55,22 @@ class RandLoRA(LowRank):
         for name in ("sparse", "very_sparse"):
             need(isinstance(getattr(self, name), bool), self, f"{name} to be true or false", getattr(self, name))
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
         short = min(outputs, inputs)
         bases = math.ceil(short / self.rank)
         return {
-            "randlora_lambda": site.zeros(*stack, self.rank, bases),
-            "randlora_gamma": site.ones(*stack, bases, short) / max(bases, short),
+            "randlora_lambda": spec.zeros(*stack, self.rank, bases),
+            "randlora_gamma": spec.ones(*stack, bases, short) / max(bases, short),
         }
 
-    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
-        short, long = sorted(largest(sites))
+    def shared_shapes(self, specs: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
+        short, long = sorted(largest(specs))
         return {"randlora_A": (self.rank, 1, short), "randlora_B": (long, math.ceil(short / self.rank), self.rank)}
 
-    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
+    def shared(self, specs: Sequence[WeightSpec]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        of_a, of_b = self.shared_shapes(sites).values()
+        of_a, of_b = self.shared_shapes(specs).values()
         if self.sparse or self.very_sparse:
             share = 1 / (math.sqrt(of_a[-1]) if self.very_sparse else 3)
             a, b = _signs(of_a, share, generator), _signs(of_b, share, generator)
@@ -84,7 +84,7 @@ class RandLoRA(LowRank):
                 f" seed={self.seed}: choose another seed, or a larger rank."
             )
         return {
-            name: (base / base.std()).to(sites[0].device, sites[0].dtype)
+            name: (base / base.std()).to(specs[0].device, specs[0].dtype)
             for name, base in (("randlora_A", a), ("randlora_B", b))
         }
 

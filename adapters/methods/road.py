@@ -10,8 +10,8 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.methods.core.checks import is_integer, need, need_choice
 from adapters.methods.core.formulas import OutputTransform
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """The numbers of angles, and of scales, for each output."""
@@ -47,18 +47,18 @@ class RoAd(OutputTransform):
         size = self.group_size
         need(is_integer(size, 1) and size % 2 == 0, self, "a group_size that is even and positive", size)
 
-    def check_site(self, site: WeightSpec) -> None:
-        groups = site.matrix.groups  # Outputs of different inputs cannot be mixed in the weight of a convolution.
-        if site.shape[0] // groups % self.group_size:
+    def check_spec(self, spec: WeightSpec) -> None:
+        groups = spec.matrix.groups  # Outputs of different inputs cannot be mixed in the weight of a convolution.
+        if spec.shape[0] // groups % self.group_size:
             of = f" in each of {groups} groups" if groups > 1 else ""
             raise TargetError(
-                f"{site.path} has {site.shape[0] // groups} outputs{of}, which RoAd cannot divide by {self.group_size}:"
+                f"{spec.path} has {spec.shape[0] // groups} outputs{of}, which RoAd cannot divide by {self.group_size}:"
                 " give it a group_size that divides them."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        size = int(site.shape[0] * _SIZES[self.variant])
-        return {"road_theta": site.zeros(size), "road_alpha": site.ones(size)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        size = int(spec.shape[0] * _SIZES[self.variant])
+        return {"road_theta": spec.zeros(size), "road_alpha": spec.ones(size)}
 
     def map(self, y: Tensor, t: Tensors) -> Tensor:
         # Each of shape (groups, 2, half a group): the factors of an element itself, and of the other one of its pair.

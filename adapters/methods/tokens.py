@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from adapters.errors import TargetError
 from adapters.layers.matrix import Matrix
 from adapters.methods.core.arithmetic import Scale, lerp
 from adapters.methods.core.checks import need
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _LAYERS = (nn.Embedding, nn.Linear)
 
@@ -38,7 +39,7 @@ class TrainableTokens(Method):
     key = "trainable_tokens"
     paper = "PEFT's trainable tokens"
     formula = "W with row i replaced by E[j], for token number j, which is i"
-    tied_in_files: ClassVar[bool] = True
+    tied_in_files = True
 
     tokens: tuple[int, ...] = ()
 
@@ -56,7 +57,7 @@ class TrainableTokens(Method):
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         return Matrix.whole(layer, parameter) if isinstance(layer, _LAYERS) and parameter == "weight" else None
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         try:
             found = model.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
@@ -67,19 +68,19 @@ class TrainableTokens(Method):
             found = found.target
         return lambda path, module: module is found
 
-    def check_site(self, site: WeightSpec) -> None:
-        rows = site.shape[0]
+    def check_spec(self, spec: WeightSpec) -> None:
+        rows = spec.shape[0]
         if max(self.tokens) >= rows:
             raise TargetError(
-                f"{site.path} has {rows} rows, and none for the token {max(self.tokens)}: resize the embedding first."
+                f"{spec.path} has {rows} rows, and none for the token {max(self.tokens)}: resize the embedding first."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        rows = site.weight[list(self.tokens)]
-        return {"trainable_tokens_delta": rows.to(site.device, site.dtype)}  # PEFT's name for what is no difference.
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        rows = spec.weight[list(self.tokens)]
+        return {"trainable_tokens_delta": rows.to(spec.device, spec.dtype)}  # PEFT's name for what is no difference.
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"tokens": torch.tensor(self.tokens, device=site.device)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"tokens": torch.tensor(self.tokens, device=spec.device)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return weight.index_copy(0, t.tokens, t.trainable_tokens_delta)

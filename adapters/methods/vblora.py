@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from adapters.errors import TargetError
 from adapters.methods.core.checks import need, need_count, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class VBLoRA(LowRank):
             need_count(self, name)
         need(self.topk <= self.num_vectors, self, f"a topk of at most num_vectors={self.num_vectors}", self.topk)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
         if outputs % self.vector_length or inputs % self.vector_length:
             raise TargetError(
-                f"{site.path} is {outputs} × {inputs}, not multiples of vector_length={self.vector_length}: choose a"
+                f"{spec.path} is {outputs} × {inputs}, not multiples of vector_length={self.vector_length}: choose a"
                 " length that divides both, or exclude the layer."
             )
 
@@ -67,34 +67,34 @@ class VBLoRA(LowRank):
                 " save_only_topk_weights. Save it with all logits to train on."
             )
 
-    def check_tensors(self, site: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name.endswith("_topk_indices") and tensor.numel():
                 least, most = (int(number) for number in tensor.long().aminmax())
                 if least < 0 or most >= self.num_vectors:
                     raise TargetError(f"{name} has numbers from {least} to {most}, for {self.num_vectors} vectors")
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        shapes = {} if self.only_topk else self._pieces(site)
-        return {name: site.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        shapes = {} if self.only_topk else self._pieces(spec)
+        return {name: spec.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
         tensors = {}
-        for name, shape in (self._pieces(site) if self.only_topk else {}).items():
-            tensors[f"{name}_topk_indices"] = site.zeros(*shape, self.topk).to(_integers(self.num_vectors))
-            tensors[f"{name}_topk_weights"] = site.zeros(*shape, self.topk - 1)
+        for name, shape in (self._pieces(spec) if self.only_topk else {}).items():
+            tensors[f"{name}_topk_indices"] = spec.zeros(*shape, self.topk).to(_integers(self.num_vectors))
+            tensors[f"{name}_topk_weights"] = spec.zeros(*shape, self.topk - 1)
         return tensors
 
-    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
+    def shared_shapes(self, specs: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
         return {"vblora_vector_bank": (self.num_vectors, self.vector_length)}
 
-    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
-        shapes = self.shared_shapes(sites)
-        return {name: nn.Parameter(sites[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
+    def shared(self, specs: Sequence[WeightSpec]) -> dict[str, Tensor]:
+        shapes = self.shared_shapes(specs)
+        return {name: nn.Parameter(specs[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
 
-    def _pieces(self, site: WeightSpec) -> dict[str, tuple[int, ...]]:
+    def _pieces(self, spec: WeightSpec) -> dict[str, tuple[int, ...]]:
         """The logits, and how many pieces each has."""
-        *stack, outputs, inputs = site.shape
+        *stack, outputs, inputs = spec.shape
         return {
             "vblora_logits_A": (*stack, self.rank, inputs // self.vector_length),
             "vblora_logits_B": (*stack, outputs // self.vector_length, self.rank),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from adapters.layers.weight import read_weight
 from adapters.lowrank.svd import Factors, error, full, reduced
 from adapters.methods.core.building import build
 from adapters.methods.core.checks import is_integer, is_number
-from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.formulas import Additive, LowRank
 from adapters.methods.core.method import Branch
 from adapters.methods.lora import LoRA
 from adapters.patch.attachment import Attachment
@@ -188,9 +189,9 @@ class _Site:
     def factors(self, branch: Branch, weight: float) -> Factors:
         """The same matrix in factors, those of the method where it has some."""
         method = branch.method
-        if not isinstance(method, LowRank):
+        if not method.is_low_rank:
             return full(self.update(branch, weight))
-        up, down = method.factors(branch.values(self.precision))
+        up, down = cast(LowRank, method).factors(branch.values(self.precision))
         return (up * weight).to(self.device), down.to(self.device)
 
     def weighted_sum(self) -> Factors:
@@ -216,7 +217,7 @@ def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
     sources: dict[tuple[int, str], list[tuple[Branch, float]]] = {}
     for name, weight in weights.items():
         for place in find(model, name).places:
-            if not place.branch.method.additive:
+            if not isinstance(place.branch.method, Additive):
                 raise AdapterError(
                     f"{name!r} cannot be combined: at {place.path}, what {type(place.branch.method).__name__} changes"
                     " is no update that could be added to another. Use the patches side by side."

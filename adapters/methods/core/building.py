@@ -12,23 +12,33 @@ from adapters.methods.core.spec import WeightSpec
 from fluxion.module import ContextModule, Template, shallow_copy
 
 
-def share(sites: Iterable[tuple[Method, WeightSpec]]) -> dict[Method, dict[str, Tensor]]:
-    """What the weights of each method have in common."""
+def share(specs: Iterable[tuple[Method, WeightSpec]]) -> dict[Method, dict[str, Tensor]]:
+    """The shared tensors of each method, as parameters: one object for all branches.
+
+    They are parameters even where they are never trained. A buffer would be another tensor in each branch after the
+    model has moved or changed its dtype.
+    """
     by_method: dict[int, tuple[Method, list[WeightSpec]]] = {}
-    for method, site in sites:
-        by_method.setdefault(id(method), (method, []))[1].append(site)  # Few objects: no hash of one for each site.
+    for method, spec in specs:
+        by_method.setdefault(id(method), (method, []))[1].append(spec)  # Few objects: no hash of one for each weight.
     equal: dict[Method, list[WeightSpec]] = {}
     for method, some in by_method.values():
         equal.setdefault(method, []).extend(some)
-    return {method: method.share(some) for method, some in equal.items()}
+    return {
+        method: {
+            name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            for name, tensor in method.shared(some).items()
+        }
+        for method, some in equal.items()
+    }
 
 
-def build(method: Method, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
+def build(method: Method, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch:
     """A new branch of a method for a weight, with the tensors that it shares with others."""
-    branch = method.build(site, shared)
-    branch.method, branch.matrix, branch.parameter = method, site.matrix, site.parameter
-    branch.names = method.names(site)
-    branch.bypass = method.bypass(site.layer, site.matrix) and (not branch.names or site.parameter == "weight")
+    branch = method.build(spec, shared)
+    branch.method, branch.matrix, branch.parameter = method, spec.matrix, spec.parameter
+    branch.names = method.changes(spec)
+    branch.bypass = method.bypass(spec.layer, spec.matrix) and (not branch.names or spec.parameter == "weight")
     return branch
 
 
@@ -40,19 +50,19 @@ def build_all(wanted: Sequence[tuple[Method, WeightSpec]]) -> list[Branch]:
     """
     shared = share(wanted)
     alike: dict[object, list[int]] = {}
-    for number, (method, site) in enumerate(wanted):
-        alike.setdefault((id(method), site.kind), []).append(number)
+    for number, (method, spec) in enumerate(wanted):
+        alike.setdefault((id(method), spec.kind), []).append(number)
     branches: dict[int, Branch] = {}
     for numbers in alike.values():
-        method, sites = wanted[numbers[0]][0], [wanted[number][1] for number in numbers]
-        first = build(method, sites[0], shared[method])
+        method, specs = wanted[numbers[0]][0], [wanted[number][1] for number in numbers]
+        first = build(method, specs[0], shared[method])
         if next(first.named_weights(), None) is None:
-            raise TargetError(f"{method} has nothing to train at {sites[0].path}: exclude it, or choose other numbers.")
+            raise TargetError(f"{method} has nothing to train at {specs[0].path}: exclude it, or choose other numbers.")
         mould, values = Mould.of(first), None
         if mould is not None:
-            values = method.starts(sites[1:], mould.parameters) if len(sites) > 1 else ()
+            values = method.initial_values(specs[1:], mould.parameters) if len(specs) > 1 else ()
         if mould is None or values is None:
-            made = [first, *(build(method, site, shared[method]) for site in sites[1:])]
+            made = [first, *(build(method, spec, shared[method]) for spec in specs[1:])]
         else:  # The first one as well: compiled graphs of blocks that are alike are shared if all of them are.
             made = [mould.cast(some) for some in (mould.parameters.values(), *values)]
         branches.update(zip(numbers, made, strict=True))

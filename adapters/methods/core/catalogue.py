@@ -112,7 +112,9 @@ class Catalogue(Mapping[str, type[Method]]):
                 (method.__doc__ or "").strip().partition("\n")[0],
                 method.paper,
                 method.formula,
-                tuple(method.adapts or (name for name, sample in samples.items() if _can_adapt(method, *sample))),
+                (method.whole_model,)
+                if method.whole_model
+                else tuple(name for name, sample in samples.items() if _can_adapt(method, *sample)),
                 method.mergeable,
                 weights.formats_of(method.stored_as or key),
             )

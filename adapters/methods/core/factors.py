@@ -53,17 +53,17 @@ def groups_of(layer: nn.Module) -> int:
     return layer.groups if isinstance(layer, CONVOLUTIONS) else 1
 
 
-def factors(site: WeightSpec, rank: int, bias: bool) -> tuple[fl.WeightedModule, fl.WeightedModule]:
+def factors(spec: WeightSpec, rank: int, bias: bool) -> tuple[fl.WeightedModule, fl.WeightedModule]:
     """A and B without values, as layers of the kind of the adapted one where that is possible.
 
     Args:
-        site: The weight.
+        spec: The weight.
         rank: Rows of A and columns of B.
         bias: Whether B has a bias.
     """
-    *stack, outputs, inputs = site.shape
-    layer = site.layer
-    where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+    *stack, outputs, inputs = spec.shape
+    layer = spec.layer
+    where: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
     if isinstance(layer, nn.Embedding):
         down = Embedding(inputs, rank, padding_idx=layer.padding_idx, **where)
         return down, Linear(rank, outputs, bias=False, **where)
@@ -76,7 +76,7 @@ def factors(site: WeightSpec, rank: int, bias: bool) -> tuple[fl.WeightedModule,
             conv(channels, rank, **geometry, padding_mode=layer.padding_mode, use_bias=False, **where),
             conv(rank * groups, outputs, 1, groups=groups, use_bias=bias, **where),
         )
-    if is_layer(layer, site.parameter):
+    if is_layer(layer, spec.parameter):
         return Linear(inputs, rank, bias=False, **where), Linear(rank, outputs, bias=bias, **where)
     return Factor(*stack, rank, inputs, **where), Factor(*stack, outputs, rank, **where)
 

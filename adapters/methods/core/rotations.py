@@ -12,8 +12,9 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.layers.dtypes import widened
 from adapters.methods.core.checks import is_integer, is_number, need
-from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.method import Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 def need_blocks(method: Any, usual: int) -> None:
@@ -29,12 +30,12 @@ def need_blocks(method: Any, usual: int) -> None:
         object.__setattr__(method, "block_size", usual)
 
 
-def cut(method: Any, site: WeightSpec, features: int, least: int = 2) -> tuple[int, int]:
+def cut(method: Any, spec: WeightSpec, features: int, least: int = 2) -> tuple[int, int]:
     """How many blocks a number of features is cut into, and their size.
 
     Args:
         method: Has `block_size` and `blocks`.
-        site: The weight.
+        spec: The weight.
         features: How many features it has to rotate.
         least: The least size; nothing can turn in a block of one feature.
 
@@ -47,7 +48,7 @@ def cut(method: Any, site: WeightSpec, features: int, least: int = 2) -> tuple[i
     blocks, size = (other, number) if method.block_size else (number, other)
     if blocks * size != features or size < least:
         raise TargetError(
-            f"{site.path} has {features} features to rotate, which cannot be cut by {name}={number} into equal blocks"
+            f"{spec.path} has {features} features to rotate, which cannot be cut by {name}={number} into equal blocks"
             f" of {least} or more: choose another divisor of {features}, or exclude it."
         )
     return blocks, size
@@ -125,10 +126,10 @@ class OutputRotation(Method):
         bound = self.constraint
         need(is_number(bound) and bound >= 0, self, "a constraint of 0 or more", bound)
 
-    def check_site(self, site: WeightSpec) -> None:
-        self.block_shape(site)
+    def check_spec(self, spec: WeightSpec) -> None:
+        self.block_shape(spec)
 
-    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
+    def block_shape(self, spec: WeightSpec) -> tuple[int, ...]:
         """The shape of `oft_blocks`."""
         raise NotImplementedError
 
@@ -136,11 +137,11 @@ class OutputRotation(Method):
         """Outputs `(..., outputs)` turned by rotations of the shape of `oft_blocks`."""
         raise NotImplementedError
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        tensors = {"oft_blocks": site.zeros(*self.block_shape(site))}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        tensors = {"oft_blocks": spec.zeros(*self.block_shape(spec))}
         if self.rescale:
-            kernel = getattr(site.layer, "kernel_size", ())
-            tensors["rescale"] = site.ones(site.shape[-2], 1, *(1 for _ in kernel))
+            kernel = getattr(spec.layer, "kernel_size", ())
+            tensors["rescale"] = spec.ones(spec.shape[-2], 1, *(1 for _ in kernel))
         return tensors
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

@@ -55,8 +55,7 @@ class VirtualTokens(Method):
     """
 
     mergeable = False
-    whole_model = True
-    adapts = ("language models of transformers",)
+    whole_model = "language models of transformers"
     needs: ClassVar[frozenset[str]] = frozenset({"input_ids", "inputs_embeds", "attention_mask"})
 
     num_virtual_tokens: int = 20
@@ -76,7 +75,7 @@ class VirtualTokens(Method):
             return None
         return None if self._problem(layer) else Matrix(self.shape(layer), "as is", "any")
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         root, model = model, _only_transformer(model)
         base = transformer = _inside(getattr(model, "base_model", model))
         problem = _unusual(getattr(model, "config", None))
