@@ -33,7 +33,7 @@ _OF_INJECT = {"target_modules": "targets", "exclude_modules": "exclude"}
 _EXAMPLES = {"rank": "8", "alpha": "16", "dropout": "0.1", "rslora": "True", "seed": "0", "block_size": "32"}
 
 
-class Declared(ABC):
+class Declared(ABC):  # noqa: B024 - subclasses may have abstract methods
     """Base of `Method`, for what a class of methods says by being declared.
 
     Attributes:
