@@ -27,6 +27,11 @@ class AdaLoRA(LowRank):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.AdaLoRA(rank=6), name="style")
+        >>> allocator = adapters.RankAllocator(patch, total_steps=100, target_rank=4)
+        >>> print(patch)
     """
 
     key = "adalora"

@@ -27,6 +27,11 @@ class BOFT(Method):
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.BOFT(block_size=4, factors=2))
+        >>> patch.merge()
+        >>> patch.save_pretrained("boft")
     """
 
     key = "boft"
@@ -68,6 +73,11 @@ class OutputBOFT(OutputRotation):
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.OutputBOFT(block_size=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("boft.safetensors", format="lycoris")
     """
 
     key = "output-boft"

@@ -57,6 +57,11 @@ class Bottleneck(Method):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.Bottleneck(reduction=4), targets="mlp")
+        >>> patch.scale = 0.5
+        >>> patch.enabled = False
     """
 
     key = "bottleneck"

@@ -25,6 +25,11 @@ class C3A(MatrixFree):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.C3A(block_size=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("c3a")
     """
 
     key = "c3a"

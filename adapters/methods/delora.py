@@ -25,6 +25,11 @@ class DeLoRA(LowRank):
 
     Raises:
         AdapterError: The rank is no integer of 1 or more, or the boundary no finite number.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DeLoRA(rank=4, boundary=10))
+        >>> patch.merge()
+        >>> patch.save_pretrained("delora")
     """
 
     key = "delora"

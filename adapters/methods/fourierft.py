@@ -30,6 +30,11 @@ class FourierFT(Additive):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.FourierFT(n_frequency=100))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("fourierft")
     """
 
     key = "fourierft"

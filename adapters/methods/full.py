@@ -22,6 +22,11 @@ class Full(Additive):
 
     Raises:
         AdapterError: `bias` is neither True nor False.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.Full(bias=True), targets="head")
+        >>> patch.merge()
+        >>> patch.save_pretrained("head.safetensors", format="lycoris")
     """
 
     key = "full"

@@ -32,6 +32,11 @@ class GLoRA(Method):
 
     Raises:
         AdapterError: The rank is no integer of 1 or more, or one of the others is none of its choices.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.GLoRA(rank=4, config_c="vector"))
+        >>> patch.merge()
+        >>> patch.save_pretrained("glora")
     """
 
     key = "glora"

@@ -30,6 +30,11 @@ class GraLoRA(LowRank):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.GraLoRA(rank=4, blocks=2))
+        >>> patch.merge()
+        >>> patch.save_pretrained("gralora")
     """
 
     key = "gralora"

@@ -21,6 +21,11 @@ class HiRA(Method):
 
     Raises:
         AdapterError: The rank is no integer of 1 or more.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.HiRA(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("hira")
     """
 
     key = "hira"

@@ -31,6 +31,11 @@ class HRA(InputTransform):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.HRA(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("hra")
     """
 
     key = "hra"

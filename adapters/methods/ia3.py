@@ -27,6 +27,11 @@ class IA3(Method):
         feedforward: Multiply the input (of a convolution, its channels; of an embedding, its entries) rather than the
             output.
         bias: Multiply the bias as well as the rest of the output, as in the paper. LyCORIS leaves it as it is.
+
+    Example:
+        >>> patch = adapters.inject(model, {"k_proj": adapters.IA3(), "v_proj": adapters.IA3()})
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("ia3")
     """
 
     key = "ia3"

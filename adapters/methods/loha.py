@@ -27,6 +27,11 @@ class LoHa(Additive):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LoHa(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("loha.safetensors", format="lycoris")
     """
 
     key = "loha"
@@ -70,7 +75,7 @@ class DoHa(WeightDecomposed):
     Example:
         >>> patch = adapters.inject(model, adapters.DoHa(rank=4))
         >>> patch.merge()
-        >>> patch.save_pretrained("doha", format="lycoris")
+        >>> patch.save_pretrained("doha.safetensors", format="lycoris")
     """
 
     key = "doha"

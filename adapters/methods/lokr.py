@@ -36,6 +36,11 @@ class LoKr(MatrixFree):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LoKr(rank=4, factor=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("lokr.safetensors", format="lycoris")
     """
 
     key = "lokr"
@@ -115,7 +120,7 @@ class DoKr(WeightDecomposed):
     Example:
         >>> patch = adapters.inject(model, adapters.DoKr(rank=4))
         >>> patch.merge()
-        >>> patch.save_pretrained("dokr", format="lycoris")
+        >>> patch.save_pretrained("dokr.safetensors", format="lycoris")
     """
 
     key = "dokr"

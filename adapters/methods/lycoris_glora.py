@@ -25,6 +25,11 @@ class LycorisGLoRA(Method):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LycorisGLoRA(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("glora.safetensors", format="lycoris")
     """
 
     key = "lycoris-glora"

@@ -26,6 +26,11 @@ class MiSS(LowRank):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.MiSS(rank=4))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("miss")
     """
 
     key = "miss"
@@ -73,6 +78,11 @@ class Bat(Method):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.Bat(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("bat")
     """
 
     key = "bat"

@@ -38,6 +38,11 @@ class OFT(InputTransform):
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.OFT(block_size=8))
+        >>> patch.merge()
+        >>> patch.save_pretrained("oft")
     """
 
     key = "oft"
@@ -116,7 +121,13 @@ def neumann(q: Tensor, terms: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DiagOFT(OutputRotation):
-    """OFT of the outputs, as LyCORIS and kohya's scripts have it. For its arguments see `OutputRotation`."""
+    """OFT of the outputs, as LyCORIS and kohya's scripts have it. For its arguments see `OutputRotation`.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DiagOFT(block_size=8))
+        >>> patch.merge()
+        >>> patch.save_pretrained("oft.safetensors", format="lycoris")
+    """
 
     key = "diag-oft"
     paper = "arXiv:2306.07280"

@@ -36,6 +36,11 @@ class PrefixTuning(VirtualTokens):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.PrefixTuning(num_virtual_tokens=8))
+        >>> with adapters.use(model, patch.name): ...
+        >>> patch.save_pretrained("prefix")
     """
 
     key = "prefix_tuning"

@@ -31,6 +31,11 @@ class PromptTuning(VirtualTokens):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.PromptTuning(num_virtual_tokens=8))
+        >>> with adapters.use(model, patch.name): ...
+        >>> patch.save_pretrained("prompt")
     """
 
     key = "prompt_tuning"

@@ -34,6 +34,11 @@ class RandLoRA(LowRank):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.RandLoRA(rank=8))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("randlora")
     """
 
     key = "randlora"

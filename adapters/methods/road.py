@@ -33,6 +33,11 @@ class RoAd(OutputTransform):
 
     Raises:
         AdapterError: There is no such variant, or the group size is odd or no positive integer.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.RoAd("road_2", group_size=8))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("road")
     """
 
     key = "road"

@@ -27,6 +27,11 @@ class SHiRA(Additive):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.SHiRA(rank=2, seed=0))
+        >>> patch.merge()
+        >>> patch.save_pretrained("shira")
     """
 
     key = "shira"

@@ -34,6 +34,11 @@ class TrainableTokens(Method):
 
     Raises:
         AdapterError: There are no tokens, one is named twice, or one is no number of 0 or more.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.TrainableTokens(tokens=(3, 7)), targets="embed")
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("tokens")
     """
 
     key = "trainable_tokens"

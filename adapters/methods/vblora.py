@@ -33,6 +33,11 @@ class VBLoRA(LowRank):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.VBLoRA(num_vectors=16, vector_length=8))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("vblora")
     """
 
     key = "vblora"

@@ -30,6 +30,11 @@ class VeRA(LowRank):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.VeRA(rank=64))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("vera")
     """
 
     key = "vera"
