@@ -14,23 +14,22 @@ from adapters.errors import HyperparameterError
 _COMPUTES = frozenset({"update", "change", "delta", "run"})
 _FORMER_HOOKS = {"beside": "bypass", "check_site": "check_spec", "names": "changes"}
 _ELSEWHERE = {
-    "dim": "rank",
-    "init_lora_weights": "init",
-    "lora_alpha": "alpha",
-    "lora_dim": "rank",
-    "lora_dropout": "dropout",
-    "lora_rank": "rank",
-    "network_alpha": "alpha",
-    "network_dim": "rank",
-    "oft_block_size": "block_size",
-    "projection_prng_key": "seed",
-    "r": "rank",
-    "use_rslora": "rslora",
+    "dim": "rank=8",
+    "init_lora_weights": 'init="pissa"',
+    "lora_alpha": "alpha=16",
+    "lora_dim": "rank=8",
+    "lora_dropout": "dropout=0.1",
+    "lora_rank": "rank=8",
+    "network_alpha": "alpha=16",
+    "network_dim": "rank=8",
+    "oft_block_size": "block_size=32",
+    "projection_prng_key": "seed=0",
+    "r": "rank=8",
+    "use_rslora": "rslora=True",
 }
-"""Hyperparameters in other libraries, and their names here."""
+"""Hyperparameters in other libraries, and examples of them here."""
 _OF_INJECT = {"target_modules": "targets", "exclude_modules": "exclude"}
 """Settings of a method in other libraries that are arguments of `adapters.inject`."""
-_EXAMPLES = {"rank": "8", "alpha": "16", "dropout": "0.1", "rslora": "True", "seed": "0", "block_size": "32"}
 
 
 class Declared(ABC):  # noqa: B024 - subclasses may have abstract methods
@@ -75,9 +74,10 @@ def _hint(method: str, name: str, known: list[str]) -> str:
         return f"layers are named at injection, as in adapters.inject(model, {method}(), {_OF_INJECT[name]}=...)."
     if name == "use_dora":
         return "DoRA is a method of its own, as in adapters.DoRA(rank=8)."
-    here = _ELSEWHERE.get(name)
+    example = _ELSEWHERE.get(name, "")
+    here = example.partition("=")[0]
     if here in known:
-        return f"its name here is {here}=, as in {method}({here}={_EXAMPLES.get(here, '...')})."
+        return f"its name here is {here}=, as in {method}({example})."
     if near := get_close_matches(name, known, 1):
         return f"did you mean {near[0]}=?"
     return f"it has {', '.join(f'{one}=' for one in known)}." if known else "it has no hyperparameters."
