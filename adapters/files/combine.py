@@ -19,7 +19,6 @@ from adapters.files.resolve.checkpoint_names import other_base
 from adapters.files.resolve.placing import place, standins
 from adapters.methods import METHODS
 from adapters.methods.copied import Copy
-from adapters.methods.core.formulas import Additive
 from adapters.methods.lora import LoRA
 from adapters.patch.combine import combine
 from weights.disk.header import Slot
@@ -192,7 +191,7 @@ def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:
         )
     for path, layer in file.layers.items():
         a, b = (next((x for key, x in layer.tensors.items() if key.endswith(end)), None) for end in ("_A", "_B"))
-        if layer.method in METHODS and layer.method != Copy.key and not issubclass(METHODS[layer.method], Additive):
+        if layer.method in METHODS and layer.method != Copy.key and not METHODS[layer.method].additive:
             what = METHODS[layer.method].__name__
             raise AdapterError(f"What {what} changes at {path} is no update that could be added to another.")
         if layer.method == Copy.key:

@@ -17,7 +17,7 @@ from adapters.layers.weight import read_weight
 from adapters.lowrank.svd import Factors, error, full, reduced
 from adapters.methods.core.building import build
 from adapters.methods.core.checks import is_integer, is_number
-from adapters.methods.core.formulas import Additive, LowRank
+from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.method import Branch
 from adapters.methods.lora import LoRA
 from adapters.patch.attachment import Attachment
@@ -217,7 +217,7 @@ def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
     sources: dict[tuple[int, str], list[tuple[Branch, float]]] = {}
     for name, weight in weights.items():
         for place in find(model, name).places:
-            if not isinstance(place.branch.method, Additive):
+            if not place.branch.method.additive:
                 raise AdapterError(
                     f"{name!r} cannot be combined: at {place.path}, what {type(place.branch.method).__name__} changes"
                     " is no update that could be added to another. Use the patches side by side."

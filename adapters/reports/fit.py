@@ -20,7 +20,7 @@ from adapters.files.resolve.placing import place, standins
 from adapters.layers.kinds import CONVOLUTIONS
 from adapters.lowrank.spectra import Update
 from adapters.methods import METHODS
-from adapters.methods.core.formulas import Additive, LowRank
+from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.method import Branch
 from adapters.reports.facts import Fit
 
@@ -87,7 +87,7 @@ def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     method, matrix = branch.method, branch.matrix
     if method.is_low_rank:
         return Update(*cast(LowRank, method).factors(branch.values(torch.float64)))
-    if isinstance(method, Additive):
+    if method.additive:
         zero = torch.zeros(matrix.shape)
         update = method.change(zero, branch.values(zero.dtype), 1.0)
     elif weight is not None:
@@ -125,7 +125,7 @@ def _is_beside(layer: weights.LayerWeights) -> bool:
 def _standin(layer: weights.LayerWeights) -> nn.Module | None:
     """A layer of the shape that the update of its weight has, where that depends on nothing else."""
     method, tensors = METHODS.get(layer.method), layer.tensors
-    if method is None or not issubclass(method, Additive):
+    if method is None or not method.additive:
         return None
     kernel: list[int] = []
     if {"lora_A", "lora_B"} <= tensors.keys():

@@ -20,6 +20,8 @@ from adapters.methods.core.tensors import Tensors
 class Additive(Method):
     """`W + s Δ`, where `Δ` does not depend on `W`: patches of such methods can be combined."""
 
+    additive: ClassVar[bool] = True
+
     def delta(self, t: Tensors) -> Tensor:
         """The update `Δ`, of the shape of the weight's matrix."""
         raise NotImplementedError

@@ -249,6 +249,8 @@ class Method(Declared):
     """The weight with the branch merged, in terms of the weight `W`, in a line."""
     mergeable: ClassVar[bool] = True
     """Whether the formula is one of the weight. If not, there is only `run`."""
+    additive: ClassVar[bool] = False
+    """Whether the update does not depend on the weight, as that of an `Additive`, so that patches can be combined."""
 
     def changes(self, spec: WeightSpec) -> tuple[str, ...]:
         """The parameters of the layer that it changes: the weight, then the bias if it changes that."""
