@@ -1,4 +1,4 @@
-"""AdaLoRA: a product of three, of which the middle one says how much each rank counts."""
+"""AdaLoRA: a product of three factors, of which the diagonal middle one weighs each rank."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class AdaLoRA(LowRank):
     """Adaptive low-rank adaptation: `adapters.RankAllocator` moves the rank to where it matters during training.
 
     Args:
-        rank: Rows of A and columns of B at the start.
+        rank: Initial rows of A and columns of B.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`, whatever rank is left.
         dropout: For files that have it: it can be kept, but not trained with.
-        kept: Rows of A and columns of B that are left, `rank` when it is None. Files leave out those of no effect.
+        kept: Rows of A and columns of B that are left, `rank` when it is None. Files leave out those without effect.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -77,7 +77,7 @@ class AdaLoRA(LowRank):
         return {name: value for name, value in super().hyperparameters().items() if name != "kept"}
 
     def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
-        """Without the rows of no effect, unless there are no others, as before training."""
+        """AdaLoRA without the rows that have no effect, unless there are no others, as before training."""
         tensors = self.file_tensors(branch)
         has_effect = tensors["lora_E"].squeeze(-1) != 0
         if has_effect.ndim > 1 or has_effect.all() or not has_effect.any():

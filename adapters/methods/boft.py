@@ -1,4 +1,4 @@
-"""BOFT: rotations in blocks, one after the other in the pattern of a butterfly, that mix features across blocks."""
+"""BOFT: successive rotations in blocks, in the pattern of a butterfly, which mix features across blocks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class BOFT(Method):
     Args:
         block_size: The size of the blocks, which has to divide the number of inputs; 4 if `blocks` is not given.
         blocks: The number of blocks instead.
-        factors: How many rotations: 1 is OFT, and each further one doubles how far a feature reaches. More than 1 need
-            an even block size, and blocks in a multiple of `2 ** (factors - 1)`.
+        factors: The number of rotations: 1 is OFT, and each further one doubles the reach of a feature. More than 1
+            need an even block size, and blocks in a multiple of `2 ** (factors - 1)`.
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
@@ -67,8 +67,8 @@ class OutputBOFT(OutputRotation):
     """BOFT of the outputs, as LyCORIS has it. For the other arguments see `OutputRotation`.
 
     Args:
-        factors: How many rotations; 0 for as many as the number of blocks allows, so that each output comes to act on
-            each if that is a power of 2. More than 1 need an even block size, and blocks in a multiple of
+        factors: The number of rotations; 0 for as many as the number of blocks allows, so that each output acts on each
+            if that is a power of 2. More than 1 need an even block size, and blocks in a multiple of
             `2 ** (factors - 1)`.
 
     Raises:
@@ -110,7 +110,7 @@ def need_factors(method: BOFT | OutputBOFT, least: int = 1) -> None:
 
 
 def check_butterfly(method: BOFT | OutputBOFT, spec: WeightSpec, blocks: int, size: int) -> None:
-    """Raise a TargetError unless blocks of that size and number allow as many factors as there are to be."""
+    """Raise a TargetError unless blocks of that size and number allow the number of factors."""
     if method.factors > most_factors(blocks, size):
         raise TargetError(
             f"{spec.path} has {blocks} blocks of {size}, too few or of an odd size for {method.factors} factors: choose"

@@ -60,7 +60,7 @@ class C3A(MatrixFree):
         return blocks.transpose(1, 2).reshape(t.shape) / t.shape[-1]
 
     def product(self, x: Tensor, t: Tensors) -> Tensor:
-        """By Fourier transforms, which make a circulant matrix diagonal; of nothing there is no transform."""
+        """`Δ x` by Fourier transforms, which make a circulant matrix diagonal; an empty input has none."""
         if not x.numel():
             return F.linear(x, self.delta(t))
         kernel = torch.fft.rfft(widened(t.c3a_kernel) / t.shape[-1]).conj()

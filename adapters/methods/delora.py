@@ -12,19 +12,19 @@ from adapters.methods.core.spec import WeightSpec
 from adapters.methods.core.tensors import Tensors
 
 _LEAST_NORM = 1e-4
-"""What shorter rows and columns are divided by: at the start, those of B are zero."""
+"""The least divisor: the columns of B are zero at first."""
 
 
 @dataclass(frozen=True)
 class DeLoRA(LowRank):
-    """Decoupled low-rank adaptation: how far the weight moves does not depend on the lengths of A and B.
+    """Decoupled low-rank adaptation: the strength of the update does not depend on the norms of A and B.
 
     Args:
         rank: Rows of A and columns of B.
-        boundary: What λ starts at: before the norms of the columns of W come in, the update is no longer than λ.
+        boundary: Initial λ. Before the norms of the columns of W come in, the norm of the update is at most λ.
 
     Raises:
-        AdapterError: The rank is no integer of 1 or more, or the boundary no finite number.
+        AdapterError: The rank is not an integer of 1 or more, or the boundary not a finite number.
 
     Example:
         >>> patch = adapters.inject(model, adapters.DeLoRA(rank=4, boundary=10))

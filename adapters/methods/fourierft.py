@@ -19,14 +19,13 @@ from adapters.methods.core.tensors import Tensors
 class FourierFT(Additive):
     """Fine-tuning of Fourier coefficients.
 
-    Which coefficients of an `(outputs, inputs)` update are trained is drawn from the seed, so layers of one shape
-    train the same ones. The spectrum starts at zero, which changes nothing; the paper starts at normally distributed
-    values.
+    The trained coefficients of an `(outputs, inputs)` update are drawn with the seed, so layers of one shape train the
+    same ones. The spectrum is zero at first, which changes nothing; in the paper it is normally distributed.
 
     Args:
-        n_frequency: How many coefficients each layer trains.
+        n_frequency: The number of coefficients that each layer trains.
         scaling: The strength.
-        seed: Where the positions of the coefficients come from.
+        seed: The random seed of the positions of the coefficients.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -55,8 +54,8 @@ class FourierFT(Additive):
         outputs, inputs = spec.shape[-2:]
         if self.n_frequency > outputs * inputs:
             raise TargetError(
-                f"{spec.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}: it takes no"
-                f" n_frequency of {self.n_frequency}; give it a smaller one."
+                f"{spec.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}, fewer than"
+                f" n_frequency={self.n_frequency}: give it a smaller one."
             )
 
     def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:

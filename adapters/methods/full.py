@@ -21,7 +21,7 @@ class Full(Additive):
         bias: Train a change of the bias too, of each layer that has one.
 
     Raises:
-        AdapterError: `bias` is neither True nor False.
+        AdapterError: `bias` is not a boolean.
 
     Example:
         >>> patch = adapters.inject(model, adapters.Full(bias=True), targets="head")

@@ -26,12 +26,12 @@ class GLoRA(Method):
 
     Args:
         rank: Rank of the products.
-        config_a_b: What A and B are: `"lora"`, `"vector"`, `"constant"` or `"none"`.
-        config_c: What C is: `"lora"`, `"vector"` or `"none"`.
-        config_d_e: What D and E are: `"vector"`, `"constant"` or `"none"`.
+        config_a_b: The kind of A and B: `"lora"`, `"vector"`, `"constant"` or `"none"`.
+        config_c: The kind of C: `"lora"`, `"vector"` or `"none"`.
+        config_d_e: The kind of D and E: `"vector"`, `"constant"` or `"none"`.
 
     Raises:
-        AdapterError: The rank is no integer of 1 or more, or one of the others is none of its choices.
+        AdapterError: The rank is not an integer of 1 or more, or one of the others is none of its choices.
 
     Example:
         >>> patch = adapters.inject(model, adapters.GLoRA(rank=4, config_c="vector"))
@@ -67,7 +67,7 @@ class GLoRA(Method):
         return found
 
     def _parts(self, matrix: tuple[int, ...], has_bias: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What each of A to E is, and its shape in full."""
+        """The kind and the full shape of each of A to E."""
         outputs, inputs = matrix
         c, d_e = (self.config_c, self.config_d_e) if has_bias else ("none", "none")
         return {
@@ -92,7 +92,7 @@ class GLoRA(Method):
         return bias + bias * _part(t, "D") + _part(t, "E") + coupled
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
-        """The tensors, and zeros in full for what is `"none"`, as files have them."""
+        """The tensors, and full zeros for those that are `"none"`, as files have them."""
         tensors = super().file_tensors(branch)
         for letter, (form, shape) in self._parts(branch.matrix.shape, len(branch.names) > 1).items():
             if form == "none":

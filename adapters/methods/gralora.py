@@ -25,7 +25,7 @@ class GraLoRA(LowRank):
     Args:
         rank: The sum of the ranks in a row or a column of blocks. A multiple of `blocks`.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / (rank + hybrid_rank)`.
-        blocks: Into how many parts inputs and outputs are cut. The sides of every weight are multiples of it.
+        blocks: The number of parts of the inputs, and of the outputs, which has to divide both.
         hybrid_rank: The rank of an ordinary LoRA beside the blocks, 0 for none.
 
     Raises:

@@ -20,7 +20,7 @@ class HiRA(Method):
         rank: Rows of A and columns of B.
 
     Raises:
-        AdapterError: The rank is no integer of 1 or more.
+        AdapterError: The rank is not an integer of 1 or more.
 
     Example:
         >>> patch = adapters.inject(model, adapters.HiRA(rank=4))

@@ -21,9 +21,8 @@ from adapters.methods.core.tensors import Tensors
 class HRA(InputTransform):
     """Householder reflection adaptation.
 
-    It starts as the identity if the rank is even, with pairs of reflections that undo each other. An odd number of
-    reflections, and any that are orthogonal to each other, cannot be the identity: with an odd rank or `gram_schmidt`
-    they start at random.
+    The initial map is the identity if the rank is even, of pairs of reflections that undo each other. An odd number of
+    reflections, or orthogonal ones, cannot be the identity: with an odd rank or `gram_schmidt` they are random.
 
     Args:
         rank: The number of reflections.

@@ -1,4 +1,4 @@
-"""(IA)³: each feature of the output, or of the input, is multiplied by a trained number."""
+"""(IA)³: each feature of the output, or of the input, is multiplied by a trained factor."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from adapters.methods.core.tucker import channels, has_core, product
 
 @dataclass(frozen=True)
 class LoKr(MatrixFree):
-    """Low-rank Kronecker product: each number of the first factor is the strength of one block of the update.
+    """Low-rank Kronecker product: each entry of the first factor scales one block of the update.
 
     The second factor is itself a product of low rank, unless it is so small that this would not make it smaller.
 
@@ -28,8 +28,8 @@ class LoKr(MatrixFree):
         rank: The rank of the factors that are decomposed.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`, whether or not a factor is
             decomposed.
-        factor: How many rows and columns the first factor has: so many where that divides the outputs or the inputs of
-            the weight, else the next smaller divisor; -1 for about as many as the second one. Or exactly
+        factor: The number of rows and columns of the first factor where it divides the outputs or the inputs of the
+            weight, else the next smaller divisor; -1 for about as many as the second factor. Or exactly
             `(rows, columns)`.
         decompose_both: Decompose the first factor too, if that makes it smaller.
         tucker: Give the second factor of a convolution a core for the kernel when it is decomposed.

@@ -21,7 +21,7 @@ class MiSS(LowRank):
     """Matrix shard sharing: every run of `rank` inputs has the same update.
 
     Args:
-        rank: How many inputs are in a run.
+        rank: The number of inputs in a run.
         mini_r: Repeat it over runs of this many outputs too, a divisor of their number; 0 for all outputs.
 
     Raises:

@@ -28,13 +28,13 @@ class OFT(InputTransform):
     Args:
         block_size: The size of the blocks, which has to divide the number of inputs; 32 if `blocks` is not given.
         blocks: The number of blocks instead.
-        coft: Keep each rotation near to the identity: the norm of its Q is at most `eps / √(number of Qs)`.
-        eps: How near.
+        coft: Keep each rotation near the identity: the norm of its Q is at most `eps / √(number of Qs)`.
+        eps: The bound of `coft`.
         block_share: One rotation for all blocks.
         cayley_neumann: Approximate R without a solver, by a few terms of the series of the Cayley transform; it is
             orthogonal only for small Q. As PEFT's files have it, R then turns the other way than without.
-        num_terms: How many terms: 2 for `I + 2 Q`; more for `I + 2 Q + ... + 2 Qⁿ⁻¹ + Qⁿ`, with `n = num_terms - 1`,
-            but at least 3.
+        num_terms: The number of terms: 2 for `I + 2 Q`; more for `I + 2 Q + ... + 2 Qⁿ⁻¹ + Qⁿ`, with
+            `n = num_terms - 1`, but at least 3.
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
@@ -68,7 +68,7 @@ class OFT(InputTransform):
         cut(self, spec, self._features(spec))
 
     def _features(self, spec: WeightSpec) -> int:
-        """How many features are rotated: inputs, but those of an embedding are no features, so what it gives out."""
+        """The number of features that are rotated: inputs, or the outputs of an embedding, whose inputs are ids."""
         return spec.shape[-2] if spec.matrix.kind == "embedding" else spec.shape[-1]
 
     def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:

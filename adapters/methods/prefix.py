@@ -28,11 +28,11 @@ class PrefixTuning(VirtualTokens):
     window would slide over the prefix. Attention of an encoder takes a cache as well, and gives none.
 
     Args:
-        num_virtual_tokens: How many keys and values, in each head of each layer.
-        projection: Train embeddings of the tokens and a network with as many features in the middle instead, which
-            makes keys and values of them; files hold what it makes. By default these are trained themselves.
-        num_layers: How many layers the model has to have, by default any number. Files say so.
-        num_attention_heads: How many heads of keys and values, by default any number.
+        num_virtual_tokens: The number of keys and values in each head of each layer.
+        projection: Train embeddings of the tokens and a network with this hidden size instead, whose outputs are the
+            keys and values; files hold these. By default the keys and values are trained themselves.
+        num_layers: The number of layers that the model has to have, as files say it; by default any.
+        num_attention_heads: The number of heads of keys and values that it has to have, by default any.
 
     Raises:
         AdapterError: A number is out of its range.

@@ -21,12 +21,12 @@ from adapters.methods.core.virtual_tokens import VirtualTokens, caches, mark
 class PromptTuning(VirtualTokens):
     """A trained prompt for a language model of transformers: embeddings in front of those of its tokens.
 
-    The transformer sees a longer text; what it gives for the prompt is cut off, so that logits and labels are those of
+    The transformer sees a longer text; its outputs for the prompt are cut off, so that logits and labels are those of
     the text. A pooled output, such as that of BERT, is of the first position: of the prompt, as in PEFT.
 
     Args:
-        num_virtual_tokens: How many embeddings.
-        text: Ids of the tokens to start as, repeated as often as need be. By default the start is random tokens of the
+        num_virtual_tokens: The number of embeddings.
+        text: Ids of the initial tokens, repeated as often as need be. By default they are random tokens of the
             vocabulary.
 
     Raises:
@@ -95,7 +95,7 @@ class PromptTuning(VirtualTokens):
 
 
 def _without(output: Any, number: int) -> Any:
-    """What a transformer gives without its first positions."""
+    """An output of a transformer without its first positions."""
     output = with_first_tensor(output, cast(Tensor, first_tensor(output))[:, number:])
     if isinstance(output, Mapping):
         if output.get("router_logits") is not None:

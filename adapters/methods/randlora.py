@@ -28,9 +28,9 @@ class RandLoRA(LowRank):
     Args:
         rank: The rank of each base. The smaller it is, the more is trained.
         alpha: The strength. The update is scaled by `alpha / rank`.
-        seed: Where the bases come from.
-        sparse: Let two of three values of the bases be zero, and the others 1 or -1 but for a factor.
-        very_sparse: Let all but one of `√n` be zero, with `n` the shorter side of the largest layer.
+        seed: The random seed of the bases.
+        sparse: Make two of three values of the bases zero, and the others 1 or -1, up to a factor.
+        very_sparse: Make all but one of `√n` zero, with `n` the shorter side of the largest layer.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -85,7 +85,7 @@ class RandLoRA(LowRank):
             b = torch.cat([_uniform((long, 1, self.rank), generator) for _ in range(bases)], dim=1)
         if not all(base.numel() > 1 and base.std() > 0 for base in (a, b)):
             raise TargetError(
-                f"The values of a base of {type(self).__name__} are all the same at rank={self.rank} and"
+                f"The values of a base of {type(self).__name__} are all equal at rank={self.rank} and"
                 f" seed={self.seed}: choose another seed, or a larger rank."
             )
         return {
@@ -117,6 +117,6 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _signs(shape: tuple[int, ...], share: float, generator: torch.Generator) -> Tensor:
-    """Zeros, but for a share of values that are as often 1 as -1."""
+    """Zeros, but for a share of values that are 1 or -1 with equal probability."""
     chance = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     return (chance > 1 - share / 2).float() - (chance < share / 2).float()

@@ -1,4 +1,4 @@
-"""SHiRA: a few entries of the weight are trained, at fixed places."""
+"""SHiRA: a few entries of the weight are trained, at fixed positions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class SHiRA(Additive):
     """Sparse high-rank adaptation.
 
     Args:
-        rank: How many entries are trained, as many as LoRA of this rank has: `rank · (outputs + inputs)`. The rank of
-            the update is not limited by it.
-        seed: Where the places come from, which are then the same in all layers of one shape. None draws others for
-            each layer, by the seed of `inject`.
+        rank: The number of trained entries is that of LoRA at this rank, `rank · (outputs + inputs)`. The rank of the
+            update is not limited by it.
+        seed: The random seed of the positions, which are then equal in all layers of one shape. None draws others for
+            each layer, with the seed of `inject`.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -59,7 +59,7 @@ class SHiRA(Additive):
     def check_tensors(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
         for places, size in zip(tensors["shira_indices"].long(), spec.shape[-2:], strict=True):
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
-                raise TargetError(f"shira_indices has places outside of {tuple(spec.shape[-2:])}")
+                raise TargetError(f"shira_indices has positions outside of {tuple(spec.shape[-2:])}")
 
     def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         return {"shira_weight": spec.zeros(*spec.shape[:-2], self._count(spec))}

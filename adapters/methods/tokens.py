@@ -26,14 +26,14 @@ _LAYERS = (nn.Embedding, nn.Linear)
 class TrainableTokens(Method):
     """Rows of an embedding, by default of a model's input embeddings, and with them of the head that shares its weight.
 
-    Neither the embedding nor the head is copied to compute it: what was looked up, and what was scored, is replaced for
-    these tokens. A layer with a forward of its own runs with the weight that has the rows in it, however.
+    Neither the embedding nor the head is copied: embeddings that were looked up, and scores, are replaced for these
+    tokens. A layer with a forward of its own, however, runs with a weight that has the rows in it.
 
     Args:
-        tokens: The numbers of the tokens, each once.
+        tokens: The ids of the tokens, each once.
 
     Raises:
-        AdapterError: There are no tokens, one is named twice, or one is no number of 0 or more.
+        AdapterError: There are no tokens, one is named twice, or one is not an integer of 0 or more.
 
     Example:
         >>> patch = adapters.inject(model, adapters.TrainableTokens(tokens=(3, 7)), targets="embed")
@@ -82,7 +82,7 @@ class TrainableTokens(Method):
 
     def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         rows = spec.weight[list(self.tokens)]
-        return {"trainable_tokens_delta": rows.to(spec.device, spec.dtype)}  # PEFT's name for what is no difference.
+        return {"trainable_tokens_delta": rows.to(spec.device, spec.dtype)}  # PEFT's name, though it is the row itself.
 
     def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
         return {"tokens": torch.tensor(self.tokens, device=spec.device)}
@@ -106,7 +106,7 @@ class TrainableTokens(Method):
 
     @staticmethod
     def _fixed(branch: Branch, layer: Callable[..., Any], x: Tensor) -> Tensor | float:
-        """What a layer adds to the scores of these tokens whatever its input: its bias, or that of other adapters."""
+        """The constant in the scores of these tokens: the bias of the layer, or of other adapters."""
         fixed = branch.layer.bias if layer is branch.layer else layer(x.new_zeros(x.shape[-1]))
         return 0.0 if fixed is None else cast(Tensor, fixed)[cast(Tensor, branch.tokens)]
 

@@ -1,4 +1,4 @@
-"""VB-LoRA: the factors are put together of vectors out of one trained bank that all layers share."""
+"""VB-LoRA: the factors are composed of vectors from one trained bank that all layers share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class VBLoRA(LowRank):
     """Low-rank adaptation with a vector bank.
 
     Rows of A and columns of B are cut into pieces. Each piece is a mixture of the `topk` vectors of the bank that have
-    the largest logits, weighted by their softmax. The bank starts at small random values, as a bank of zeros could
-    not learn, so the update is small at the start, at most `rank · 0.02²` in each entry, and not zero.
+    the largest logits, weighted by their softmax. The bank has small random values at first, as a bank of zeros could
+    not learn, so the initial update is small, at most `rank · 0.02²` in each entry, and not zero.
 
     Args:
         rank: Rows of A and columns of B.
-        num_vectors: How many vectors the bank has.
-        vector_length: How long they are. The inputs and the outputs of every layer are multiples of it.
-        topk: How many vectors are mixed for each piece.
-        only_topk: There are no logits, only the numbers of the vectors and their weights, as files have them that
-            were saved for inference. Such an adapter cannot be trained.
+        num_vectors: The number of vectors in the bank.
+        vector_length: Their length, which has to divide the inputs and the outputs of every layer.
+        topk: The number of vectors that are mixed for each piece.
+        only_topk: There are no logits, only the indices of the vectors and their weights, as in files that were saved
+            for inference. Such an adapter cannot be trained.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -77,7 +77,7 @@ class VBLoRA(LowRank):
             if name.endswith("_topk_indices") and tensor.numel():
                 least, most = (int(number) for number in tensor.long().aminmax())
                 if least < 0 or most >= self.num_vectors:
-                    raise TargetError(f"{name} has numbers from {least} to {most}, for {self.num_vectors} vectors")
+                    raise TargetError(f"{name} has indices from {least} to {most}, for {self.num_vectors} vectors")
 
     def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         shapes = {} if self.only_topk else self._pieces(spec)
@@ -98,7 +98,7 @@ class VBLoRA(LowRank):
         return {name: nn.Parameter(specs[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
 
     def _pieces(self, spec: WeightSpec) -> dict[str, tuple[int, ...]]:
-        """The logits, and how many pieces each has."""
+        """The names of the logits, and the shape of the pieces of each."""
         *stack, outputs, inputs = spec.shape
         return {
             "vblora_logits_A": (*stack, self.rank, inputs // self.vector_length),
@@ -121,6 +121,6 @@ class VBLoRA(LowRank):
 
 
 def _integers(count: int) -> torch.dtype:
-    """The smallest dtype for indices below a count."""
+    """The smallest integer dtype for indices below a count."""
     sizes = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}
     return next((dtype for size, dtype in sizes.items() if count < size), torch.int64)

@@ -19,14 +19,14 @@ from adapters.methods.core.tensors import Tensors
 class VeRA(LowRank):
     """Vector-based random matrix adaptation.
 
-    `A` and `B` are as large as the largest layer needs, and each layer uses the first columns of `A` and the first
-    rows of `B`. They are never trained, exist once for all layers, and are the same for the same `rank`, `seed` and
-    layers; files hold them all the same, so that they do not depend on torch's generators.
+    `A` and `B` have the size of the largest layer, and each layer uses the first columns of `A` and the first
+    rows of `B`. They are never trained, exist once for all layers, and are equal for equal `rank`, `seed` and
+    layers; files hold them nevertheless, so that they do not depend on torch's generators.
 
     Args:
         rank: Rows of A and columns of B.
-        seed: Where A and B come from.
-        d_initial: What `d` starts at; `b` starts at zero.
+        seed: The random seed of A and B.
+        d_initial: Initial `d`; `b` is zero at first.
 
     Raises:
         AdapterError: A number is out of its range.
@@ -85,11 +85,11 @@ class VeRA(LowRank):
 
 
 def _cut(t: Tensors) -> tuple[Tensor, Tensor]:
-    """B and A of the size of one layer."""
+    """B and A, cut to the size of one layer."""
     outputs, inputs = t.shape[-2:]
     return t.vera_B[:outputs], t.vera_A[:, :inputs]
 
 
 def largest(specs: Sequence[WeightSpec]) -> tuple[int, int]:
-    """The most outputs and the most inputs that any of some weights has."""
+    """The largest number of outputs, and of inputs, of some weights."""
     return max(spec.shape[-2] for spec in specs), max(spec.shape[-1] for spec in specs)

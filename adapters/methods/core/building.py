@@ -1,4 +1,4 @@
-"""Making branches: one for each weight, and many that are alike together, which is quicker."""
+"""Building of branches, those of equal weights together, which is faster."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def build_all(wanted: Sequence[tuple[Method, WeightSpec]]) -> list[Branch]:
         method, specs = wanted[numbers[0]][0], [wanted[number][1] for number in numbers]
         first = build(method, specs[0], shared[method])
         if next(first.named_weights(), None) is None:
-            raise TargetError(f"{method} has nothing to train at {specs[0].path}: exclude it, or choose other numbers.")
+            raise TargetError(
+                f"{method} has nothing to train at {specs[0].path}: exclude it, or choose other hyperparameters."
+            )
         mould, values = Mould.of(first), None
         if mould is not None:
             values = method.initial_values(specs[1:], mould.parameters) if len(specs) > 1 else ()
@@ -70,10 +72,10 @@ def build_all(wanted: Sequence[tuple[Method, WeightSpec]]) -> list[Branch]:
 
 
 class Mould:
-    """A branch to make others of that differ in the values of their parameters only.
+    """A template of branches that differ in the values of their parameters only.
 
     Attributes:
-        parameters: Those of the branch by name.
+        parameters: The parameters of the branch that it was made of, by name.
     """
 
     def __init__(self, branch: Branch) -> None:
@@ -84,7 +86,7 @@ class Mould:
 
     @classmethod
     def of(cls, branch: Branch) -> Mould | None:
-        """That of a branch, unless there is more to it than parameters, its own or those of layers in it."""
+        """The mould of a branch, or None if it holds more than parameters, its own or those of layers in it."""
         modules = list(branch._modules.values())
         more = any(module._buffers for module in (branch, *modules)) or any(
             module._modules or isinstance(module, ContextModule) for module in modules
@@ -92,7 +94,7 @@ class Mould:
         return None if branch.common or more else cls(branch)
 
     def cast(self, values: Iterable[Tensor], requires_grad: bool = True) -> Branch:
-        """A branch with parameters of these values, which are in the order of `parameters`, and kept as they are."""
+        """A branch whose parameters are these tensors, in the order of `parameters`."""
         branch = self._branch.copy()
         modules = branch._modules
         branch.__dict__.pop("_provider", None)
@@ -104,7 +106,7 @@ class Mould:
 
 
 def tied_to(branch: Branch) -> Branch:
-    """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
+    """A branch for another use of the same weight: a copy of the structure, which shares the tensors."""
     twin = branch.structural_copy()
     for key, module in twin._modules.items():
         if not (module._parameters or module._modules):

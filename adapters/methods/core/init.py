@@ -68,7 +68,7 @@ class Init:
 
 
 def _zero_product(fill: Callable[[Tensor, int], Any]) -> Fill:
-    """A as given and B zero; for embeddings, as in PEFT, A zero and B normal."""
+    """A from a function and B zero; for embeddings, as in PEFT, A zero and B normal."""
 
     def fill_both(spec: WeightSpec, down: Tensor, up: Tensor, scaling: float) -> None:
         if isinstance(spec.layer, nn.Embedding):

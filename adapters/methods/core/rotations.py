@@ -1,4 +1,4 @@
-"""Rotations in blocks, which the orthogonal methods have in common: how they are made, cut to size and applied."""
+"""Rotations in blocks, as the orthogonal methods share them: parameters, block sizes, products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adapters.methods.core.tensors import Tensors
 
 
 def need_blocks(method: Any, usual: int) -> None:
-    """Check `block_size` and `blocks`, one of which says how features are cut, and make the former `usual` if neither.
+    """Check `block_size` and `blocks`, of which one is given, and make the former `usual` if neither is.
 
     Raises:
         AdapterError: Both are given, or one is out of its range.
@@ -31,16 +31,16 @@ def need_blocks(method: Any, usual: int) -> None:
 
 
 def cut(method: Any, spec: WeightSpec, features: int, least: int = 2) -> tuple[int, int]:
-    """How many blocks a number of features is cut into, and their size.
+    """The number and the size of the blocks of some features.
 
     Args:
         method: Has `block_size` and `blocks`.
         spec: The weight.
-        features: How many features it has to rotate.
-        least: The least size; nothing can turn in a block of one feature.
+        features: The number of features to rotate.
+        least: The least size; a block of one feature has no rotation.
 
     Raises:
-        TargetError: The blocks do not come out even, or are too small.
+        TargetError: The blocks are not equal, or too small.
     """
     name = "block_size" if method.block_size else "blocks"
     number = getattr(method, name)
@@ -70,9 +70,9 @@ def bounded(q: Tensor, bound: float, dim: tuple[int, ...] | None = None) -> Tens
 
 
 def cayley(q: Tensor) -> Tensor:
-    """`(I - Q)(I + Q)⁻¹`, a rotation for any skew-symmetric Q; that of `-Q` is its transpose.
+    """The Cayley transform `(I - Q)(I + Q)⁻¹`, a rotation for any skew-symmetric Q; `-Q` gives its transpose.
 
-    In at least single precision, as there is no solver for less.
+    It is computed in at least single precision, as there is no solver for less.
     """
     q = widened(q)
     identity = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
@@ -108,7 +108,7 @@ class OutputRotation(Method):
     Args:
         block_size: The size of the blocks, which has to divide the number of outputs; 4 if `blocks` is not given.
         blocks: The number of blocks instead.
-        constraint: Keep the rotation near to the identity: the norm of all Q together is at most this, times the number
+        constraint: Keep the rotation near the identity: the norm of all Q together is at most this, times the number
             of outputs. 0 for no bound.
         rescale: Train a factor for each output too.
 

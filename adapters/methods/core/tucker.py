@@ -11,12 +11,12 @@ from adapters.methods.core.spec import WeightSpec
 
 
 def channels(spec: WeightSpec) -> int:
-    """How many inputs a weight has for each position of the kernel."""
+    """The number of inputs of a weight for each position of the kernel."""
     return spec.shape[-1] // math.prod(spec.kernel)
 
 
 def has_core(spec: WeightSpec, wanted: bool) -> bool:
-    """Whether a product for this weight gets a core: only a kernel of several positions is worth one."""
+    """Whether a product for this weight gets a core, if wanted: only a kernel of several positions needs one."""
     return wanted and math.prod(spec.kernel) > 1
 
 
