@@ -235,7 +235,7 @@ def _entry(layer: Target, content: weights.LayerWeights, method: Method, trainab
     if method.matrix(layer.module, layer.parameter) is None:
         raise TargetError(f"a {type(layer.module).__name__} cannot have {content.method}")
     site = weight_spec(layer, method, None, None, own=True)
-    method.check_site(site)
+    method.check_spec(site)
     if trainable:
         method.check_training(layer.module, layer.parameter)
     tensors = content.tensors

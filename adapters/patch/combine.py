@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -188,9 +189,9 @@ class _Site:
     def factors(self, branch: Branch, weight: float) -> Factors:
         """The same matrix in factors, those of the method where it has some."""
         method = branch.method
-        if not isinstance(method, LowRank):
+        if not method.is_low_rank:
             return full(self.update(branch, weight))
-        up, down = method.factors(branch.values(self.precision))
+        up, down = cast(LowRank, method).factors(branch.values(self.precision))
         return (up * weight).to(self.device), down.to(self.device)
 
     def weighted_sum(self) -> Factors:

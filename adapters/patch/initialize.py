@@ -15,7 +15,8 @@ from adapters.layers.dtypes import widened
 from adapters.layers.kinds import input_rows
 from adapters.layers.weight import is_stored
 from adapters.methods.core.data_init import Inputs
-from adapters.methods.core.init import STARTS, Start
+from adapters.methods.core.decomposed import WeightDecomposed
+from adapters.methods.core.init import INITS, Init
 from adapters.methods.lora import LoRA
 from adapters.patch.attachment import Attachment
 from adapters.patch.patch import Patch
@@ -66,7 +67,7 @@ def initialize(
         raise PatchStateError(f"The patch {patch.name!r} has to be injected, and not merged, to be initialised.")
     places = [place for place in patch.places if _start(place).needs]
     if not places:
-        known = ", ".join(repr(name) for name, start in STARTS.items() if start.needs)
+        known = ", ".join(repr(name) for name, start in INITS.items() if start.needs)
         raise AdapterError(f"No branch of the patch {patch.name!r} starts from data: give LoRA an init out of {known}.")
     with activated({patch: 0.0}):
         evidence = _observe(patch.model, places, batches, run) | _quantising_errors(places, originals)
@@ -75,13 +76,20 @@ def initialize(
             weights = [_effective(place) for place in own]
             found = [_fit(place, weight, evidence) for place, weight in zip(own, weights, strict=True)]
             for place, weight, (down, up) in zip(own, weights, found, strict=True):
-                _start(place).restart(place.branch, down, up)
-                cast(LoRA, place.branch.method).settle(place.branch, weight)
+                _start(place).apply_again(place.branch, down, up)
+                if isinstance(method := place.branch.method, WeightDecomposed):
+                    method.measure(place.branch, weight)
 
 
-def _start(place: Attachment) -> Start:
+def _lora(place: Attachment) -> LoRA | None:
+    """The LoRA that a branch computes, by itself or inside of DoRA."""
     method = place.branch.method
-    return STARTS[method.init] if isinstance(method, LoRA) else STARTS["kaiming"]
+    inner = method.inner if isinstance(method, WeightDecomposed) else method
+    return inner if isinstance(inner, LoRA) else None
+
+
+def _start(place: Attachment) -> Init:
+    return INITS["kaiming" if (lora := _lora(place)) is None else lora.init]
 
 
 def _needing(places: Sequence[Attachment], what: str) -> list[Attachment]:
@@ -107,7 +115,7 @@ def _effective(place: Attachment) -> Tensor:
 
 def _fit(place: Attachment, weight: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
     """A and B for a branch, checked to be of its shapes."""
-    method, seen = cast(LoRA, place.branch.method), evidence.get(_key(place))
+    method, seen = cast(LoRA, _lora(place)), evidence.get(_key(place))
     try:
         if seen is None:
             raise TargetError("the batches do not reach it: pass others, or exclude it from the patch")

@@ -91,7 +91,7 @@ def _new_places(
     """New branches for layers, and their places."""
     sites = [weight_spec(layer, method, device, dtype) for (layer, *_), method in chosen]
     for ((layer, *_), method), site in zip(chosen, sites, strict=True):
-        method.check_site(site)
+        method.check_spec(site)
         method.check_training(layer.module, layer.parameter)
     branches = build_all([(method, site) for (_, method), site in zip(chosen, sites, strict=True)])
     places: list[Attachment] = []

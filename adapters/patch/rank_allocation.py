@@ -11,7 +11,7 @@ from adapters.errors import AdapterError
 from adapters.layers.sharded import gather, shard_like
 from adapters.methods.adalora import AdaLoRA
 from adapters.methods.core.checks import is_integer
-from adapters.methods.core.method import Tensors
+from adapters.methods.core.tensors import Tensors
 from adapters.patch.patch import Patch
 
 

@@ -85,8 +85,8 @@ def beside_own_shapes(file: weights.AdapterFile) -> Fitted:
 def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     """What a branch adds to a weight at scale 1; None where that depends on a weight which is not given."""
     method, matrix = branch.method, branch.matrix
-    if isinstance(method, LowRank) and type(method).change is LowRank.change:
-        return Update(*method.factors(branch.values(torch.float64)))
+    if method.is_low_rank:
+        return Update(*cast(LowRank, method).factors(branch.values(torch.float64)))
     if method.additive:
         zero = torch.zeros(matrix.shape)
         update = method.change(zero, branch.values(zero.dtype), 1.0)

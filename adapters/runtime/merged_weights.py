@@ -17,9 +17,7 @@ from adapters.methods.core.method import Active, Branch
 
 def is_low_rank(branch: Branch, parameter: str) -> bool:
     """Whether all that becomes of a parameter is that the product of two factors is added to it."""
-    method = branch.method
-    own = isinstance(method, LowRank) and type(method).change is LowRank.change
-    return own and branch.parameter == parameter and branch.matrix.layout != "transposed"
+    return branch.method.is_low_rank and branch.parameter == parameter and branch.matrix.layout != "transposed"
 
 
 def products_of(active: Active, weight: Tensor) -> list[Product]:

@@ -41,7 +41,7 @@ class _Selector:
     def matches(self, layer: Target, method: Method | None) -> bool:
         """Whether it matches a layer, or what makes a method choose it."""
         bare = layer.parameter != "weight"
-        if bare and not (layer.owners or self._reaches_parameters or (method and method.chooses(layer.parameter))):
+        if bare and not (layer.owners or self._reaches_parameters or (method and method.selects(layer.parameter))):
             return False
         names = [] if bare and not layer.owners and not self._reaches_parameters else layer.names
         # Torch's attention is a target by its parts, or as a whole for what changes no weights.
@@ -49,7 +49,7 @@ class _Selector:
             names = []
         if method is not None and not method.mergeable:
             names = [name for name in names if name not in layer.owners]
-        if method is not None and not method.chooses(layer.parameter):
+        if method is not None and not method.selects(layer.parameter):
             names = names if bare else []
         elif method is not None and (bare or method.includes_descendants()):
             names = [*names, *layer.holders(self.model, method.includes_descendants())]
@@ -98,7 +98,7 @@ class _Selector:
 
 def _matcher(pattern: Pattern | None, model: nn.Module, method: Method | None) -> Callable[[str, nn.Module], bool]:
     if pattern is None:
-        if method is not None and (default := method.default(model)) is not None:
+        if method is not None and (default := method.default_targets(model)) is not None:
             return default
         head = _output_head(model)
         return lambda path, module: module is not head and path.rpartition(".")[2] not in _HEAD_NAMES

@@ -166,7 +166,7 @@ def test_patterns_give_layers_their_own_numbers_and_files_keep_them(
     twin = copy.deepcopy(net)
     patch = inject(net, {nn.Linear: first, (lambda _, module: not isinstance(module, nn.Sequential)): second}, "a")
     for place in patch.places:
-        linear = isinstance(place.target, nn.Linear) and first.chooses(place.branch.parameter)
+        linear = isinstance(place.target, nn.Linear) and first.selects(place.branch.parameter)
         assert place.branch.method == (first if linear else second)
     perturb(patch, 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -119,7 +119,7 @@ def test_sparse_bases_of_zeros_do_not_make_everything_nan() -> None:
     base, x = nn.ModuleDict({"layer": nn.Linear(2, 2)}), torch.randn(3, 2)
     model = wrap(base, peft.RandLoraConfig, r=1, sparse=True)
     assert model.base_model.model["layer"](x).isnan().all()
-    with pytest.raises(TargetError, match="all the same at rank=1 and seed=0: choose another seed, or a larger rank"):
+    with pytest.raises(TargetError, match="all equal at rank=1 and seed=0: choose another seed, or a larger rank"):
         adapters.inject(base, RandLoRA(rank=1, sparse=True))
 
 

@@ -44,7 +44,7 @@ def test_layers_of_one_shape_have_the_same_positions() -> None:
 
 def test_more_frequencies_than_there_are_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
-    with pytest.raises(TargetError, match=r"^0 has 12 Fourier coefficients, 3 × 4: it takes no n_frequency of 13"):
+    with pytest.raises(TargetError, match=r"^0 has 12 Fourier coefficients, 3 × 4, fewer than n_frequency=13"):
         adapters.inject(model, FourierFT(n_frequency=13))
     adapters.inject(model, FourierFT(n_frequency=12))
 

@@ -85,9 +85,9 @@ def test_how_many_values_are_not_zero(settings: dict[str, Any], share: float) ->
 
 def test_a_base_of_zeros_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(TargetError, match="a base of RandLoRA are all the same at rank=1 and seed=0: choose another"):
+    with pytest.raises(TargetError, match="a base of RandLoRA are all equal at rank=1 and seed=0: choose another"):
         adapters.inject(model, RandLoRA(rank=1, sparse=True))
-    with pytest.raises(TargetError, match="all the same at rank=1"):
+    with pytest.raises(TargetError, match="all equal at rank=1"):
         adapters.inject(nn.Sequential(nn.Linear(1, 5)), RandLoRA(rank=1))
     assert type(model[0]) is nn.Linear
 
