@@ -117,7 +117,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     trials = json.dumps({section: code for section, (code, _, _) in TRIED.items()})
     environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path_factory.mktemp("out"))]
-    done = subprocess.run(command, input=trials, capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        command, input=trials, capture_output=True, text=True, env=environment, cwd=folder, check=True
+    )
     return dict(json.loads(done.stdout))
 
 
