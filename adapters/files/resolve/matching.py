@@ -12,6 +12,7 @@ from adapters.files.resolve.counted import counted_paths
 from adapters.files.resolve.path_index import PathIndex, W, flat
 from weights.families import component_names
 
+
 @dataclass(frozen=True)
 class Names(Generic[W]):
     """The names in an adapter file, looked up in the path index of a base.
