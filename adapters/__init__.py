@@ -21,10 +21,11 @@ _PUBLIC = {
         " TargetError"
     ),
     "files.combine": "combine_files resize_file",
-    "files.extract": "Reduction extract_files",
+    "files.extract": "extract_files",
     "files.library": "Library",
     "files.load": "load",
     "files.merge": "merge_files",
+    "files.reduction": "Reduction",
     "methods": "METHODS register",
     "methods.core.method": "Branch Method",
     "methods.core.spec": "WeightSpec",

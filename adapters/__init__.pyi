@@ -10,11 +10,11 @@ from adapters.errors import RowsError as RowsError
 from adapters.errors import TargetError as TargetError
 from adapters.files.combine import combine_files as combine_files
 from adapters.files.combine import resize_file as resize_file
-from adapters.files.extract import Reduction as Reduction
 from adapters.files.extract import extract_files as extract_files
 from adapters.files.library import Library as Library
 from adapters.files.load import load as load
 from adapters.files.merge import merge_files as merge_files
+from adapters.files.reduction import Reduction as Reduction
 from adapters.methods import METHODS as METHODS
 from adapters.methods import register as register
 from adapters.methods.adalora import AdaLoRA as AdaLoRA

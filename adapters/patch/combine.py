@@ -18,7 +18,7 @@ from adapters.lowrank.svd import Factors, error, full, reduced
 from adapters.methods.core.building import build
 from adapters.methods.core.checks import is_integer, is_number
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Branch
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.lora import LoRA
 from adapters.patch.attachment import Attachment
 from adapters.patch.patch import Patch, find
@@ -90,23 +90,18 @@ def combine(
         AdapterError: Nothing to combine, an unknown `how`, a number that is missing, out of its range or of no use,
             or a patch whose updates cannot be added up or are not finite.
     """
-    _check(weights, how, rank, energy, density)
+    _check_weights(weights)
+    combination = Combination(how, rank, energy, density, seed)
     model = as_module(model)
     check_name(model, name)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
     places: list[Attachment] = []
     errors: dict[str, float] = {}
     with torch.no_grad():
         sites = _sites(model, weights)
         check_before((site.layer for site in sites), trainable=False)
         for number, site in enumerate(sites, start=1):
-            update = site.weighted_sum() if density is None else full(PRUNINGS[how](site.updates(), density, generator))
-            if not all(factor.isfinite().all() for factor in update):
-                raise AdapterError(f"What to combine at {site.layer.path} is not finite.")
-            factors = update if how == "exact" else reduced(update, rank, energy)
-            branch = lora_of(site.layer, factors, site.dtype)
+            branch, errors[site.layer.path] = combination.at(site)
             places.append(Attachment.of(site.layer, branch))
-            errors[site.layer.path] = error(site.factors(branch, 1.0), update)
             if progress is not None:
                 progress(number, len(sites))
     patch = Patch(name, model, places, scale, freezes=False)
@@ -114,27 +109,64 @@ def combine(
     return patch.inject()
 
 
-def _check(
-    weights: Mapping[str, float], how: str, rank: int | None, energy: float | None, density: float | None
-) -> None:
+def _check_weights(weights: Mapping[str, float]) -> None:
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError('combine needs the names of patches and their weights: {"style": 0.7, "pose": 0.3}.')
     for name, weight in weights.items():
         if not is_number(weight):
             raise AdapterError(f"The weight of {name!r} has to be a finite number, not {weight!r}.")
-    known = ("exact", "svd", *PRUNINGS)
-    if how not in known:
-        raise AdapterError(f"{how!r} is no way to combine: choose from {', '.join(known)}.")
-    for name, number in (("rank", rank), ("energy", energy)):
-        if number is not None and how == "exact":
-            raise AdapterError(f"how='exact' keeps every rank: leave {name}= out, or choose how='svd' to reduce it.")
-    check_size(rank, energy)
-    if density is None and how in PRUNINGS:
-        raise AdapterError(f"how={how!r} needs density=, the share of entries to keep.")
-    if density is not None and how not in PRUNINGS:
-        raise AdapterError(f"how={how!r} keeps every entry: density= is for {', '.join(PRUNINGS)}.")
-    if density is not None and not (is_number(density) and 0 < density <= 1):
-        raise AdapterError(f"density= has to be more than 0 and at most 1, not {density!r}.")
+
+
+class Combination:
+    """The arithmetic of `combine`, for one layer after the other.
+
+    Args:
+        how: As of `combine`, like the rest.
+        rank: The largest rank.
+        energy: The share of the energy to keep.
+        density: The share of entries to keep.
+        seed: Random seed.
+
+    Raises:
+        AdapterError: An unknown `how`, or a number that is missing, out of its range or of no use.
+    """
+
+    def __init__(
+        self, how: str, rank: int | None, energy: float | None, density: float | None, seed: int | None
+    ) -> None:
+        known = ("exact", "svd", *PRUNINGS)
+        if how not in known:
+            raise AdapterError(f"{how!r} is no way to combine: choose from {', '.join(known)}.")
+        for name, number in (("rank", rank), ("energy", energy)):
+            if number is not None and how == "exact":
+                raise AdapterError(
+                    f"how='exact' keeps every rank: leave {name}= out, or choose how='svd' to reduce it."
+                )
+        check_size(rank, energy)
+        if density is None and how in PRUNINGS:
+            raise AdapterError(f"how={how!r} needs density=, the share of entries to keep.")
+        if density is not None and how not in PRUNINGS:
+            raise AdapterError(f"how={how!r} keeps every entry: density= is for {', '.join(PRUNINGS)}.")
+        if density is not None and not (is_number(density) and 0 < density <= 1):
+            raise AdapterError(f"density= has to be more than 0 and at most 1, not {density!r}.")
+        self._how, self._rank, self._energy, self._density = how, rank, energy, density
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def at(self, site: Site) -> tuple[Branch, float]:
+        """The LoRA branch that stands for the weighted sum of branches at a layer, and its relative error.
+
+        Raises:
+            AdapterError: The sum is not finite.
+        """
+        if self._density is None:
+            update = site.weighted_sum()
+        else:
+            update = full(PRUNINGS[self._how](site.updates(), self._density, self._generator))
+        if not all(factor.isfinite().all() for factor in update):
+            raise AdapterError(f"What to combine at {site.layer.path} is not finite.")
+        factors = update if self._how == "exact" else reduced(update, self._rank, self._energy)
+        branch = lora_of(site.layer, factors, site.dtype)
+        return branch, error(site.factors(branch, 1.0), update)
 
 
 def check_size(rank: int | None, energy: float | None) -> None:
@@ -149,12 +181,27 @@ def check_size(rank: int | None, energy: float | None) -> None:
 
 
 @dataclass
-class _Site:
-    """A weight of a layer, the branches there with their weights, and what the weight is as a matrix."""
+class Site:
+    """A weight of a layer as a matrix, and the branches there with their weights in the sum."""
 
     layer: Target
     sources: list[tuple[Branch, float]]
     matrix: Matrix
+
+    @classmethod
+    def of(cls, layer: Target, sources: list[tuple[Branch, float]], name: str) -> Site:
+        """The site of a layer, for branches of which the first is of the patch of that name.
+
+        Raises:
+            AdapterError: The layer has no matrix.
+        """
+        matrix = LoRA().matrix(layer.module, layer.parameter)
+        if matrix is None:
+            raise AdapterError(
+                f"{name!r} cannot be combined: at {layer.path} there is no matrix, which a LoRA could change. Use the"
+                " patches side by side."
+            )
+        return cls(layer, sources, matrix)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -212,32 +259,28 @@ def lora_of(layer: Target, factors: Factors, dtype: torch.dtype) -> Branch:
     return branch
 
 
-def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[_Site]:
+def check_additive(name: str, path: str, method: Method) -> None:
+    """Raise an AdapterError for a method of a patch whose updates cannot be added up."""
+    if not method.additive:
+        raise AdapterError(
+            f"{name!r} cannot be combined: at {path}, what {type(method).__name__} changes is no update that could be"
+            " added to another. Use the patches side by side."
+        )
+
+
+def _sites(model: nn.Module, weights: Mapping[str, float]) -> list[Site]:
     """Every weight that any of the patches adapts, in the order of the model."""
     sources: dict[tuple[int, str], list[tuple[Branch, float]]] = {}
     for name, weight in weights.items():
         for place in find(model, name).places:
-            if not place.branch.method.additive:
-                raise AdapterError(
-                    f"{name!r} cannot be combined: at {place.path}, what {type(place.branch.method).__name__} changes"
-                    " is no update that could be added to another. Use the patches side by side."
-                )
+            check_additive(name, place.path, place.branch.method)
             sources.setdefault((id(place.target), place.branch.parameter), []).append((place.branch, float(weight)))
     here = {(id(layer.module), layer.parameter): layer for layer in all_targets(model)}
     for key, ((branch, _), *_) in sources.items():
         if key not in here:
             raise PatchStateError(f"The patch {branch.switch.name!r} has a layer that is not in this model: eject it.")
-    sites = []
-    for layer in (layer for key, layer in here.items() if key in sources):
-        found = sources[id(layer.module), layer.parameter]
-        matrix = LoRA().matrix(layer.module, layer.parameter)
-        if matrix is None:
-            raise AdapterError(
-                f"{found[0][0].switch.name!r} cannot be combined: at {layer.path} there is no matrix, which a LoRA"
-                " could change. Use the patches side by side."
-            )
-        sites.append(_Site(layer, found, matrix))
-    return sites
+    found = ((layer, sources[key]) for key, layer in here.items() if key in sources)
+    return [Site.of(layer, there, there[0][0].switch.name) for layer, there in found]
 
 
 # Pruning

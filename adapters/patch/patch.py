@@ -40,7 +40,7 @@ from adapters.patch.transaction import _all_or_nothing
 from adapters.runtime.adapted_layer import AdaptedLayer
 from adapters.runtime.merged_weights import Made
 from adapters.targets.models import Model, Models, as_module, component_of
-from adapters.targets.target import all_targets, structure
+from adapters.targets.target import all_targets, fingerprint
 from weights.hub.card import CARD
 
 
@@ -457,7 +457,7 @@ class Patch(Registered):
         return weights.AdapterFile(
             content,
             base_model=_base_model_name(model),
-            base_structure=structure(model),
+            base_structure=fingerprint(model),
             shared=shared,
             task=_task(model),
             components=several or (front,) * bool(front),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from adapters.adapter import Slot
+from adapters.layers.matrix import Matrix
 from adapters.layers.quantized import logical_shape
 from adapters.methods.core.method import Method
 from adapters.runtime.adapted_layer import AdaptedLayer
@@ -55,6 +56,14 @@ class Target:
         return value if value is None or self.node is None else self.node.stored(self.parameter)
 
     @property
+    def rows(self) -> int:
+        """The number of outputs of the matrix, or of rows of another weight; 0 where there is none."""
+        matrix = Matrix.of(self.module, self.parameter)
+        if matrix is not None:
+            return matrix.shape[-2]
+        return len(self.own) if self.own is not None and self.own.ndim else 0
+
+    @property
     def names(self) -> list[tuple[str, nn.Module]]:
         """The paths a pattern may match, and the modules a type may match."""
         return [*((path, self.module) for path in self.paths), *self.owners]
@@ -99,8 +108,8 @@ def all_targets(model: nn.Module) -> list[Target]:
     return list(found.values())
 
 
-def structure(model: nn.Module) -> str:
-    """A fingerprint of the names and shapes of a model's weights, the same with patches and without."""
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names and shapes of a model's weights, the same with patches and without."""
     shapes = (
         (path, tuple(logical_shape(value)))
         for layer in all_targets(model)

@@ -497,7 +497,7 @@ def test_a_patch_that_left_cannot_be_injected(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, None])
 def test_a_budget_is_a_number_of_bytes(budget: object) -> None:
-    with pytest.raises(AdapterError, match="budget= has to be a number of bytes"):
+    with pytest.raises(AdapterError, match="budget= has to be a positive number of bytes"):
         Library(nn.Sequential(nn.Linear(2, 2)), budget=budget)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ import adapters
 from adapters import LoRA, Method, PatchStateError, TargetError
 from adapters.layers.quantized import is_quantized
 from adapters.layers.weight import read_weight
-from adapters.targets.target import structure
+from adapters.targets.target import fingerprint
 from tests.adapters.models import perturb
 
 SIZES = (64, 128, 64)
@@ -281,7 +281,7 @@ def test_patches_are_saved_and_loaded(scheme: str, tmp_path: Path) -> None:
             loaded.eject()
         # The names and shapes are those of the model that is not quantised.
         dense = _dense()
-        assert structure(model) == structure(dense)
+        assert fingerprint(model) == fingerprint(dense)
         assert [*adapters.load(dense, tmp_path / "own").targets] == ["0", "2"]
 
 

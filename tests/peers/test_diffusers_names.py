@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import weights
-from adapters.files.resolve.matching import places_of
-from adapters.files.resolve.original_names import with_names_of
-from adapters.targets.target import all_targets
+from adapters.files.resolve.path_index import model_index
+from adapters.files.resolve.resolved import resolve
 from weights.families import Part, translate
 from weights.families.aura_flow import AURA_FLOW
 from weights.families.chroma import CHROMA
@@ -430,16 +429,16 @@ def test_files_have_the_layers_that_they_have_in_diffusers(tmp_path: Path, kind:
     path = weights.save(tensors, tmp_path / "file.safetensors")
 
     adapter = weights.read_adapter(path)
-    file, problems = with_names_of(places_of(all_targets(model), adapter), adapter)
+    resolved = resolve(model_index(model), adapter)
     theirs = case.convert(tensors)
 
-    assert problems == []
-    ours = {file.component_of(name)[1]: layer for name, layer in file.layers.items()}
+    assert resolved.mismatches == []
+    ours = {layer.weight.path: layer.content for layer in resolved.layers}
     seen = set()
     for key, a in theirs.items():
         name = key.removeprefix("transformer.").removeprefix("unet.").split(".lora_")[0]
         if "lora_A" in key:
-            layer = ours[name.replace(".", "_") if file.flattened else name]
+            layer = ours[name]
             b = theirs[key.replace("lora_A", "lora_B")]
             torch.testing.assert_close(update(layer), b @ a, rtol=1e-5, atol=1e-5)
             assert layer.hyperparameters["rank"] <= len(a)

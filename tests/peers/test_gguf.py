@@ -181,7 +181,7 @@ def test_what_the_model_has_to_say(tmp_path: Path) -> None:
     before = snapshot(model)
     plain = nn.Module()
     plain.model = model.model
-    with pytest.raises(LayerMismatchError, match="this Module does not say how large they are: its config needs"):
+    with pytest.raises(LayerMismatchError, match="the base model does not say how large they are: its config needs"):
         adapters.load(plain, path)
     model.config.head_dim = 12
     with pytest.raises(LayerMismatchError, match=r"_proj has (64|32) outputs, the model has heads of 12"):

@@ -63,9 +63,11 @@ def convert(
     if component is not None:
         adapter = of_component(source, adapter, component)
     if base is not None and not adapter.counted:
-        from adapters.files.resolve.checkpoint_names import with_names_in
+        from adapters.files.checkpoint import Checkpoint
+        from adapters.files.resolve.rename import with_base_paths
 
-        adapter = with_names_in(weights.open_parts(base), adapter)
+        checkpoint = Checkpoint.open(base)
+        adapter = with_base_paths(checkpoint.index, checkpoint.parts, adapter)
         adapter = replace(adapter, base_model=adapter.base_model or base)
     elif adapter.flattened and form != "lycoris":
         raise click.ClickException(

@@ -110,7 +110,7 @@ def _of_adapters(a: weights.AdapterFile, b: weights.AdapterFile) -> Iterator[Dif
 
 def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[str, weights.LayerWeights]:
     """The layers by names that two files have in common: without dots, or without component, if one has it so."""
-    from adapters.files.resolve.matching import flat
+    from adapters.files.resolve.path_index import flat
 
     if len(adapter.components) == 1 and not other.components:
         adapter = adapter.part(adapter.components[0])
