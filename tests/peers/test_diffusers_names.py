@@ -365,9 +365,11 @@ def convert_sdxl(state: Checkpoint) -> Mapping[str, Tensor]:
     return {key: tensor * 3 / tensor.shape[1] if "lora_B" in key else tensor for key, tensor in converted.items()}
 
 
-FLUX = [name for name in names_in([FLUX], blocks=2) if not name.endswith(".scale")]
+LAYERS_OF_FLUX = [name for name in names_in([FLUX], blocks=2) if not name.endswith(".scale")]
 KINDS: dict[str, Kind] = {
-    "kohya's for Flux": Kind("Flux", FLUX, flattened, lora_converters._convert_kohya_flux_lora_to_diffusers, alpha=3),
+    "kohya's for Flux": Kind(
+        "Flux", LAYERS_OF_FLUX, flattened, lora_converters._convert_kohya_flux_lora_to_diffusers, alpha=3
+    ),
     "BFL's for Flux": Kind(
         "whole Flux",
         [*names_in([FLUX], blocks=38)],

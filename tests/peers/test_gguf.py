@@ -218,7 +218,7 @@ def test_what_is_no_adapter_for_here(tmp_path: Path) -> None:
     convert(path, "qwen2", tensors, float("nan"))
     refused("its alpha is nan")
     convert(path, "qwen2", {key: t for key, t in tensors.items() if "lora_A" in key}, alpha)
-    refused("has only lora_a")
+    refused("`blk.0.attn_v.weight.lora_a` has no `blk.0.attn_v.weight.lora_b`")
     convert(path, "qwen2", {key: t[:4] for key, t in tensors.items()}, alpha)
     refused("a shape mismatch")
     convert(path, "qwen2", {key: t.expand(3, *t.shape) for key, t in tensors.items()}, alpha)
