@@ -13,6 +13,7 @@ import adapters
 import fluxion as fl
 from adapters.methods.core.decomposed import WeightDecomposed
 from adapters.methods.core.method import Method
+from tests.docstrings import has_example, run_example
 
 CLASSES = [*adapters.METHODS.values(), Method, adapters.Branch, adapters.Tensors, adapters.WeightSpec]
 
@@ -41,23 +42,14 @@ def language_model() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def example(thing: object) -> str:
-    """The lines after `>>>` in a docstring, with those after `...` that go on."""
-    lines = [line.strip() for line in (inspect.getdoc(thing) or "").splitlines()]
-    return "\n".join(line[4:] for line in lines if line.startswith((">>> ", "... ")))
-
-
 @pytest.mark.parametrize("thing", [*CLASSES, adapters.register], ids=lambda thing: thing.__name__)
 def test_an_example_runs(thing: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = example(thing)
-    assert source.count("\n") >= 2, "three lines show how it is used"
+    assert has_example(thing)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(adapters.METHODS, "_methods", dict(adapters.METHODS))
-    whole = getattr(thing, "whole_model", "")
-    namespace = {"torch": torch, "nn": nn, "fl": fl, "adapters": adapters, "Tensor": Tensor}
-    model = language_model() if whole else Block()
+    model = language_model() if getattr(thing, "whole_model", "") else Block()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    exec(source, {**namespace, "model": model})
+    run_example(thing, {"torch": torch, "nn": nn, "fl": fl, "adapters": adapters, "Tensor": Tensor, "model": model})
     for patch in adapters.patches(model).values():
         patch.eject()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
