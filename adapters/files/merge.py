@@ -23,11 +23,12 @@ from adapters.files.load import load
 from adapters.files.resolve.checkpoint_names import other_base
 from adapters.files.resolve.placing import place, standins, tied_names
 from adapters.layers.dtypes import widened
-from adapters.lowrank.accumulate import Product, add
+from adapters.lowrank.accumulate import add
+from adapters.lowrank.low_rank import LowRank
 from adapters.methods import METHODS
 from adapters.methods.core.method import Active, Branch
 from adapters.runtime.adapted_layer import AdaptedLayer
-from adapters.runtime.merged_weights import adapted_weights, is_low_rank, products_of
+from adapters.runtime.merged_weights import adapted_weights, is_low_rank, updates_of
 from weights.tensors.open import bytes_of, read_settings
 from weights.tensors.rewrite import ByRows, Change
 
@@ -243,7 +244,7 @@ def _changed(
 
 
 class _LowRankRows:
-    """Adds products of factors to rows of a weight in place.
+    """Adds low-rank updates to rows of a weight in place.
 
     Attributes:
         active: The branches, and how strongly each acts.
@@ -253,13 +254,13 @@ class _LowRankRows:
 
     def __init__(self, active: Active, count: int, dtype: torch.dtype | None) -> None:
         self.active, self.count, self.dtype = active, count, dtype
-        self._products: list[Product] = []  # While rows of this weight are changed.
+        self._updates: list[LowRank] = []  # While rows of this weight are changed.
 
     def __call__(self, rows: Tensor, first: int) -> Tensor:
         rows = rows if self.dtype is None else widened(rows)
-        if not self._products:
-            self._products = products_of(self.active, rows)
-        add(rows, self._products, first)
+        if not self._updates:
+            self._updates = updates_of(self.active, rows)
+        add(rows, self._updates, first)
         if first + len(rows) == self.count:
-            self._products = []
+            self._updates = []
         return rows

@@ -18,9 +18,10 @@ from adapters.files.checkpoint import Checkpoint
 from adapters.files.load import misfits, read
 from adapters.files.resolve.placing import place, standins
 from adapters.layers.kinds import CONVOLUTIONS
+from adapters.lowrank.low_rank import LowRank
 from adapters.lowrank.spectra import Update
 from adapters.methods import METHODS
-from adapters.methods.core.formulas import LowRank
+from adapters.methods.core import formulas
 from adapters.methods.core.method import Branch
 from adapters.reports.facts import Fit
 
@@ -86,7 +87,7 @@ def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     """What a branch adds to a weight at scale 1; None where that depends on a weight which is not given."""
     method, matrix = branch.method, branch.matrix
     if method.is_low_rank:
-        return Update(*cast(LowRank, method).factors(branch.values(torch.float64)))
+        return LowRank(*cast(formulas.LowRank, method).factors(branch.values(torch.float64)))
     if method.additive:
         zero = torch.zeros(matrix.shape)
         update = method.change(zero, branch.values(zero.dtype), 1.0)
@@ -96,7 +97,7 @@ def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     else:
         return None
     # A method that takes weights as they are takes those of convolutions too.
-    return Update(update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update)
+    return update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update
 
 
 def _branches(model: nn.Module, file: weights.AdapterFile) -> tuple[dict[str, tuple[str, Branch]], dict[str, str]]:
