@@ -170,7 +170,7 @@ class LoRA(formulas.LowRank):
         down, up = (own.get("weight") for own in factors)
         if down is None or up is None:
             return None
-        return LowRank(up, down, scale, rate if dropout.get("training") else 0.0)
+        return LowRank(up, down, cast(float, scale), rate if dropout.get("training") else 0.0)
 
     def hyperparameters(self) -> dict[str, Any]:
         return {name: value for name, value in super().hyperparameters().items() if name != "init"}
