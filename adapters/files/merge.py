@@ -23,10 +23,11 @@ from adapters.files.restore import restore_all
 from adapters.files.skeleton import Skeleton
 from adapters.files.sources import Given, Source, naming, read_all
 from adapters.layers.dtypes import widened
-from adapters.lowrank.accumulate import Product, add
+from adapters.lowrank.accumulate import add
+from adapters.lowrank.low_rank import LowRank
 from adapters.methods import METHODS
 from adapters.methods.core.method import Active, Branch
-from adapters.runtime.merged_weights import adapted_weights, is_low_rank, products_of
+from adapters.runtime.merged_weights import adapted_weights, is_low_rank, updates_of
 from weights.tensors.open import bytes_of
 from weights.tensors.rewrite import ByRows, Change
 
@@ -225,7 +226,7 @@ def _changed(
 
 
 class _LowRankRows:
-    """Adds products of factors to rows of a weight in place.
+    """Adds low-rank updates to rows of a weight in place.
 
     Attributes:
         active: The branches and their scales.
@@ -235,13 +236,13 @@ class _LowRankRows:
 
     def __init__(self, active: Active, count: int, dtype: torch.dtype | None) -> None:
         self.active, self.count, self.dtype = active, count, dtype
-        self._products: list[Product] = []  # While rows of this weight are changed.
+        self._updates: list[LowRank] = []  # While rows of this weight are changed.
 
     def __call__(self, rows: Tensor, first: int) -> Tensor:
         rows = rows if self.dtype is None else widened(rows)
-        if not self._products:
-            self._products = products_of(self.active, rows)
-        add(rows, self._products, first)
+        if not self._updates:
+            self._updates = updates_of(self.active, rows)
+        add(rows, self._updates, first)
         if first + len(rows) == self.count:
-            self._products = []
+            self._updates = []
         return rows

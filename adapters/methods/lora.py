@@ -14,7 +14,8 @@ import fluxion as fl
 from adapters.errors import TargetError
 from adapters.layers.matrix import Matrix
 from adapters.layers.weight import is_plain
-from adapters.lowrank.thin import Thin
+from adapters.lowrank.low_rank import LowRank
+from adapters.methods.core import formulas
 from adapters.methods.core.arithmetic import Scale, add_scaled
 from adapters.methods.core.checks import need, need_alpha, need_choice, need_dropout, need_rank, refuse_dropout
 from adapters.methods.core.factors import (
@@ -26,7 +27,6 @@ from adapters.methods.core.factors import (
     groups_of,
     is_layer,
 )
-from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.init import INITS, InitName
 from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
@@ -35,7 +35,7 @@ from fluxion.calls import entry
 
 
 @dataclass(frozen=True)
-class LoRA(LowRank):
+class LoRA(formulas.LowRank):
     """Low-rank adaptation.
 
     Args:
@@ -150,21 +150,27 @@ class LoRA(LowRank):
         output: Tensor = layer(x, *args, **kwargs)
         return add_scaled(output, entry(branch)(branch.cast(x)).to(output.dtype), scale)
 
-    def thin(self, branch: Branch) -> Thin | None:
+    def low_rank(self, branch: Branch) -> LowRank | None:
         kinds = {"Dropout": fl.Dropout, "lora_A": Linear, "Multiply": fl.Multiply, "lora_B": Linear}
         if not self.dropout:
             del kinds["Dropout"]
         if self.scaling == 1:
             del kinds["Multiply"]
-        parts = branch._modules
-        if (
-            not self.is_low_rank
-            or self.bias
-            or {name: type(part) for name, part in parts.items()} != kinds
-            or list(parts) != list(kinds)
-        ):
+        parts: dict[str, Any] = branch._modules
+        found = [(name, type(part)) for name, part in parts.items()]
+        if not self.is_low_rank or self.bias or found != [*kinds.items()]:
             return None
-        return Thin(*(parts.get(name) for name in ("lora_A", "lora_B", "Multiply", "Dropout")))  # type: ignore[arg-type]
+        factors = [parts[name]._parameters for name in ("lora_A", "lora_B")]
+        multiply = vars(parts["Multiply"]) if "Multiply" in kinds else {"scale": 1.0, "bias": 0.0}
+        dropout = vars(parts["Dropout"]) if "Dropout" in kinds else {"p": 0.0}
+        scale, offset, rate = multiply.get("scale"), multiply.get("bias"), dropout["p"]
+        numbers = type(scale) in (float, int) and type(offset) in (float, int)  # They may be tensors or parameters.
+        if not numbers or offset != 0 or rate >= 1 or any(own.get("bias", self) is not None for own in factors):
+            return None
+        down, up = (own.get("weight") for own in factors)
+        if down is None or up is None:
+            return None
+        return LowRank(up, down, cast(float, scale), rate if dropout.get("training") else 0.0)
 
     def hyperparameters(self) -> dict[str, Any]:
         return {name: value for name, value in super().hyperparameters().items() if name != "init"}

@@ -64,7 +64,7 @@ class Attachment:
         parent, key = slots[0]
         found = parent._modules[key]
         node = found if isinstance(found, AdaptedLayer) else AdaptedLayer(layer)
-        node.hold(name if self.branch.parameter == "weight" else f"{name}_{self.branch.parameter}", self.branch)
+        node.add_branch(name if self.branch.parameter == "weight" else f"{name}_{self.branch.parameter}", self.branch)
         if self.branch.training != layer.training:
             self.branch.train(layer.training)
         if node is not found:
@@ -75,6 +75,6 @@ class Attachment:
         if (node := self.node) is not None:
             if slots := node.slots:
                 self.layer, self.slots = weakref.ref(node.base), node._outside
-            node.release(self.branch)
+            node.remove_branch(self.branch)
             if slots and not node.branches:
                 node._vacate(slots)

@@ -14,10 +14,10 @@ from adapters.errors import AdapterError, PatchStateError
 from adapters.layers.matrix import Matrix
 from adapters.layers.sharded import check_before
 from adapters.layers.weight import read_weight
-from adapters.lowrank.svd import Factors, error, full, reduced
+from adapters.lowrank.low_rank import LowRank
+from adapters.methods.core import formulas
 from adapters.methods.core.building import build
 from adapters.methods.core.checks import is_integer, is_number
-from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.method import Branch, Method
 from adapters.methods.lora import LoRA
 from adapters.patch.attachment import Attachment
@@ -161,12 +161,12 @@ class Combination:
         if self._density is None:
             update = site.weighted_sum()
         else:
-            update = full(PRUNINGS[self._how](site.updates(), self._density, self._generator))
-        if not all(factor.isfinite().all() for factor in update):
+            update = LowRank.full(PRUNINGS[self._how](site.updates(), self._density, self._generator))
+        if not update.is_finite():
             raise AdapterError(f"What to combine at {site.layer.path} is not finite.")
-        factors = update if self._how == "exact" else reduced(update, self._rank, self._energy)
-        branch = lora_of(site.layer, factors, site.dtype)
-        return branch, error(site.factors(branch, 1.0), update)
+        kept = update if self._how == "exact" else update.truncated(self._rank, self._energy)
+        branch = lora_of(site.layer, kept, site.dtype)
+        return branch, site.low_rank(branch, 1.0).error(update)
 
 
 def check_size(rank: int | None, energy: float | None) -> None:
@@ -233,28 +233,27 @@ class Site:
         """The weighted matrix of each branch."""
         return [self.update(branch, weight) for branch, weight in self.sources]
 
-    def factors(self, branch: Branch, weight: float) -> Factors:
-        """The same matrix in factors, those of the method where it has some."""
+    def low_rank(self, branch: Branch, weight: float) -> LowRank:
+        """The weighted matrix of a branch in factors, those of the method where it has some."""
         method = branch.method
         if not method.is_low_rank:
-            return full(self.update(branch, weight))
-        up, down = cast(LowRank, method).factors(branch.values(self.precision))
-        return (up * weight).to(self.device), down.to(self.device)
+            return LowRank.full(self.update(branch, weight))
+        up, down = cast(formulas.LowRank, method).factors(branch.values(self.precision))
+        return LowRank((up * weight).to(self.device), down.to(self.device))
 
-    def weighted_sum(self) -> Factors:
-        """`Σ wᵢ upᵢ downᵢ = [w₁ up₁, w₂ up₂, ...] [down₁; down₂; ...]`, at most of full rank."""
-        ups, downs = zip(*(self.factors(branch, weight) for branch, weight in self.sources), strict=True)
-        up, down = torch.cat(ups, dim=-1), torch.cat(downs, dim=-2)
-        return (up, down) if up.shape[-1] <= min(up.shape[-2], down.shape[-1]) else full(up @ down)
+    def weighted_sum(self) -> LowRank:
+        """The sum of the weighted matrices, at most of full rank."""
+        update = LowRank.join([self.low_rank(branch, weight) for branch, weight in self.sources])
+        return update if update.rank <= min(update.shape[-2:]) else LowRank.full(update.matrix())
 
 
-def lora_of(layer: Target, factors: Factors, dtype: torch.dtype) -> Branch:
-    """The branch of LoRA at a layer that adds the product of two factors."""
-    method = LoRA(rank=factors[0].shape[-1])
+def lora_of(layer: Target, update: LowRank, dtype: torch.dtype) -> Branch:
+    """The LoRA branch at a layer that adds an update of scale 1."""
+    method = LoRA(rank=update.rank)
     # Made without memory at first: what it would be initialised with is of no use.
     branch = build(method, weight_spec(layer, method, "meta", dtype), {})
-    branch.to_empty(device=factors[0].device).requires_grad_(False)
-    for own, factor in zip(method.file_tensors(branch).values(), reversed(factors), strict=True):  # A is first.
+    branch.to_empty(device=update.up.device).requires_grad_(False)
+    for own, factor in zip(method.file_tensors(branch).values(), (update.down, update.up), strict=True):
         own.copy_(factor.reshape(own.shape))
     return branch
 

@@ -24,9 +24,9 @@ from torch.nn import functional
 from adapters.activation.mixed_batch import Rows
 from adapters.errors import PatchStateError, RowsError, TargetError
 from adapters.layers.sharded import is_sharded
-from adapters.lowrank.linear import Pair, joined
+from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core.method import Branch
-from adapters.runtime.adapted_layer import AdaptedLayer, is_merged_as
+from adapters.runtime.adapted_layer import AdaptedLayer
 
 # What transformers calls them too, in the plans that its models bring.
 _NAMES: dict[str, Callable[[], ParallelStyle]] = {
@@ -97,7 +97,7 @@ class Divided(ParallelStyle):
                 f"{path} is a {type(node.base).__name__}, and only an nn.Linear is divided with adapters."
             )
         for branch in node.branches:
-            if branch.method.thin(branch) is None or getattr(branch.method, "dropout", False):
+            if branch.method.low_rank(branch) is None or getattr(branch.method, "dropout", False):
                 raise TargetError(f"{path} has {branch.method}, which cannot be divided: use LoRA without dropout.")
         self.style, self.by_outputs = style, by_outputs
 
@@ -106,12 +106,11 @@ class Divided(ParallelStyle):
         self.style._apply(node.base, device_mesh)  # Which also does for the layer after `eject`.
         placements: list[Placement] = [Replicate(), Shard(0)] if self.by_outputs else [Shard(1), Replicate()]
         for branch in node.branches:
-            thin = branch.method.thin(branch)
-            if thin is not None:
-                _divide(thin.down, device_mesh, placements[0])
-                _divide(thin.up, device_mesh, placements[1])
+            factors = (layer for layer in branch if isinstance(layer, nn.Linear))  # A, then B.
+            for layer, placement in zip(factors, placements, strict=True):
+                _divide(layer, device_mesh, placement)
         run = _by_outputs if self.by_outputs else _by_inputs
-        node.divide(_Run(cast(Callable[..., Tensor], run.apply), device_mesh))
+        node.set_tensor_parallel(_Run(cast(Callable[..., Tensor], run.apply), device_mesh))
         return node
 
 
@@ -131,25 +130,26 @@ class _Run:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiled graph would keep the choice.
     def __call__(self, node: AdaptedLayer, x: Tensor) -> Tensor:
-        chosen = node.chosen()
+        chosen = node.active_branches()
         if isinstance(chosen, Rows):
             raise RowsError(
                 "Layers that are divided on several processes cannot have an adapter for each row: use one."
             )
-        if not is_merged_as(node, chosen):
+        if not node.is_merged_as(chosen):
             raise PatchStateError(f"{node.path} is divided, and another choice is merged into it: unmerge first.")
-        pairs = [_pair(branch, scale) for branch, scale in chosen[len(node.merged) :]]
-        down, up, scale, _ = joined(pairs, x.dtype) if pairs else (None, None, 1.0, 0.0)
+        updates = [_update(branch, scale).to(x.dtype) for branch, scale in chosen[len(node.merged) :]]
+        update = LowRank.join(updates) if updates else None
+        down, up, scale = (None, None, 1.0) if update is None else (update.down, update.up, update.scale)
         weight, bias = (_own(node.base._parameters[name]) for name in ("weight", "bias"))
         return self._run(x, weight, bias, down, up, scale, self._mesh.get_group())
 
 
-def _pair(branch: Branch, scale: float) -> Pair:
-    thin = branch.method.thin(branch)
-    if thin is None:
+def _update(branch: Branch, scale: float) -> LowRank:
+    """The part of this process of a branch's update."""
+    update = branch.method.low_rank(branch)
+    if update is None:
         raise PatchStateError(f"{branch.method} beside a divided layer was changed: it is not LoRA any more.")
-    factor = 1.0 if thin.multiply is None else thin.multiply.scale
-    return cast(Tensor, _own(thin.down.weight)), cast(Tensor, _own(thin.up.weight)), scale * factor, 0.0
+    return LowRank(cast(Tensor, _own(update.up)), cast(Tensor, _own(update.down)), update.scale * scale)
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:

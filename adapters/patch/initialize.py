@@ -110,7 +110,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _effective(place: Attachment) -> Tensor:
     """The weight that the branch is applied to, as a matrix."""
-    return place.branch.matrix.read(_wide(cast(Tensor, _node(place).effective(place.branch.parameter))))
+    return place.branch.matrix.read(_wide(cast(Tensor, _node(place).effective_weight(place.branch.parameter))))
 
 
 def _fit(place: Attachment, weight: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def _watch(place: Attachment, seen: Evidence) -> Any:
 
 def _own_weight(place: Attachment) -> nn.Parameter:
     node, parameter = _node(place), place.branch.parameter
-    weight = node.own_weight(parameter)
+    weight = node.base_weight(parameter)
     if not (is_stored(node.base, parameter) and isinstance(weight, nn.Parameter) and weight.is_floating_point()):
         raise TargetError(f"{place.path} has no weight that takes a gradient: give it a LoRA with another init.")
     if any(parameter in branch.names for branch, _ in node.merged):
@@ -211,7 +211,7 @@ def _quantising_errors(places: Sequence[Attachment], originals: Mapping[str, Ten
             raise AdapterError("init='loftq' needs the weights from before they were quantised: pass originals=.")
         branch = place.branch
         name = place.path if branch.parameter != "weight" else f"{place.path}.weight"
-        own = cast(Tensor, _node(place).own_weight(branch.parameter))
+        own = cast(Tensor, _node(place).base_weight(branch.parameter))
         original = originals.get(name)
         if original is None or original.shape != own.shape:
             shape = "missing" if original is None else f"{tuple(original.shape)} instead of {tuple(own.shape)}"

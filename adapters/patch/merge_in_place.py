@@ -9,10 +9,10 @@ from torch import nn
 
 from adapters.adapter import base_modules
 from adapters.layers.dtypes import is_narrow
-from adapters.lowrank.accumulate import Product
+from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core.method import Active
 from adapters.runtime.adapted_layer import AdaptedLayer
-from adapters.runtime.merged_weights import is_low_rank, products_of
+from adapters.runtime.merged_weights import is_low_rank, updates_of
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Fold:
     """What is to be added to one weight."""
 
     weight: nn.Parameter
-    products: list[Product]
+    updates: list[LowRank]
 
 
 def holders(model: nn.Module) -> Counter[int]:
@@ -49,4 +49,4 @@ def fold_of(node: AdaptedLayer, branches: Active, held: Counter[int]) -> Fold | 
         or not all(is_low_rank(branch, name) and branch.names == (name,) for branch, _ in branches)
     ):
         return None
-    return Fold(weight, products_of(branches, weight))
+    return Fold(weight, updates_of(branches, weight))

@@ -382,8 +382,8 @@ class Patch(Registered):
                 if (fold := folding.fold_of(node, ours, held)) is not None:
                     folds.append(fold)
                     continue
-                own = {name: node.own_weight(name) for branch in branches for name in branch.names}
-                new = cast("dict[str, nn.Parameter | None]", node.folded(own, ours, made))
+                own = {name: node.base_weight(name) for branch in branches for name in branch.names}
+                new = node.merged_copies(own, ours, made)
                 node.merge([item for item in before if item[0].switch is not self], own=new, made=made)
                 undo.callback(node.merge, before, own)
                 for name, weight in new.items():
@@ -392,7 +392,7 @@ class Patch(Registered):
                     if weight is not None and not is_sharded(weight):
                         replaced.setdefault(id(old), []).append(weight)
             for fold in folds:  # At the very end: it cannot be undone.
-                add(fold.weight, fold.products)
+                add(fold.weight, fold.updates)
         for patch in patches(model).values():
             patch._frozen = [new for old in patch._frozen for new in replaced.get(id(old), [old])]
         self._leave(model)
@@ -568,6 +568,6 @@ def _base_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
     """The parameters of the base model by id, with those that merged ones stand in for."""
     found: dict[int, nn.Parameter] = {}
     for module in base_modules(model):
-        own = module.kept() if isinstance(module, AdaptedLayer) else module._parameters.values()
+        own = module.displaced() if isinstance(module, AdaptedLayer) else module._parameters.values()
         found.update((id(parameter), parameter) for parameter in own if parameter is not None)
     return found

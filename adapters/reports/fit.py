@@ -20,9 +20,10 @@ from adapters.files.resolve.resolved import ResolvedLayer, resolve
 from adapters.files.restore import restore
 from adapters.files.skeleton import Skeleton, alone
 from adapters.layers.kinds import CONVOLUTIONS
+from adapters.lowrank.low_rank import LowRank
 from adapters.lowrank.spectra import Update
 from adapters.methods import METHODS
-from adapters.methods.core.formulas import LowRank
+from adapters.methods.core import formulas
 from adapters.methods.core.method import Branch
 from adapters.reports.facts import Fit
 from adapters.targets.target import Target
@@ -90,7 +91,7 @@ def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     """The update of a weight by a branch at scale 1; None where it depends on a weight which is not given."""
     method, matrix = branch.method, branch.matrix
     if method.is_low_rank:
-        return Update(*cast(LowRank, method).factors(branch.values(torch.float64)))
+        return LowRank(*cast(formulas.LowRank, method).factors(branch.values(torch.float64)))
     if method.additive:
         zero = torch.zeros(matrix.shape)
         update = method.change(zero, branch.values(zero.dtype), 1.0)
@@ -100,7 +101,7 @@ def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     else:
         return None
     # A method that takes weights as they are takes those of convolutions too.
-    return Update(update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update)
+    return update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update
 
 
 def _branches(

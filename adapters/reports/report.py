@@ -19,7 +19,8 @@ from adapters.files.checkpoint import Checkpoint
 from adapters.files.load import last_part
 from adapters.files.resolve.path_index import flat
 from adapters.layers.dtypes import widened
-from adapters.lowrank.spectra import Spectrum, Update, inner, shared_directions
+from adapters.lowrank.low_rank import LowRank
+from adapters.lowrank.spectra import Spectrum, Update, inner, is_finite, shared_directions
 from adapters.patch.patch import Patch
 from adapters.reports.facts import AdapterReport, Facts, Layer, LayerOverlap, Overlap
 from adapters.reports.fit import Fitted, fit, fit_alone, update_of
@@ -234,10 +235,10 @@ def _measure(fitted: Fitted, path: str, weight_of: _Weight) -> tuple[Layer, tupl
     layer = replace(layer, shape=branch.matrix.shape if update is None else update.shape, weight_norm=size)
     if update is None:
         return replace(layer, note="its update depends on the weight, of which the base has no numbers"), None
-    if not update.is_finite():
+    if not is_finite(update):
         return replace(layer, note="it has NaN or infinity"), None
-    if len(update.shape) < 2:
-        norm = float(torch.linalg.vector_norm(update.up.double()))
+    if not isinstance(update, LowRank) and update.ndim < 2:
+        norm = float(torch.linalg.vector_norm(update.double()))
         return replace(layer, norm=norm, relative=norm / size if size else None), None
     spectrum = Spectrum.of(update)
     layer = replace(

@@ -41,7 +41,7 @@ def weight_spec(
     node = layer.node
     read: Callable[[], Tensor | None] = partial(read_weight, module, parameter)
     if node is not None:
-        read = partial(node.own_weight if own else node.effective, parameter)
+        read = partial(node.base_weight if own else node.effective_weight, parameter)
     holder, weight = module, module._parameters.get(parameter)
     if not method.mergeable:
         of_all = ((part, own) for part in module.modules() for own in part._parameters.values() if own is not None)

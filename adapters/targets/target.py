@@ -53,7 +53,7 @@ class Target:
     def own(self) -> Tensor | None:
         """The parameter, without what is merged into it; None where there is none, or it is computed from others."""
         value = self.module._parameters.get(self.parameter)
-        return value if value is None or self.node is None else self.node.stored(self.parameter)
+        return value if value is None or self.node is None else self.node.raw_parameter(self.parameter)
 
     @property
     def rows(self) -> int:

@@ -42,11 +42,11 @@ def adapted(
 
 
 def is_short(node: AdaptedLayer, x: Tensor) -> bool:
-    return node._short(x) is not None
+    return node._run_fast(x) is not None
 
 
 def long_way(node: AdaptedLayer, x: Tensor) -> Tensor:
-    chosen = node.chosen()
+    chosen = node.active_branches()
     assert not isinstance(chosen, Rows)
     return node._compose(chosen)(x)
 
@@ -67,7 +67,7 @@ def reference(node: AdaptedLayer, x: Tensor) -> Tensor:
     output = nn.functional.linear(x, node.base.weight, node.base.bias)
     for branch in node.branches:
         a, b = (branch.tensors()[name].to(x.dtype) for name in ("lora_A", "lora_B"))
-        output = output + branch.patch.scale * branch.method.scaling * (x @ a.T @ b.T)
+        output = output + branch.switch.scale * branch.method.scaling * (x @ a.T @ b.T)
     return output
 
 
@@ -97,7 +97,7 @@ def test_it_equals_plain_torch(
     """For any number of patches, shape, layout and mode."""
     node = adapted(*methods, dtype=torch.float64, bias=bias)
     for branch, scale in zip(node.branches, scales, strict=False):
-        branch.patch.scale = scale
+        branch.switch.scale = scale
     x = torch.randn(*shape, tokens, INPUTS, dtype=torch.float64)
     if swapped:
         x = torch.randn(*shape[:-1], tokens, INPUTS, shape[-1], dtype=torch.float64).movedim(-1, -3)
@@ -442,7 +442,7 @@ CHANGES: dict[str, Callable[[AdaptedLayer, Any], object]] = {
     ),
     "a pruned bias": lambda node, branch: prune.l1_unstructured(node.base, "bias", 0.5),
     "a pruned A": lambda node, branch: prune.l1_unstructured(branch.lora_A, "weight", 0.5),
-    "another strength": lambda node, branch: setattr(branch.patch, "scale", 0.3),
+    "another strength": lambda node, branch: setattr(branch.switch, "scale", 0.3),
 }
 
 
@@ -646,7 +646,7 @@ def test_copies() -> None:
 def test_merged_and_switched_off() -> None:
     node, x = adapted(LoRA(rank=2), LoRA(rank=3)), torch.randn(3, INPUTS)
     expected, base = node(x), node.base(x)
-    patch = branch_of(node).patch
+    patch = branch_of(node).switch
     patch.merge()
     close(node(x), expected)
     patch.unmerge()
@@ -729,7 +729,7 @@ def test_changes_by_hand_between_calls_for_rows(change: str) -> None:
         node.eval()
         for _ in range(2):
             found = node(x)
-            close(found, node._run((x,), {}))
+            close(found, node.forward(x))
             assert torch.allclose(found, before) == (change == "another strength")  # It was looked up on entering.
 
 

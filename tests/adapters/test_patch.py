@@ -510,14 +510,14 @@ def test_a_patch_cannot_go_back_where_its_layers_are_gone() -> None:
 def test_a_failing_injection_changes_nothing(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build("bert")
     before = snapshot(case.model)
-    hold, calls = adapters.AdaptedLayer.hold, iter(range(100))
+    add_branch, calls = adapters.AdaptedLayer.add_branch, iter(range(100))
 
     def failing(self: adapters.AdaptedLayer, name: str, branch: Any) -> None:
         if next(calls) == fails_at:
             raise MemoryError("simulated")
-        hold(self, name, branch)
+        add_branch(self, name, branch)
 
-    monkeypatch.setattr(adapters.AdaptedLayer, "hold", failing)
+    monkeypatch.setattr(adapters.AdaptedLayer, "add_branch", failing)
     with pytest.raises(MemoryError):
         adapters.inject(case.model, LORA)
     assert snapshot(case.model) == before

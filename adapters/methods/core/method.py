@@ -13,7 +13,7 @@ import fluxion as fl
 from adapters.activation.switch import Switch
 from adapters.layers.matrix import Matrix
 from adapters.layers.sharded import gather
-from adapters.lowrank.thin import Thin
+from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core.arithmetic import Scale, lerp
 from adapters.methods.core.declaration import Declared
 from adapters.methods.core.spec import WeightSpec
@@ -34,7 +34,7 @@ class Branch(fl.Chain):
         constants: The names of parameters that are never trained.
         switch: The activation state of its patch.
         tied: Whether its tensors are those of another branch, at another use of the same weight.
-        divided: The tensor-parallel forward of the node it is in, if its tensors are split with those of the layer.
+        tensor_parallel: The forward of the node it is in, if its tensors are split with those of the layer.
 
     Example:
         >>> branch = adapters.inject(model, adapters.LoRA(rank=4)).places[0].branch
@@ -53,7 +53,7 @@ class Branch(fl.Chain):
     constants: frozenset[str] = frozenset()
     switch: Switch
     tied: bool = False
-    divided: Callable[..., Any] | None = None
+    tensor_parallel: Callable[..., Any] | None = None
 
     def change(self, weights: Mapping[str, Tensor | None], scale: float) -> dict[str, Tensor | None]:
         """The weights of a layer that computes the output of the present layer and this branch together.
@@ -284,10 +284,10 @@ class Method(Declared):
         """The output of a layer together with the branch, computed beside the layer rather than in its weight."""
         raise NotImplementedError
 
-    def thin(self, branch: Branch) -> Thin | None:
-        """The layers of a branch that adds a low-rank product to the weight of a linear layer.
+    def low_rank(self, branch: Branch) -> LowRank | None:
+        """The update of a branch at strength 1 where its layers compute a product of two factors, and nothing else.
 
-        None for anything else, and for a branch that was changed by hand.
+        The factors are the parameters of the branch. None for anything else, and for a branch that was changed by hand.
         """
         return None
 
