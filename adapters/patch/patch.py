@@ -253,9 +253,9 @@ def patches(model: Model) -> dict[str, Patch]:
     """The patches that are injected in a model, by name, in the order of their injection.
 
     Example:
-        >>> adapters.inject(model, adapters.LoRA(rank=4), name="style")
-        >>> adapters.patches(model)
-        {'style': <Patch 'style', 2 layers, 96 parameters>}
+        >>> patch = adapters.inject(model, adapters.LoRA(rank=4), name="style")
+        >>> list(adapters.patches(model))
+        ['style']
     """
     return cast("dict[str, Patch]", registered(as_module(model)))
 
