@@ -196,7 +196,10 @@ def test_each_row_of_a_batch_has_its_own_adapters(case: Case) -> None:
 def test_rows_must_fit_the_batch() -> None:
     case = build("plain")
     adapters.inject(case.model, LORA)
-    with adapters.use(case.model, rows=["default"] * 3), pytest.raises(AdapterError, match="3 entries for a batch of 4"):
+    with (
+        adapters.use(case.model, rows=["default"] * 3),
+        pytest.raises(AdapterError, match="3 entries for a batch of 4"),
+    ):
         case()
     with pytest.raises(AdapterError, match="not both"), adapters.use(case.model, "default", rows=["default"]):
         pass
