@@ -24,7 +24,7 @@ from adapters.methods import METHODS
 from adapters.methods.copied import Copy
 from adapters.methods.core.method import Branch
 from adapters.methods.lora import LoRA
-from adapters.patch.combine import Combination, Site, check_additive
+from adapters.patch.combine import Combination, How, WeightedSum, check_additive
 from adapters.targets.target import Target
 from weights.disk.header import Slot
 
@@ -35,7 +35,7 @@ def combine_files(
     destination: str | PathLike[str],
     *,
     base: str | PathLike[str] | None = None,
-    how: str = "exact",
+    how: How = "exact",
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
@@ -82,13 +82,13 @@ def combine_files(
     found = _by_themselves(given, flattened and format == "lycoris") if base is None else _in_base(given, base)
     layers: dict[str, weights.LayerWeights] = {}
     errors: dict[str, float] = {}
-    sites, copied = _sites(given, found)
-    for number, site in enumerate(sites, start=1):
-        branch, error = combination.at(site)
-        path = f"{found.prefix}{site.layer.path}"
+    sums, copied = _weighted_sums(given, found)
+    for number, each in enumerate(sums, start=1):
+        branch, error = combination.of(each)
+        path = f"{found.prefix}{each.target.path}"
         layers[path], errors[path] = content_of(branch), error
         if progress is not None:
-            progress(number, len(sites))
+            progress(number, len(sums))
     file = weights.AdapterFile(
         layers | {f"{found.prefix}{path}": content for path, content in copied.items()},
         base_model=next((file.base_model for _, file, _ in given if file.base_model), str(base) if base else None),
@@ -196,7 +196,7 @@ def _in_base(given: Sequence[Given], base: str | PathLike[str]) -> _Found:
     return _Found(adapters, Skeleton(checkpoint.slots), checkpoint.read, components, prefix)
 
 
-def _sites(given: Sequence[Given], found: _Found) -> tuple[list[Site], dict[str, weights.LayerWeights]]:
+def _weighted_sums(given: Sequence[Given], found: _Found) -> tuple[list[WeightedSum], dict[str, weights.LayerWeights]]:
     """The weights that any of the adapters changes, with the branches there; and the copies in a single adapter.
 
     Copies of whole parameters, beside updates of low rank, stay as they are.
@@ -213,7 +213,7 @@ def _sites(given: Sequence[Given], found: _Found) -> tuple[list[Site], dict[str,
                 check_additive(name, target.path, branch.method)
                 sources.setdefault(target, []).append((branch, weight))
                 names.setdefault(target, name)
-    return [Site.of(target, there, names[target]) for target, there in sources.items()], copied
+    return [WeightedSum.of(target, there, names[target]) for target, there in sources.items()], copied
 
 
 def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:

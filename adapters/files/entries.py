@@ -51,7 +51,7 @@ class Entry:
     @property
     def use(self) -> object:
         """Equal for entries that can share a branch."""
-        return id(self.method), self.target.use(self.method)
+        return id(self.method), self.target.tie_key(self.method)
 
     @property
     def form(self) -> object:
@@ -153,7 +153,7 @@ def _entry(target: Target, content: weights.LayerWeights, method: Method, traina
     """The entry of a layer; raises an AdapterError where the method does not apply to the target."""
     if method.matrix(target.module, target.parameter) is None:
         raise TargetError(f"a {type(target.module).__name__} cannot have {content.method}")
-    spec = weight_spec(target, method, None, None, own=True)
+    spec = weight_spec(target, method, None, None, uninitialized=True)
     method.check_spec(spec)
     if trainable:
         method.check_training(target.module, target.parameter)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from adapters.errors import BudgetError, PatchStateError
 from adapters.patch.patch import Patch
+from adapters.patch.surgery import evict
 from adapters.patch.transaction import without_collections
 
 
@@ -108,4 +109,4 @@ def exchange(leaving: Collection[Page], coming: Collection[Page]) -> None:
             undo.callback(page.patch.eject)
         undo.pop_all()
     for page in leaving:
-        page.patch._give_up()
+        evict(page.patch)

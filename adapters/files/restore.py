@@ -62,7 +62,7 @@ def restore(
         restored.append((entry.target, branch))
         if entry.method.tied_in_files:
             others = [other for other in everything if id(other) not in taken]
-            tied = [other for other in others if (id(entry.method), other.use(entry.method)) == use]
+            tied = [other for other in others if (id(entry.method), other.tie_key(entry.method)) == use]
             restored += [(other, tied_to(branch)) for other in tied]
     for branch in built:
         for _, parameter in branch.named_weights():

@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
 
 def exact(patch: Patch, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output and the gradients of the sum of its squares, by the weights and in double precision."""
-    (place,) = patch.places
+    (place,) = patch.attachments
     branch = copy.deepcopy(place.branch).double()
     layer = copy.deepcopy(place.target).double()
     own = {name: getattr(layer, name).detach() for name in branch.names}
@@ -78,7 +78,7 @@ def test_products_are_those_of_the_update(method: MatrixFree, rows: tuple[int, .
     model = nn.Sequential(nn.Linear(12, 24)).double()
     patch = adapters.inject(model, method)
     perturb(patch)
-    tensors, x = patch.places[0].branch.values(), torch.randn(*rows, 12, dtype=torch.float64)
+    tensors, x = patch.attachments[0].branch.values(), torch.randn(*rows, 12, dtype=torch.float64)
     torch.testing.assert_close(method.product(x, tensors), x @ method.delta(tensors).T, rtol=1e-9, atol=1e-12)
 
 

@@ -220,7 +220,7 @@ def test_folding_in_for_good_is_refused(scheme: str) -> None:
     model, _ = _quantized(scheme)
     state = _bytes(model)
     patch = adapters.inject(model, LoRA(rank=4))
-    with pytest.raises(PatchStateError, match=r"0 is quantised.*merge into the model it was made of"):
+    with pytest.raises(PatchStateError, match=r"0 is quantized.*merge into the original model"):
         patch.merge_and_eject()
     assert patch.injected and not patch.merged
     patch.eject()

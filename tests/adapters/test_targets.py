@@ -17,7 +17,8 @@ import adapters
 import fluxion as fl
 from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from adapters.methods import METHODS
-from adapters.targets.pattern import _glob
+from adapters.targets.pattern import glob
+from adapters.targets.selection import select
 from tests.adapters.models import build, snapshot
 from tests.weights.fuzz import SECONDS, bounded
 
@@ -107,6 +108,7 @@ def test_patterns(targets: object, exclude: object, expected: list[str]) -> None
         (nn.Conv3d, None, "matches no layer; the paths are such as 'attn"),
         (r"(q|v)_proj", None, r"if it is a regular expression, pass re\.compile\("),
         (".*_proj", None, r"if it is a regular expression, pass re\.compile\("),
+        ("all-linear", None, r"'all-linear' matches no layer; .* leave targets= out or pass targets=torch\.nn\.Linear"),
     ],
 )
 def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: str) -> None:
@@ -142,7 +144,7 @@ def means(pattern: str, path: str) -> bool:
     st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join), st.text("ab.", max_size=10)
 )
 def test_globs_mean_what_is_said(pattern: str, path: str) -> None:
-    assert bool(_glob(pattern).fullmatch(path)) == means(pattern, path)
+    assert bool(glob(pattern).fullmatch(path)) == means(pattern, path)
 
 
 @pytest.mark.parametrize("part", ["**a", "*a", "**.", "**.a", "*", "**a*", "a**.*a"])
@@ -159,7 +161,7 @@ def test_no_glob_takes_forever(part: str) -> None:
 def test_the_first_pattern_that_can_adapt_a_layer_counts() -> None:
     model = Net()
     patch = adapters.inject(model, {"layers.0.**": LoRA(rank=1), "q_proj": LoRA(rank=2), "norm": NormTuning()})
-    methods = {place.path: place.branch.method for place in patch.places}
+    methods = {place.path: place.branch.method for place in patch.attachments}
     assert methods["layers.0.q_proj"] == LoRA(rank=1)
     assert methods["layers.1.q_proj"] == LoRA(rank=2)
     assert methods["layers.0.norm"] == NormTuning()
@@ -233,7 +235,7 @@ def test_what_methods_choose(method: Method, targets: object, exclude: object, e
     model = Parts()
     before = snapshot(model)
     patch = adapters.inject(model, method, targets=targets, exclude=exclude)
-    assert [place.path for place in patch.places] == expected
+    assert [place.path for place in patch.attachments] == expected
     patch.eject()
     assert snapshot(model) == before
 
@@ -282,7 +284,7 @@ def test_layers_of_one_parameter_come_together_where_a_method_sees_them_alike() 
     ]
     for method, target, exclude, expected in alike:
         patch = adapters.inject(model, method, target, exclude)
-        assert [place.path for place in patch.places] == expected
+        assert [place.path for place in patch.attachments] == expected
         assert len(list(patch.parameters())) == 1 + (method == LoRA(rank=1))
         patch.eject()
 
@@ -361,3 +363,20 @@ def test_methods_check_their_numbers() -> None:
 def test_what_cannot_be_injected_is_said(model: nn.Module, method: object, targets: object, message: str) -> None:
     with pytest.raises(adapters.AdapterError, match=message):
         adapters.inject(model, method, targets)
+
+
+def test_a_selection_prints_what_is_chosen() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    selection = select(model, {"embed": Full(), "norm": NormTuning()}, None)
+    assert len(selection) == 3 and [target.path for target in selection.targets] == [
+        *("embed", "head", "norm", "norm.bias")
+    ]
+    assert str(selection).splitlines() == [
+        "Selection of 4 targets",
+        "  path       layer      method",
+        "  embed      Embedding  Full()",
+        "  head       Linear     tied to embed",
+        "  norm       LayerNorm  NormTuning()",
+        "  norm.bias  LayerNorm  NormTuning()",
+    ]

@@ -37,7 +37,7 @@ class Branch(fl.Chain):
         tensor_parallel: The forward of the node it is in, if its tensors are split with those of the layer.
 
     Example:
-        >>> branch = adapters.inject(model, adapters.LoRA(rank=4)).places[0].branch
+        >>> branch = adapters.inject(model, adapters.LoRA(rank=4)).attachments[0].branch
         >>> print(branch.method, branch.parameter, branch.matrix.shape)
         >>> assert set(branch.tensors()) == {"lora_A", "lora_B"}
     """

@@ -17,7 +17,7 @@ class Tensors(Mapping[str, Tensor]):
 
     Example:
         >>> patch = adapters.inject(model, adapters.LoRA(rank=4))
-        >>> tensors = patch.places[0].branch.values(torch.float64)
+        >>> tensors = patch.attachments[0].branch.values(torch.float64)
         >>> assert tensors.lora_A is tensors["lora_A"] and tensors.lora_A.dtype == torch.float64
     """
 

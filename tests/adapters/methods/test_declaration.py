@@ -122,8 +122,8 @@ def test_hooks_under_the_names_of_earlier_releases() -> None:
         adapters.inject(model, Earlier())
     base = model(x)
     patch = adapters.inject(model, Earlier(), targets="0")
-    assert patch.places[0].branch.bypass
-    nn.init.constant_(patch.places[0].branch.factor, 2.0)
+    assert patch.attachments[0].branch.bypass
+    nn.init.constant_(patch.attachments[0].branch.factor, 2.0)
     doubled = model[1](2 * model[0].base(x))
     torch.testing.assert_close(model(x), doubled)
     patch.merge()
