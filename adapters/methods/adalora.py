@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.methods.core.checks import is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
+from adapters.methods.core.checks import alpha_of, is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
 from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
@@ -55,8 +55,7 @@ class AdaLoRA(LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (self.rank + 1e-5)  # As the authors and PEFT have it, against a rank of 0.
+        return alpha_of(self) / (self.rank + 1e-5)  # As the authors and PEFT have it, against a rank of 0.
 
     def check_training(self, layer: nn.Module, parameter: str) -> None:
         refuse_dropout(self, layer)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.errors import TargetError
-from adapters.methods.core.checks import is_integer, need, need_alpha, need_count, need_rank
+from adapters.methods.core.checks import alpha_of, is_integer, need, need_alpha, need_count, need_rank
 from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.spec import WeightSpec
 from adapters.methods.core.tensors import Tensors
@@ -59,7 +59,7 @@ class GraLoRA(LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        return (self.rank if self.alpha is None else self.alpha) / (self.rank + self.hybrid_rank)
+        return alpha_of(self) / (self.rank + self.hybrid_rank)
 
     def check_spec(self, spec: WeightSpec) -> None:
         outputs, inputs = spec.shape[-2:]

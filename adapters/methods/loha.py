@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor
 
-from adapters.methods.core.checks import need_alpha, need_rank
+from adapters.methods.core.checks import alpha_of, need_alpha, need_rank
 from adapters.methods.core.decomposed import WeightDecomposed
 from adapters.methods.core.formulas import Additive
 from adapters.methods.core.spec import WeightSpec
@@ -65,7 +64,7 @@ class LoHa(Additive):
     def delta(self, t: Tensors) -> Tensor:
         first = product(t.hada_w1_a, t.hada_w1_b, t.get("hada_t1"))
         second = product(t.hada_w2_a, t.hada_w2_b, t.get("hada_t2"))
-        return first * second * (cast(float, self.alpha) / self.rank)
+        return first * second * (alpha_of(self) / self.rank)
 
 
 @dataclass(frozen=True)

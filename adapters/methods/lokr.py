@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from adapters.errors import TargetError
-from adapters.methods.core.checks import is_integer, need, need_alpha, need_rank
+from adapters.methods.core.checks import alpha_of, is_integer, need, need_alpha, need_rank
 from adapters.methods.core.decomposed import WeightDecomposed
 from adapters.methods.core.formulas import MatrixFree
 from adapters.methods.core.spec import WeightSpec
@@ -101,7 +100,7 @@ class LoKr(MatrixFree):
         """The two matrices whose Kronecker product is added, the first one scaled."""
         first = t.lokr_w1 if "lokr_w1" in t else t.lokr_w1_a @ t.lokr_w1_b
         second = t.lokr_w2.flatten(1) if "lokr_w2" in t else product(t.lokr_w2_a, t.lokr_w2_b, t.get("lokr_t2"))
-        return first * (cast(float, self.alpha) / self.rank), second
+        return first * (alpha_of(self) / self.rank), second
 
     def delta(self, t: Tensors) -> Tensor:
         return torch.kron(*self.factors(t))

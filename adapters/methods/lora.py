@@ -17,7 +17,15 @@ from adapters.layers.weight import is_plain
 from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core import formulas
 from adapters.methods.core.arithmetic import Scale, add_scaled
-from adapters.methods.core.checks import need, need_alpha, need_choice, need_dropout, need_rank, refuse_dropout
+from adapters.methods.core.checks import (
+    alpha_of,
+    need,
+    need_alpha,
+    need_choice,
+    need_dropout,
+    need_rank,
+    refuse_dropout,
+)
 from adapters.methods.core.factors import (
     GroupsToSamples,
     Linear,
@@ -83,8 +91,7 @@ class LoRA(formulas.LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return alpha_of(self) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check_spec(self, spec: WeightSpec) -> None:
         if not self.bias and not INITS[self.init].needs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.methods.core.checks import need_alpha, need_rank
+from adapters.methods.core.checks import alpha_of, need_alpha, need_rank
 from adapters.methods.core.method import Method
 from adapters.methods.core.spec import WeightSpec
 from adapters.methods.core.tensors import Tensors
@@ -47,7 +47,7 @@ class LycorisGLoRA(Method):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_of(self) / self.rank
 
     def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         outputs, inputs = spec.shape

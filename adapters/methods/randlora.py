@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import TargetError
-from adapters.methods.core.checks import need, need_alpha, need_rank, need_seed
+from adapters.methods.core.checks import alpha_of, need, need_alpha, need_rank, need_seed
 from adapters.methods.core.formulas import LowRank
 from adapters.methods.core.spec import WeightSpec
 from adapters.methods.core.tensors import Tensors
@@ -107,7 +107,7 @@ class RandLoRA(LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_of(self) / self.rank
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -39,6 +39,12 @@ def need_alpha(method: Any) -> None:
     need(is_number(method.alpha), method, "an alpha that is a finite number", method.alpha)
 
 
+def alpha_of(method: Any) -> float:
+    """`alpha`, in which `need_alpha` leaves no None."""
+    alpha: float = method.alpha
+    return alpha
+
+
 def need_number(method: Any, name: str) -> None:
     """Check that a hyperparameter is a finite number."""
     value = getattr(method, name)
