@@ -2,8 +2,8 @@
 
 A module states a `FORMAT`, which goes by the module's name. Each says of a file, knowing no other format, whether it is
 SURE of it, can read it as a FALLBACK, or NO. The surest wins: a format that is SURE, and only where none is, one that
-takes the file as a FALLBACK. Two that are equally sure are an error that names both. So are formats that read two files
-of different kinds in one folder, safetensors and GGUF, where each is the surest of its kind.
+takes the file as a FALLBACK. But nothing is dropped in silence: a FALLBACK that reads more files than the one that is
+SURE, such as settings beside the tensors, counts as well. Two that count are an error that names both.
 """
 
 from __future__ import annotations
@@ -52,10 +52,19 @@ def canonical(name: str) -> str:
 
 
 def recognised(probe: Probe) -> list[str]:
-    """The names of the formats that a file may be of by the rule of this package: one, if it is clear."""
+    """The names of the formats that a file may be of, by the rule of this package: one, if that is clear."""
     matches = {name: format.recognise(probe) for name, format in formats().items()}
-    surest: dict[str, Match] = {}
-    for name, match in matches.items():
-        suffix = formats()[name].suffix
-        surest[suffix] = max(match, surest.get(suffix, Match.NO))
-    return [name for name, match in matches.items() if match and match == surest[formats()[name].suffix]]
+    sure = [formats()[name] for name, match in matches.items() if match is Match.SURE]
+    return [
+        name
+        for name, match in matches.items()
+        if match is Match.SURE
+        or (match is Match.FALLBACK and not any(_reads_as_much(one, formats()[name], probe) for one in sure))
+    ]
+
+
+def _reads_as_much(format: Format, other: Format, probe: Probe) -> bool:
+    """Whether a format reads every file that another one would read here."""
+    beside = {name for name in other.files if probe.file is None or name != probe.file.name}
+    there = {name for name in beside if (probe.folder / name).is_file()}
+    return format.suffix == other.suffix and there <= {*format.files}
