@@ -14,7 +14,7 @@ from torch import Tensor
 import weights
 from adapters.files.resolve.path_index import CheckpointWeight, PathIndex, checkpoint_index
 from adapters.layers.dtypes import is_narrow
-from weights.disk.header import Slot
+from weights.disk.header import TensorInfo
 from weights.families import head_classes
 from weights.tensors.open import read_settings
 
@@ -37,9 +37,9 @@ class Checkpoint:
         return cls(source, weights.open_parts(source))
 
     @cached_property
-    def slots(self) -> Mapping[str, Slot]:
+    def infos(self) -> Mapping[str, TensorInfo]:
         """The type and the shape of each tensor."""
-        return {name: self.parts[part].slots[own] for name, (part, own) in self._places.items()}
+        return {name: self.parts[part].infos[own] for name, (part, own) in self._places.items()}
 
     @cached_property
     def settings(self) -> Mapping[str, Mapping[str, Any]]:
@@ -49,7 +49,7 @@ class Checkpoint:
     @cached_property
     def index(self) -> PathIndex[CheckpointWeight]:
         """The weights by path, for the names in adapter files."""
-        return checkpoint_index(self.slots, SimpleNamespace(**_of_text(self.settings.get("", {}))))
+        return checkpoint_index(self.infos, SimpleNamespace(**_of_text(self.settings.get("", {}))))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -58,9 +58,9 @@ class Checkpoint:
 
     def is_quantized(self, name: str) -> bool:
         """Whether the numbers of a tensor are codes rather than the weight itself."""
-        dtype, scale = self.slots[name].dtype, f"{name.rpartition('.')[0]}.scale_weight"
+        dtype, scale = self.infos[name].dtype, f"{name.rpartition('.')[0]}.scale_weight"
         return not dtype.is_floating_point or (
-            is_narrow(dtype) and any(other.startswith(f"{name}_scale") or other == scale for other in self.slots)
+            is_narrow(dtype) and any(other.startswith(f"{name}_scale") or other == scale for other in self.infos)
         )
 
     def tied(self) -> set[str]:
@@ -69,8 +69,8 @@ class Checkpoint:
         for part, settings in self.settings.items():
             text = _of_text(settings)
             rows, says = text.get("vocab_size"), {**text, **settings}.get("tie_word_embeddings")
-            slots = self.parts[part].slots
-            large = {name for name, slot in slots.items() if len(slot.shape) == 2 and slot.shape[0] == rows}
+            infos = self.parts[part].infos
+            large = {name for name, info in infos.items() if len(info.shape) == 2 and info.shape[0] == rows}
             headed = any(str(name).endswith(head_classes()) for name in settings.get("architectures") or ())
             if headed and (says or (says is None and len(large) == 1)):
                 tied |= {f"{part}.{name}".removeprefix(".") for name in large}

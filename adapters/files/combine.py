@@ -26,7 +26,7 @@ from adapters.methods.core.method import Branch
 from adapters.methods.lora import LoRA
 from adapters.patch.combine import Combination, How, WeightedSum, check_additive
 from adapters.targets.target import Target
-from weights.disk.header import Slot
+from weights.disk.header import TensorInfo
 
 
 @torch.no_grad()
@@ -171,14 +171,14 @@ def _by_themselves(given: Sequence[Given], flattened: bool) -> _Found:
         given: The adapters.
         flattened: Whether names without dots will do.
     """
-    slots: dict[str, Slot] = {}
+    infos: dict[str, TensorInfo] = {}
     for name, file, _ in given:
         with naming(name):
-            slots.update(_shown(replace(file, flattened=file.flattened and not flattened)))
-    index = checkpoint_index(slots)
+            infos.update(_shown(replace(file, flattened=file.flattened and not flattened)))
+    index = checkpoint_index(infos)
     adapters = [resolve(index, replace(file, components=(), flattened=False)) for _, file, _ in given]
     components = tuple(dict.fromkeys(part for _, file, _ in given for part in file.components))
-    return _Found(adapters, Skeleton(slots), None, components)
+    return _Found(adapters, Skeleton(infos), None, components)
 
 
 def _in_base(given: Sequence[Given], base: str | PathLike[str]) -> _Found:
@@ -193,7 +193,7 @@ def _in_base(given: Sequence[Given], base: str | PathLike[str]) -> _Found:
         names = {part for _, file, _ in given for part in file.components or ("",)}
         components = tuple(filter(None, names)) if len(names) == 1 else ()
         prefix = "".join(f"{part}." for part in components)
-    return _Found(adapters, Skeleton(checkpoint.slots), checkpoint.read, components, prefix)
+    return _Found(adapters, Skeleton(checkpoint.infos), checkpoint.read, components, prefix)
 
 
 def _weighted_sums(given: Sequence[Given], found: _Found) -> tuple[list[WeightedSum], dict[str, weights.LayerWeights]]:
@@ -216,7 +216,7 @@ def _weighted_sums(given: Sequence[Given], found: _Found) -> tuple[list[Weighted
     return [WeightedSum.of(target, there, names[target]) for target, there in sources.items()], copied
 
 
-def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:
+def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, TensorInfo]]:
     """The names and shapes of the weights that a file is for.
 
     Raises:
@@ -234,10 +234,10 @@ def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:
             raise AdapterError(f"{path} cannot be combined: the update by {method} depends on the weight.")
         if layer.method == Copy.key:
             for name, tensor in layer.tensors.items():
-                yield f"{path.removesuffix(f'.{name}')}.{name}", Slot(tensor.dtype, tuple(tensor.shape), 0, 0)
+                yield f"{path.removesuffix(f'.{name}')}.{name}", TensorInfo(tensor.dtype, tuple(tensor.shape), 0, 0)
         elif layer.method != LoRA.key or a is None or b is None or not 2 <= a.ndim == b.ndim:
             raise AdapterError(f"The tensors for {path} do not show the shape of the weight: give its base model.")
         elif "lora_A" in layer.tensors:
-            yield f"{path}.weight", Slot(a.dtype, (len(b), *a.shape[1:]), 0, 0)
+            yield f"{path}.weight", TensorInfo(a.dtype, (len(b), *a.shape[1:]), 0, 0)
         else:
-            yield f"{path}.weight", Slot(a.dtype, (a.shape[1], len(b)), 0, 0)
+            yield f"{path}.weight", TensorInfo(a.dtype, (a.shape[1], len(b)), 0, 0)

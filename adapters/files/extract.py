@@ -83,14 +83,14 @@ def extract_files(
         raise AdapterError("Say how large the adapter may be: by rank=, or by the energy= that it has to keep.")
     check_size(rank, energy)
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
-    if not before.slots.keys() & after.slots.keys():
+    if not before.infos.keys() & after.infos.keys():
         raise AdapterError(f"{base} and {tuned} have no tensor of one name: these are no versions of one model.")
     tied = before.tied()
     generator = torch.Generator().manual_seed(seed)
     here, chosen = _selected(before, targets, exclude)
     layers: dict[str, weights.LayerWeights] = {}
     errors: dict[str, float] = {}
-    left_out = dict.fromkeys(before.slots.keys() ^ after.slots.keys(), "only one of the checkpoints has it")
+    left_out = dict.fromkeys(before.infos.keys() ^ after.infos.keys(), "only one of the checkpoints has it")
     for name, difference in _differences(before, after, left_out, progress):
         target = here.get(name)
         matrix = None if target is None else LoRA().matrix(target.module, target.parameter)
@@ -102,7 +102,7 @@ def extract_files(
             left_out[name] = "the embedding and the output head at once, and a LoRA is for one of them"
         else:
             update = matrix.read(difference)
-            branch = lora_of(target, nearest(update, rank, energy, generator), dtype or after.slots[name].dtype)
+            branch = lora_of(target, nearest(update, rank, energy, generator), dtype or after.infos[name].dtype)
             layers[target.path] = content_of(branch)
             up, down = cast(LoRA, branch.method).factors(branch.values(update.dtype))
             size = torch.linalg.vector_norm(update)
@@ -123,7 +123,7 @@ def _selected(
     checkpoint: Checkpoint, targets: Patterns | None, exclude: Patterns | None
 ) -> tuple[dict[str, Target], set[str]]:
     """The targets of a checkpoint by the name of the tensor, and the names of those that are selected."""
-    model = Skeleton(checkpoint.slots).model()
+    model = Skeleton(checkpoint.infos).model()
     here = {_tensor_name(target): target for target in all_targets(model)}
     if targets is None and exclude is None:
         return here, set(here)
@@ -139,12 +139,12 @@ def _differences(
     before: Checkpoint, after: Checkpoint, left_out: dict[str, str], progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The differences of two checkpoints by the name of the tensor; those that cannot be computed are left out."""
-    both = [name for name in before.slots if name in after.slots]
-    sizes = {name: before.slots[name].stop - before.slots[name].start for name in both}
+    both = [name for name in before.infos if name in after.infos]
+    sizes = {name: before.infos[name].stop - before.infos[name].start for name in both}
     done = 0
     for name in both:
         done += sizes[name]
-        if before.slots[name].shape != after.slots[name].shape:
+        if before.infos[name].shape != after.infos[name].shape:
             left_out[name] = "shape mismatch"
         elif (one := before.read(name)).dtype != (other := after.read(name)).dtype or not torch.equal(one, other):
             if {one.dtype, other.dtype} <= _COUNTS:

@@ -119,7 +119,7 @@ def _branches(
     """The branches of all adapters by the path of their module in the checkpoint, each with its scale."""
     modules = {layer.weight.path: layer.weight.module for adapter in resolved for layer in adapter.layers}
     active: dict[str, Active] = {}
-    targets = Skeleton(checkpoint.slots).targets_of(resolved, checkpoint.read)
+    targets = Skeleton(checkpoint.infos).targets_of(resolved, checkpoint.read)
     for (name, file, scale), layers in zip(given, targets, strict=True):
         with naming(name):
             for target, branch in restore_all(layers, file):
@@ -135,12 +135,12 @@ def _changes(
         for name in dict.fromkeys(name for branch, _ in there for name in branch.names):
             active, others = _involved(there, name)
             full = f"{path}.{name}"
-            if full in checkpoint.slots:
+            if full in checkpoint.infos:
                 if checkpoint.is_quantized(full):
-                    kind = checkpoint.slots[full].dtype
+                    kind = checkpoint.infos[full].dtype
                     raise AdapterError(f"{full} is quantized, to {kind}: merge into the model it was made of.")
                 if all(is_low_rank(branch, name) for branch, _ in active):
-                    yield full, ByRows(_LowRankRows(active, checkpoint.slots[full].shape[0], dtype))
+                    yield full, ByRows(_LowRankRows(active, checkpoint.infos[full].shape[0], dtype))
                 else:
                     yield full, partial(_changed, checkpoint, path, name, others, active, dtype)
             elif any(_makes_bias(branch) for branch, _ in active):
@@ -218,9 +218,9 @@ def _changed(
     """
     tensor = tensor if dtype is None else widened(tensor)
     with torch.no_grad():
-        slots = checkpoint.slots
+        infos = checkpoint.infos
         own: dict[str, Tensor | None] = {
-            other: checkpoint.read(f"{path}.{other}") if f"{path}.{other}" in slots else None for other in others
+            other: checkpoint.read(f"{path}.{other}") if f"{path}.{other}" in infos else None for other in others
         }
         return cast(Tensor, adapted_weights({**own, name: tensor}, active)[name])
 

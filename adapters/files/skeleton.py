@@ -15,7 +15,7 @@ from adapters.files.resolve.resolved import ResolvedAdapter, ResolvedLayer
 from adapters.layers.kinds import CONVOLUTIONS, TRANSPOSED, Conv1D
 from adapters.methods import METHODS
 from adapters.targets.target import Target
-from weights.disk.header import Slot
+from weights.disk.header import TensorInfo
 
 _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?(_tokens|_positions|_in|_out)?|wte|wpe|shared")
 _KERNELS = {3: 0, 4: 1, 5: 2}  # Dimensions of the weight, and the place of the class.
@@ -30,12 +30,12 @@ class Skeleton:
     that of all others, where these agree.
     """
 
-    def __init__(self, slots: Mapping[str, Slot]) -> None:
-        self.slots = slots
-        self._parameters: dict[str, dict[str, Slot]] = {}
-        for name, slot in slots.items():
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self.infos = infos
+        self._parameters: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in infos.items():
             path, _, parameter = name.rpartition(".")
-            self._parameters.setdefault(path, {})[parameter] = slot
+            self._parameters.setdefault(path, {})[parameter] = info
         self._in_columns: dict[tuple[str, int], set[bool]] = {}
         for path in self._parameters:
             shown = self._shown(path)
@@ -74,7 +74,7 @@ class Skeleton:
         layers = {path: self.layer(path, buffers[path], some) for path, some in contents.items()}
         for path, layer in layers.items():
             for name in sorted(buffers[path]):
-                if read is not None and f"{path}.{name}" in self.slots:
+                if read is not None and f"{path}.{name}" in self.infos:
                     layer.register_buffer(name, read(f"{path}.{name}"))
         known: dict[CheckpointWeight, Target] = {}
         for adapter in adapters:
@@ -96,14 +96,16 @@ class Skeleton:
             buffers: The names of its tensors that are no parameters, which are left out.
             content: The adapters of its weight, which show whether that is an embedding.
         """
-        parameters = {name: slot for name, slot in self._parameters[path].items() if name not in buffers}
+        parameters = {name: info for name, info in self._parameters[path].items() if name not in buffers}
         layer = self._made(path, parameters, content)
-        for name, slot in parameters.items():
-            zero = torch.zeros((), dtype=slot.dtype).expand(slot.shape)  # A method may start at a copy of it.
+        for name, info in parameters.items():
+            zero = torch.zeros((), dtype=info.dtype).expand(info.shape)  # A method may start at a copy of it.
             layer._parameters[name] = nn.Parameter(zero, requires_grad=False)
         return layer
 
-    def _made(self, path: str, parameters: Mapping[str, Slot], content: Iterable[weights.LayerWeights]) -> nn.Module:
+    def _made(
+        self, path: str, parameters: Mapping[str, TensorInfo], content: Iterable[weights.LayerWeights]
+    ) -> nn.Module:
         if "weight" not in parameters:
             return nn.Module()
         shape, bias = parameters["weight"].shape, "bias" in parameters

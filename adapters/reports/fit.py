@@ -61,7 +61,7 @@ def fit(file: weights.AdapterFile, checkpoint: Checkpoint) -> Fitted:
     prompts = [layer.weight.path for layer in resolved.layers if not _changes_weight(layer.content)]
     unchecked = dict.fromkeys(([] if resolved.whole_model is None else [""]) + prompts, _ONLY_THE_MODEL)
     checked = [layer for layer in resolved.layers if layer.weight.path not in unchecked]
-    (layers,) = Skeleton(checkpoint.slots).targets_of([replace(resolved, layers=checked)], checkpoint.read)
+    (layers,) = Skeleton(checkpoint.infos).targets_of([replace(resolved, layers=checked)], checkpoint.read)
     branches, wrong = _branches(layers, file)
     refused = [*resolved.mismatches, *(f"{path}: {problem}" for path, problem in wrong.items())]
     refused += [f"{name} is for no layer" for name in file.others]

@@ -189,9 +189,9 @@ def _facts(
 def _untouched(checkpoint: Checkpoint, fitted: Iterable[Fitted]) -> dict[str, tuple[int, ...]]:
     touched = {path for one in fitted for path in one.file.layers}
     shapes = {
-        name.removesuffix(".weight"): slot.shape
-        for name, slot in checkpoint.slots.items()
-        if name.endswith(".weight") and len(slot.shape) > 1
+        name.removesuffix(".weight"): info.shape
+        for name, info in checkpoint.infos.items()
+        if name.endswith(".weight") and len(info.shape) > 1
     }
     return {path: shapes[path] for path in sorted(shapes, key=natural) if path not in touched}
 
@@ -211,7 +211,7 @@ def _weight_of(checkpoint: Checkpoint | None) -> _Weight:
 
     def weight_of(name: str) -> tuple[Tensor | None, float | None]:
         nonlocal last
-        if checkpoint is None or name not in checkpoint.slots or not checkpoint.slots[name].dtype.is_floating_point:
+        if checkpoint is None or name not in checkpoint.infos or not checkpoint.infos[name].dtype.is_floating_point:
             return None, None
         if last[0] != name:
             last = (None, None, None)  # So that there is only one at a time.

@@ -267,7 +267,7 @@ def test_codes_are_no_numbers(base: Path, tmp_path: Path) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     weights.save(tensors, tmp_path / "small.safetensors")
     adapters.merge_files(tmp_path / "small.safetensors", {adapter: 1.0}, tmp_path / "out.safetensors")
-    assert weights.open(tmp_path / "out.safetensors").slots[name].dtype is torch.float8_e4m3fn
+    assert weights.open(tmp_path / "out.safetensors").infos[name].dtype is torch.float8_e4m3fn
     (tmp_path / "out.safetensors").unlink()
     weights.save({**tensors, f"{name}_scale": torch.ones(1)}, tmp_path / "small.safetensors")
     refused(tmp_path / "small.safetensors", adapter, "is quantized")

@@ -128,9 +128,9 @@ def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
 
     one, other = Checkpoint.open(a), Checkpoint.open(b)
     kinds, other_kinds = (
-        {name: (type_of(slot), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
+        {name: (type_of(info), info.shape) for name, info in some.infos.items()} for some in (one, other)
     )
-    sizes = {name: one.slots[name].stop - one.slots[name].start for name in kinds if name in other_kinds}
+    sizes = {name: one.infos[name].stop - one.infos[name].start for name in kinds if name in other_kinds}
     done = 0
     with progress_in_bytes("Comparing") as step:
 

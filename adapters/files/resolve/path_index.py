@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import nn
 
 from adapters.targets.target import Target, all_targets
-from weights.disk.header import Slot
+from weights.disk.header import TensorInfo
 
 
 class NamedWeight(Protocol):
@@ -116,7 +116,7 @@ class CheckpointWeight:
         return self.shape[1 if stacked else 0]
 
 
-def checkpoint_index(tensors: Mapping[str, Slot], config: object = None) -> PathIndex[CheckpointWeight]:
+def checkpoint_index(tensors: Mapping[str, TensorInfo], config: object = None) -> PathIndex[CheckpointWeight]:
     """The path index of a checkpoint, given the header entries of its tensors by name."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
