@@ -132,7 +132,7 @@ def _changes(
 ) -> Iterator[tuple[str, Change]]:
     """The change of each tensor of a checkpoint that branches change, by its name."""
     for path, there in branches.items():
-        for name in dict.fromkeys(name for branch, _ in there for name in branch.names):
+        for name in dict.fromkeys(name for branch, _ in there for name in branch.changes):
             active, others = _involved(there, name)
             full = f"{path}.{name}"
             if full in checkpoint.infos:
@@ -154,8 +154,8 @@ def _involved(branches: Active, name: str) -> tuple[Active, list[str]]:
     """The branches that a merged parameter depends on, and the other parameters that it depends on."""
     names = {name}
     while True:
-        active = [(branch, scale) for branch, scale in branches if names.intersection(branch.names)]
-        known = names.union(*(branch.names for branch, _ in active))
+        active = [(branch, scale) for branch, scale in branches if names.intersection(branch.changes)]
+        known = names.union(*(branch.changes for branch, _ in active))
         if known == names:
             return active, sorted(names - {name})
         names = known
@@ -164,7 +164,7 @@ def _involved(branches: Active, name: str) -> tuple[Active, list[str]]:
 def _makes_bias(branch: Branch) -> bool:
     """Whether a layer without a bias gets one."""
     weight = torch.empty(branch.matrix.shape, device="meta")
-    return len(branch.names) > 1 and branch.method.update_bias(None, weight, branch.values()) is not None
+    return len(branch.changes) > 1 and branch.method.update_bias(None, weight, branch.values()) is not None
 
 
 def _check_tied(checkpoint: Checkpoint, branches: Mapping[str, Active]) -> None:

@@ -94,7 +94,7 @@ class GLoRA(Method):
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         """The tensors, and full zeros for those that are `"none"`, as files have them."""
         tensors = super().file_tensors(branch)
-        for letter, (form, shape) in self._parts(branch.matrix.shape, len(branch.names) > 1).items():
+        for letter, (form, shape) in self._parts(branch.matrix.shape, len(branch.changes) > 1).items():
             if form == "none":
                 tensors[f"glora_{letter}_zeros"] = torch.zeros(shape, dtype=branch.dtype)
         return tensors

@@ -200,7 +200,7 @@ def _base_weight(attachment: Attachment) -> nn.Parameter:
     weight = node.base_weight(parameter)
     if not (is_stored(node.base, parameter) and isinstance(weight, nn.Parameter) and weight.is_floating_point()):
         raise TargetError(f"{attachment.path} has no weight that takes a gradient: give it a LoRA with another init.")
-    if any(parameter in branch.names for branch, _ in node.merged):
+    if any(parameter in branch.changes for branch, _ in node.merged):
         raise PatchStateError(
             f"{attachment.path} has another patch merged in: unmerge it, to find the gradient of its own."
         )

@@ -134,12 +134,12 @@ def _of_others(patch: PatchRecord, merged: Active) -> Active:
 
 
 def _names(branches: Active) -> list[str]:
-    return [name for branch, _ in branches for name in branch.names]
+    return [name for branch, _ in branches for name in branch.changes]
 
 
 def _require_mergeable(patch: PatchRecord) -> None:
     for attachment in patch.attachments:
-        if not attachment.branch.names:
+        if not attachment.branch.changes:
             raise PatchStateError(
                 f"{attachment.path} cannot be merged: {type(attachment.branch.method).__name__} is no change of"
                 " weights. Leave the patch in the model, and switch it by `enabled` or `adapters.use`."

@@ -46,7 +46,7 @@ def in_place(node: AdaptedLayer, branches: Active, users: Counter[int]) -> InPla
         or not weight.is_floating_point()
         or is_narrow(weight.dtype)
         or not weight.is_contiguous()
-        or not all(is_low_rank(branch, name) and branch.names == (name,) for branch, _ in branches)
+        or not all(is_low_rank(branch, name) and branch.changes == (name,) for branch, _ in branches)
     ):
         return None
     return InPlace(weight, updates_of(branches, weight))

@@ -71,9 +71,9 @@ class AdaptedLayer(TransparentNode):
 
         Branches that cannot be merged come last, so that merging the others changes nothing.
         """
-        outside = [item for item in active if not item[0].names]
+        outside = [item for item in active if not item[0].changes]
         if outside:
-            active = [*(item for item in active if item[0].names), *outside]
+            active = [*(item for item in active if item[0].changes), *outside]
         inside = self._count_inside(active)
         merged = self._merged
         if not merged:
@@ -98,7 +98,7 @@ class AdaptedLayer(TransparentNode):
         plain = is_plain(self.base)
         count = 0
         for number, (branch, _) in enumerate(active, start=1):
-            if not (branch.bypass and (plain or not branch.names)):
+            if not (branch.bypass and (plain or not branch.changes)):
                 count = number
         return count
 
@@ -108,7 +108,7 @@ class AdaptedLayer(TransparentNode):
         """Whether every branch runs beside the layer, on each row by itself, so that one graph does for any choice."""
         if "_tensor_parallel" in self.__dict__ or not is_plain(self.base) or self._merged:
             return False
-        return all(branch.bypass and branch.names for branch in self.branches)
+        return all(branch.bypass and branch.changes for branch in self.branches)
 
     def _traced(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """All branches, at the strengths that are looked up when the graph runs."""

@@ -43,7 +43,7 @@ def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[st
 
     Sharded ones are gathered for it, so that no formula has to know of shards, and the outcome is sharded alike.
     """
-    touched = dict.fromkeys(name for branch, _ in active for name in branch.names)
+    touched = dict.fromkeys(name for branch, _ in active for name in branch.changes)
     wide = {name: None if (weight := own[name]) is None else widened(gather(weight)) for name in touched}
     for branch, scale in active:
         wide = branch.change(wide, scale)
@@ -61,7 +61,7 @@ def merged_copies(own: Mapping[str, Tensor | None], active: Active) -> dict[str,
     """Merged copies of the weights, bit-identical to merging in place where that can be done."""
     merged: dict[str, Tensor | None] = {}
     for name, weight in own.items():
-        changing = [item for item in active if name in item[0].names]
+        changing = [item for item in active if name in item[0].changes]
         plain = type(weight) in (Tensor, nn.Parameter) and all(is_low_rank(branch, name) for branch, _ in changing)
         if weight is None or not plain or not weight.is_floating_point():
             return adapted_weights(own, active)

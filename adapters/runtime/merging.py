@@ -41,7 +41,7 @@ class MergingNode(Node):
         weight = read_weight(self.base, name)
         if weight is not None and isinstance(chosen, Rows):
             return weight.detach().as_subclass(RowWeight)
-        if weight is not None and any(not branch.names for branch, _ in chosen):
+        if weight is not None and any(not branch.changes for branch, _ in chosen):
             return weight.detach().as_subclass(NoWeight)
         if isinstance(chosen, Rows) or uses(chosen) == uses(self._merged):
             return self._computed.get(name, weight)
@@ -60,19 +60,19 @@ class MergingNode(Node):
         raw = self.base._parameters.get(name)
         if not is_quantized(raw) or isinstance(chosen := self.active_branches(), Rows):
             return self.effective_weight(name)
-        untouched = all(branch.names and name not in branch.names for branch, _ in chosen)
+        untouched = all(branch.changes and name not in branch.changes for branch, _ in chosen)
         return raw if untouched else self.effective_weight(name)
 
     def _may_change(self, name: str) -> bool:
         """Whether the layer's own parameter may not be what this node computes with."""
         branches = self.branches
-        if any(name in branch.names for branch in branches):
+        if any(name in branch.changes for branch in branches):
             return True
-        return not all(branch.names for branch in branches) and self.base._parameters.get(name) is not None
+        return not all(branch.changes for branch in branches) and self.base._parameters.get(name) is not None
 
     def _weights(self, active: Active) -> dict[str, Tensor | None]:
         """The weights that compute just these branches, where they are not those that the layer has."""
-        names = [name for branch, _ in (*self._merged, *active) for name in branch.names]
+        names = [name for branch, _ in (*self._merged, *active) for name in branch.changes]
         return adapted_weights({name: self.base_weight(name) for name in names}, active)
 
     @property
@@ -162,7 +162,7 @@ class MergingNode(Node):
 
 
 def _names(branches: Active) -> list[str]:
-    return [name for branch, _ in branches for name in branch.names]
+    return [name for branch, _ in branches for name in branch.changes]
 
 
 def _use(branch: Branch) -> object:

@@ -53,7 +53,7 @@ def exact(patch: Patch, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     (place,) = patch.attachments
     branch = copy.deepcopy(place.branch).double()
     layer = copy.deepcopy(place.target).double()
-    own = {name: getattr(layer, name).detach() for name in branch.names}
+    own = {name: getattr(layer, name).detach() for name in branch.changes}
     output = torch.func.functional_call(layer, branch.change(own, 1.0), (x.double(),))
     parameters = [parameter for _, parameter in branch.named_weights()]
     return output, list(torch.autograd.grad(output.square().sum(), parameters))

@@ -38,8 +38,8 @@ def build(method: Method, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch
     """A new branch of a method for a weight, with the tensors that it shares with others."""
     branch = method.build(spec, shared)
     branch.method, branch.matrix, branch.parameter = method, spec.matrix, spec.parameter
-    branch.names = method.changes(spec)
-    branch.bypass = method.bypass(spec.layer, spec.matrix) and (not branch.names or spec.parameter == "weight")
+    branch.changes = method.changes(spec)
+    branch.bypass = method.bypass(spec.layer, spec.matrix) and (not branch.changes or spec.parameter == "weight")
     return branch
 
 

@@ -27,7 +27,7 @@ class Branch(fl.Chain):
         method: The hyperparameters and the formula.
         matrix: The weight as a matrix; `Matrix.whole` where the method changes no weight.
         parameter: The name of the weight in its layer.
-        names: The parameters of the layer that the branch changes, the weight first. Empty for a method that cannot be
+        changes: The parameters of the layer that the branch changes, the weight first. Empty for a method that cannot be
             merged.
         bypass: Whether the method computes it beside the layer, if that is linear in its weight.
         common: The names of the tensors that all branches of the method share, in the patch.
@@ -47,7 +47,7 @@ class Branch(fl.Chain):
     method: Method
     matrix: Matrix
     parameter: str
-    names: tuple[str, ...]
+    changes: tuple[str, ...]
     bypass: bool
     common: frozenset[str] = frozenset()
     constants: frozenset[str] = frozenset()
@@ -64,11 +64,11 @@ class Branch(fl.Chain):
         """
         changed = dict(weights)
         weight = weights[self.parameter]
-        if weight is None or not self.names:
+        if weight is None or not self.changes:
             return changed
         tensors, matrix = self.values(weight.dtype), self.matrix.read(weight)
         changed[self.parameter] = self.matrix.write(self.method.change(matrix, tensors, scale), like=weight)
-        for name in self.names[1:]:
+        for name in self.changes[1:]:
             bias, updated = weights[name], self.method.update_bias(weights[name], matrix, tensors)
             if updated is not None:
                 changed[name] = (torch.zeros_like(updated) if bias is None else bias).lerp(updated, scale)
