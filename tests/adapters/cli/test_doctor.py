@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 
 from tests.adapters.cli.files import document, done, fluxion
-from tests.adapters.cli.test_cli import installed
+from tests.processes import installed
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import READER, WRITER, HubServer
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ import adapters
 import weights
 from tests.adapters.cli.files import MINILM, contents, document, done, fluxion, refused, serve
 from tests.adapters.pipeline import pipeline
+from tests.processes import start
 from tests.weights.hub_server import HubServer
 
 
@@ -116,10 +115,7 @@ def test_ctrl_c_leaves_nothing_that_looks_whole_and_the_same_command_goes_on(sty
     )
     out = tmp_path / "out"
     command = ("merge", MINILM, out, "--adapter", f"{style}=0.7")
-    environment = {**os.environ, "PYTHONPATH": str(Path(adapters.__file__).parents[1])}
-    running = subprocess.Popen(
-        [sys.executable, "-c", slow, *map(str, command)], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    running = start(sys.executable, "-c", slow, *command, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.part/files/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
