@@ -92,11 +92,12 @@ def test_an_adapter_and_a_checkpoint(style: Path) -> None:
     assert {one["what"] for one in differences(style, MINILM)} == {"only in A", "only in B"}
 
 
-def test_on_the_hub(hub: HubServer, style: Path) -> None:
-    serve(hub, "someone/style-lora", style)
-    serve(hub, "someone/model", MINILM)
-    assert differences("someone/style-lora", style) == []
-    assert differences("someone/model", MINILM) == []
+def test_on_the_hub(hub: HubServer, small: Path) -> None:
+    serve(hub, "someone/style-lora", small / "style")
+    serve(hub, "someone/model", small / "model")
+    assert differences("someone/style-lora", small / "style") == []
+    assert differences("someone/model", small / "model") == []
+    assert differences("someone/model", small / "tuned") != []
 
 
 def test_code_2_where_there_is_nothing_to_compare(style: Path, tmp_path: Path) -> None:

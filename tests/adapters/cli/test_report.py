@@ -82,11 +82,11 @@ def test_a_wrong_base(style: Path, page: Path, tmp_path: Path) -> None:
     assert "0 of 12 layers fit; 12 problems" in page.read_text("utf-8")
 
 
-def test_on_the_hub(hub: HubServer, style: Path, page: Path) -> None:
-    serve(hub, "someone/style-lora", style)
-    serve(hub, "someone/model", MINILM)
+def test_on_the_hub(hub: HubServer, small: Path, page: Path) -> None:
+    serve(hub, "someone/style-lora", small / "style")
+    serve(hub, "someone/model", small / "model")
     done("report", "someone/style-lora", "--base", "someone/model", "--output", page)
-    assert "12 of 12 layers fit" in page.read_text("utf-8")
+    assert "4 of 4 layers fit" in page.read_text("utf-8")
 
 
 def test_several_methods(tmp_path: Path) -> None:
