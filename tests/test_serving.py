@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.thinned import exhaustive
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "serve.py"
 TEXTS = ("salt", "red leaves", "bees")
@@ -58,7 +60,7 @@ class Load:
         return self.resident * NBYTES
 
 
-LOADS = [Load(60, 8, 4, 6, 30, 32, 45), pytest.param(Load(200, 16, 8, 10, 60, 64, 150), marks=pytest.mark.exhaustive)]
+LOADS = [Load(60, 8, 4, 6, 30, 32, 45), exhaustive(Load(200, 16, 8, 10, 60, 64, 150))]
 
 
 @pytest.fixture(scope="module")

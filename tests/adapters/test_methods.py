@@ -57,6 +57,7 @@ from tests.adapters.models import snapshot
 from tests.adapters.support import ADAPTED, MAIN, UNTRIED
 from tests.adapters.test_layers import KINDS as LAYERS
 from tests.adapters.test_layers import floats, wrapped
+from tests.thinned import one_in
 
 NORMS: dict[str, Any] = {
     "layer normalisation": (lambda: wrapped(nn.LayerNorm((3, 4))), floats(4, 3, 4), None),
@@ -211,10 +212,8 @@ class Product:
 
 SUPPORTED = [(variant, kind) for variant in VARIANTS for kind in KINDS if kind in ADAPTED[variant]]
 # LoRA on all kinds of layers, every method on the first kind that it adapts, and of the rest every eighth.
-FIRST = dict(reversed(SUPPORTED))
-SAMPLED = [
-    pair for number, pair in enumerate(SUPPORTED) if pair[0] == "lora" or FIRST[pair[0]] == pair[1] or number % 8 == 0
-]
+ALL = one_in(8, ((pair,) for pair in SUPPORTED), key=lambda case: case if case[0][0] == "lora" else case[0][0])
+SAMPLED = [case.values[0] for case in ALL if not case.marks]
 
 
 def named(pair: tuple[str, str]) -> str:
@@ -222,10 +221,9 @@ def named(pair: tuple[str, str]) -> str:
 
 
 sampled = pytest.mark.parametrize("product", SAMPLED, ids=named, indirect=True)
-REST = [pytest.param(pair, marks=pytest.mark.exhaustive) for pair in SUPPORTED if pair not in SAMPLED]
 
 
-@pytest.fixture(params=[*SAMPLED, *REST], ids=named)
+@pytest.fixture(params=ALL, ids=named)
 def product(request: pytest.FixtureRequest) -> Product:
     return Product(*request.param)
 

@@ -24,6 +24,7 @@ from torch import nn
 import adapters
 from adapters import AdapterError, LoRA, Patch
 from tests.adapters.models import BUILDERS, build, perturb, snapshot
+from tests.thinned import exhaustive
 
 NAMES = ("a", "b", "c", "d.e")
 SCALES = (0.0, 0.5, 1.0, -2.0)
@@ -216,7 +217,7 @@ class Sequences(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("count", [2, exhaustive(20)])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_sequences(name: str, count: int) -> None:
     torch.default_generator.manual_seed(0)

@@ -10,13 +10,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.thinned import exhaustive
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, and kills")
-@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.exhaustive)])
-def test_nothing_is_lost(rounds: int) -> None:
+@pytest.mark.parametrize(("rounds", "seconds"), [(2, 0.1), exhaustive(20, 2.0)])
+def test_nothing_is_lost(rounds: int, seconds: float) -> None:
     """In a process of its own, which has one thread: what is forked from several may wait forever."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--rounds", str(rounds), "--seconds", "0.1", "--seed", str(os.getpid())],
+        [
+            sys.executable,
+            "-m",
+            "tests.faults",
+            "--rounds",
+            str(rounds),
+            "--seconds",
+            str(seconds),
+            "--seed",
+            str(os.getpid()),
+        ],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
