@@ -18,12 +18,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: setup $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.run
-	$(BIN)/python -c 'from adapters.catalogue import page; print(page(), end="")' > docs/methods.md
+	$(BIN)/python docs/site/methods_page.py > docs/methods.md
+	mkdir -p build && $(BIN)/python docs/site/public_names.py > build/names && mv build/names adapters/__init__.pyi
 	$(BIN)/python docs/site/draw.py
 
 site: setup

@@ -148,6 +148,10 @@ class Adapter(Generic[T]):
                 node = node.parent
         return heir
 
+    def _base_children(self) -> Collection[nn.Module | None]:
+        """The children that belong to the base model: all of them, where an adapter written by hand is a part of it."""
+        return cast(fl.Chain, self)._modules.values()
+
     def _pre_structural_copy(self) -> None:
         if isinstance(self.target, fl.Chain):
             raise PatchStateError(
@@ -156,6 +160,22 @@ class Adapter(Generic[T]):
 
     def _post_structural_copy(self, source: Adapter[T]) -> None:
         self._target, self._outside = [source.target], WeakSlots()
+
+
+def base_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model in order, each once, adapted layers among them. What patches added is not entered."""
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        if module._modules:
+            children = module._modules.values()
+            below = module._base_children() if isinstance(module, Adapter) else children
+            stack += reversed([child for child in below if child is not None])
 
 
 def find_slots(root: nn.Module, module: nn.Module) -> list[Slot]:

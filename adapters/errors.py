@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from weights.errors import listed
+
 
 class AdapterError(ValueError):
     """Base of every error this package raises by itself."""
@@ -42,3 +46,9 @@ class RowsError(AdapterError):
         super().__init__(reason + where)
         self.reason = reason
         self.path = path
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """Raise one LayerMismatchError for all problems, if there are any."""
+    if problems:
+        raise LayerMismatchError(f"{what}: {listed(problems)}.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from adapters.factored import Factors, nearest, reduced
+from adapters.lowrank.svd import Factors, nearest, reduced
 from benchmarks.harness import Ratio, Row, Timed, median, ratio, report, rounds
 
 RANK = 32

@@ -6,8 +6,8 @@ import importlib.util
 import inspect
 from pathlib import Path
 
-from adapters.method import Method
 from adapters.methods import METHODS
+from adapters.methods.core.method import Method
 from benchmarks.harness import Row, report
 
 # Where a peer keeps what a method here does: folders of `peft.tuners`, and modules of `lycoris.modules`.

@@ -122,7 +122,12 @@ def test_sdist_holds_the_project(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "SECURITY.md", "LICENSE", "Makefile", "constraints.txt"} <= names
-    assert {"fluxion/chain.py", "adapters/patch.py", "weights/files.py", "tests/test_packaging.py"} <= names
+    assert {
+        "fluxion/chain.py",
+        "adapters/patch/patch.py",
+        "weights/tensors/open.py",
+        "tests/test_packaging.py",
+    } <= names
 
 
 def test_everything_the_project_installs_is_pinned() -> None:

@@ -2,7 +2,6 @@
 
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.adapter_io import formats_of, read_adapter, write_adapter
-from weights.card import model_card
 from weights.errors import (
     FileFormatError,
     FileWriteError,
@@ -13,11 +12,12 @@ from weights.errors import (
     SourceNotFoundError,
     WeightsError,
 )
-from weights.files import TensorFiles, open_parts, save
-from weights.files import open_tensors as open  # noqa: A004
-from weights.hub import download
-from weights.publishing import publish
-from weights.streaming import rewrite
+from weights.hub.card import model_card
+from weights.hub.download import download
+from weights.hub.publish import publish
+from weights.tensors.open import TensorFiles, open_parts, save
+from weights.tensors.open import open_tensors as open  # noqa: A004
+from weights.tensors.rewrite import rewrite
 
 __all__ = [
     "AdapterFile",

@@ -1,4 +1,4 @@
-"""What an adapter file says, whatever its grammar: which layers, which method, which numbers, which tensors."""
+"""`AdapterFile`, the content of an adapter file of any format: layers, methods, hyperparameters, tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+
+CONFIG = "adapter_config.json"
+"""The settings beside the tensors of PEFT's files, and of others."""
 
 Hyperparameter = int | float | bool | str | tuple[int, ...] | None
 

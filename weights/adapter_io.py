@@ -8,14 +8,14 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from weights import pickles
-from weights.adapter_file import AdapterFile
-from weights.atomic import settle
+from weights.adapter_file import CONFIG, AdapterFile
+from weights.disk.atomic import settle
 from weights.errors import FileFormatError, WeightsError
-from weights.files import is_finite
 from weights.formats import FORMATS, WRITTEN
 from weights.formats.found import Found
-from weights.sources import CONFIG, locate
+from weights.sources import locate
+from weights.tensors import pickles
+from weights.tensors.open import is_finite
 
 _TRIES = 20
 _READ = (".safetensors", ".json", ".bin", ".pt", ".gguf")  # endings of what is read

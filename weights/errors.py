@@ -1,4 +1,4 @@
-"""What can go wrong with files and with the Hub. Every message names the offending thing and the fix."""
+"""Errors of files and of the Hub. Every message names the offending thing and the fix."""
 
 from collections.abc import Sequence
 
@@ -38,6 +38,6 @@ class HubConnectionError(HubError):
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Problems in one sentence: the first few of them, and how many more there are."""
+    """Problems in one sentence: the first five, and the number of the others."""
     more = len(problems) - _MOST_SHOWN
     return "; ".join([*problems[:_MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])])

@@ -1,4 +1,4 @@
-"""Where tensors come from: a path on this machine, or a repository on the Hub."""
+"""Sources of tensors: a local path, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from fnmatch import fnmatch
 from os import PathLike
 from pathlib import Path
 
-from weights.atomic import settle
+from weights.adapter_file import CONFIG
+from weights.disk.atomic import settle
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.hub import Snapshot
-from weights.hub_path import HubPath
+from weights.hub.download import Snapshot
+from weights.hub.path import HubPath
 
 TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt")
 _BASE_MODEL = re.compile(r"(diffusion_pytorch_)?model\b.*|.*-\d{5}-of-\d{5}")  # of the name, without the ending
-CONFIG = "adapter_config.json"  # belongs to the tensors beside it
 
 
 def find(source: str | PathLike[str], revision: str | None) -> Path | HubPath:
-    """What `source` names: a path on this machine if it exists, else a place on the Hub.
+    """Parse a source: a local path if it exists, else a place on the Hub.
 
-    What a writer who was killed has left half done there is put in place.
+    Renames that a killed writer left unfinished there are finished.
 
     Raises:
         SourceNotFoundError: It neither exists nor has the form of a place on the Hub.
         HubError: It has, and could lead elsewhere.
-        FileWriteError: What was left cannot be put in place.
+        FileWriteError: They cannot be finished.
     """
     path = Path(source).expanduser()
     if _exists(path):
@@ -50,7 +50,7 @@ def locate(
     patterns: Sequence[str],
     max_bytes: int | None = None,
 ) -> Path:
-    """The local path of the adapter at `source`: itself where it exists, else a download of that adapter alone.
+    """Local path of the adapter at a source: the source itself where it exists, else a download of that adapter alone.
 
     From a folder of a repository come the files that match `patterns`, or else the only file of tensors that is not
     part of a base model.
@@ -104,7 +104,7 @@ def _only_adapter(place: HubPath, inside: Mapping[str, str], patterns: Sequence[
 
 
 def is_base_model(name: str) -> bool:
-    """Whether a file of tensors is called as those of whole models are, or is a shard of several."""
+    """Whether a tensor file has the name of a whole model, or of a shard."""
     return bool(_BASE_MODEL.fullmatch(name.removesuffix(TENSORS)))
 
 

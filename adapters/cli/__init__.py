@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 import traceback
+from importlib import import_module
 from typing import Any
 
 import click
 
-from adapters.cli.combine import combine
+from adapters.cli import commands
 from adapters.cli.console import plain, replace_what_cannot_be_encoded
-from adapters.cli.convert import convert
 from adapters.cli.damage import damage
-from adapters.cli.demo.command import demo
-from adapters.cli.diff import diff
-from adapters.cli.doctor import doctor
-from adapters.cli.extract import extract
-from adapters.cli.inspect import inspect
-from adapters.cli.merge import merge
-from adapters.cli.pull import pull
-from adapters.cli.push import push
-from adapters.cli.report import report
-from adapters.cli.resize import resize
-from adapters.cli.tree import tree
 
 # What a command needs beyond click it imports when it runs: torch takes seconds.
 
-_FAULT, _INTERRUPTED, _NO_READER = 70, 130, 141  # Codes at the end, as of sysexits.h and of shells.
+_FAULT, _INTERRUPTED, _NO_READER = 70, 130, 141  # Exit codes, as of sysexits.h and of shells.
 _EXPECTED = {"adapters.errors": "AdapterError", "fluxion.errors": "ChainError", "weights.errors": "WeightsError"}
 
 
@@ -55,7 +45,7 @@ class Commands(click.Group):
                 failure = getattr(self.commands.get(str(ctx.invoked_subcommand)), "failure", click.ClickException)
                 raise failure(_line(known)) from error
             traceback.print_exc()
-            click.echo("This is a fault of fluxion, not of what it was given.", err=True)
+            click.echo("This is an internal error of fluxion, not of its input.", err=True)
             ctx.exit(_FAULT)
 
 
@@ -72,13 +62,13 @@ def _is_expected(error: Exception) -> bool:
 
 
 _EPILOG = """\b
-The code at the end says how it went:
-  0    done; for diff: the same
-  1    refused or failed, with one line that says why; for diff: different; for doctor: something is wrong
-  2    the command line is wrong; for diff also: these cannot be compared
-  70   a fault of fluxion itself, with a traceback
-  130  stopped by Ctrl-C
-  141  what reads the output, as head does, has closed it
+Exit codes:
+  0    success; for diff: no differences
+  1    failure, explained in one line; for diff: differences; for doctor: problems
+  2    wrong usage; for diff also: the two cannot be compared
+  70   an internal error of fluxion, with a traceback
+  130  interrupted by Ctrl-C
+  141  the reader of the output, such as head, has closed it
 
 \b
 Completion, in the settings of your shell, for bash, zsh or fish:
@@ -94,5 +84,5 @@ def main() -> None:
     """Adapters for any PyTorch model: inject, toggle, merge, eject without a trace, publish."""
 
 
-for command in (demo, inspect, convert, merge, extract, resize, combine, tree, diff, report, pull, push, doctor):
-    main.add_command(command)
+for module in pkgutil.iter_modules(commands.__path__):
+    main.add_command(getattr(import_module(f"{commands.__name__}.{module.name}"), module.name))

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,25 +18,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from weights.header import Slot
+    from weights.disk.header import Slot
+
 
 _LONGEST = 500  # letters
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-
-
-class Source(click.ParamType):  # type: ignore[type-arg]  # Older versions of click have none.
-    """A path, or a place on the Hub. A shell completes it by the paths there are."""
-
-    name = "source"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value:  # Python would take it for the current folder; more likely a variable of a script is not set.
-            self.fail("It is empty: give a path, or a place on the Hub.", param, ctx)
-        return value
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
 
 
 def replace_what_cannot_be_encoded() -> None:

@@ -5,36 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from adapters.cli.console import columns, make_console, plain, print_json
-from adapters.cli.convert import FORMATS
 
 if TYPE_CHECKING:
-    from adapters.extract import Reduction
-
-rank = click.option("--rank", type=click.IntRange(1), metavar="N", help="The largest rank at a layer.")
-energy = click.option(
-    "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="SHARE",
-    help="How much of each update's squared norm to keep, such as 0.95, by the least rank that does.",
-)
-base = click.option(
-    "--base", metavar="MODEL", help="The base model, where the files do not say enough: its names and shapes are read."
-)
-to = click.option(
-    "--to",
-    "form",
-    type=click.Choice(FORMATS),
-    help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
-)
-
-
-def need_size(rank: int | None, energy: float | None) -> None:
-    """See to it that it is said how large an adapter may be."""
-    if rank is None and energy is None:
-        raise click.UsageError("Say how large the adapter may be: --rank 32, or --energy 0.95.")
+    from adapters.files.extract import Reduction
 
 
 def show(made: Reduction, as_json: bool, **more: Any) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.branch import Branch, Tensors
-from adapters.forms import LowRank
-from adapters.method import Method, Site, is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
+from adapters.methods.core.checks import is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AdaLoRA(LowRank):
     paper = "arXiv:2303.10512"
     formula = "W + s B diag(E) A, with s = alpha / rank"
     kinds = frozenset({"linear", "convolution", "embedding", "stack"})
-    fast = frozenset({"lora_E"})
+    plus_lr = frozenset({"lora_E"})
 
     rank: int = 12
     alpha: float | None = None
@@ -54,7 +55,7 @@ class AdaLoRA(LowRank):
     def check_training(self, layer: nn.Module, parameter: str) -> None:
         refuse_dropout(self, layer)
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         *stack, outputs, inputs = site.shape
         rank = self.rank if self.kept is None else self.kept
         return {

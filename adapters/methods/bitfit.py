@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from adapters.branch import Branch
-from adapters.layers import Matrix
-from adapters.method import Method
+from adapters.layers.matrix import Matrix
 from adapters.methods.copied import Copy
+from adapters.methods.core.method import Branch, Method
 
 _BIASES = frozenset({"bias", "in_proj_bias"})
 
@@ -34,7 +33,7 @@ class BitFit(Copy):
     def chooses(self, parameter: str) -> bool:
         return parameter in _BIASES
 
-    def within(self) -> bool:
+    def includes_descendants(self) -> bool:
         return False
 
     def default(self, model: nn.Module) -> None:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.layers import widened
-from adapters.method import Method, Site, is_integer, need
-from adapters.methods.rotations import OutputRotation, butterfly, cayley, cut, need_blocks
+from adapters.layers.dtypes import widened
+from adapters.methods.core.checks import is_integer, need
+from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.rotations import OutputRotation, butterfly, cayley, cut, need_blocks
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class BOFT(Method):
         need_blocks(self, usual=4)
         need_factors(self)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         check_butterfly(self, site, *cut(self, site, site.shape[-1]))
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         blocks, size = cut(self, site, site.shape[-1])
         outputs = site.shape[-2]
         return {
@@ -78,7 +79,7 @@ class OutputBOFT(OutputRotation):
         super().__post_init__()
         need_factors(self, least=0)
 
-    def block_shape(self, site: Site) -> tuple[int, ...]:
+    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
         blocks, size = cut(self, site, site.shape[-2])
         check_butterfly(self, site, blocks, size)
         return self.factors or most_factors(blocks, size), blocks, size, size
@@ -97,7 +98,7 @@ def need_factors(method: BOFT | OutputBOFT, least: int = 1) -> None:
     need(is_integer(factors, least), method, f"a number of factors that is an integer of {least} or more", factors)
 
 
-def check_butterfly(method: BOFT | OutputBOFT, site: Site, blocks: int, size: int) -> None:
+def check_butterfly(method: BOFT | OutputBOFT, site: WeightSpec, blocks: int, size: int) -> None:
     """Raise a TargetError unless blocks of that size and number allow as many factors as there are to be."""
     if method.factors > most_factors(blocks, size):
         raise TargetError(

@@ -9,20 +9,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 import fluxion as fl
-from adapters.branch import Branch
+from adapters.adapter import base_modules
 from adapters.errors import TargetError
-from adapters.layers import (
-    ATTENTION_PARTS,
-    CONVOLUTIONS,
-    TRANSPOSED,
-    UNSUPPORTED,
-    Matrix,
-    features_dim,
-    first_tensor,
-    with_first_tensor,
-)
-from adapters.method import Method, Scale, Site, added, is_integer, need, need_choice, need_number
-from adapters.targets import layers
+from adapters.layers.calls import first_tensor, with_first_tensor
+from adapters.layers.kinds import ATTENTION_PARTS, CONVOLUTIONS, TRANSPOSED, UNSUPPORTED, features_dim
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.arithmetic import Scale, add_scaled
+from adapters.methods.core.checks import is_integer, need, need_choice, need_number
+from adapters.methods.core.method import Branch, Method
+from adapters.methods.core.spec import WeightSpec
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": fl.GeLU,
@@ -67,7 +62,7 @@ class Bottleneck(Method):
     key = "bottleneck"
     paper = "arXiv:1902.00751"
     formula = "f(x) + s U a(D f(x)), or f(x) + s U a(D x) if parallel"
-    fast = frozenset({"up"})
+    plus_lr = frozenset({"up"})
     mergeable = False
 
     size: int | None = None
@@ -102,7 +97,7 @@ class Bottleneck(Method):
     def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         raise TargetError(f"{type(self).__name__} goes after layers or blocks of your choice: name them with targets=.")
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         if self.parallel and site.matrix.kind in ("convolution", "embedding"):
             raise TargetError(
                 f"{site.path} takes other positions or features than it gives: give it a {type(self).__name__} with"
@@ -113,7 +108,7 @@ class Bottleneck(Method):
 
     # Its layers
 
-    def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
+    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
         outputs, inputs = site.shape
         size = self.size or max(outputs // self.reduction, 1)
         spatial = _spatial(site.layer)
@@ -142,7 +137,7 @@ class Bottleneck(Method):
         base = _checked(branch, first_tensor(output), branch.up.weight.shape[0], "gives")
         source = first_tensor((*args, *kwargs.values())) if self.parallel else base
         source = _checked(branch, source, branch.down.weight.shape[1], "takes")
-        return with_first_tensor(output, added(base, branch(branch.cast(source)).to(base.dtype), scale))
+        return with_first_tensor(output, add_scaled(base, branch(branch.cast(source)).to(base.dtype), scale))
 
 
 def _checked(branch: Branch, tensor: Tensor | None, features: int, verb: str) -> Tensor:
@@ -158,7 +153,7 @@ def _last(module: nn.Module) -> nn.Module | None:
     """The last linear layer or convolution inside of a module, or the module if it is a layer. Patches do not count."""
     if Matrix.of(module, "weight") is not None:
         return module
-    inside = (layer.module for layer in layers(module) if layer.parameter == "weight")
+    inside = base_modules(module)
     known = [layer for layer in inside if (matrix := Matrix.of(layer, "weight")) and matrix.kind != "embedding"]
     return known[-1] if known else None
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import MatrixFree
-from adapters.layers import widened
-from adapters.method import Site, is_integer, need
+from adapters.layers.dtypes import widened
+from adapters.methods.core.checks import is_integer, need
+from adapters.methods.core.formulas import MatrixFree
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class C3A(MatrixFree):
         size = self.block_size
         need(is_integer(size, 1), self, "a block_size that is an integer of 1 or more", size)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape
         if outputs % self.block_size or inputs % self.block_size:
             raise TargetError(
@@ -44,7 +45,7 @@ class C3A(MatrixFree):
                 " divide: choose a common divisor, or exclude it."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         outputs, inputs = site.shape
         return {"c3a_kernel": site.zeros(outputs // self.block_size, inputs // self.block_size, self.block_size)}
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
-from adapters.layers import Matrix
-from adapters.method import Method, Site
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Copy(Method):
     def chooses(self, parameter: str) -> bool:
         return True
 
-    def within(self) -> bool:
+    def includes_descendants(self) -> bool:
         return True
 
     def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
         raise TargetError(f"{type(self).__name__} would copy the whole model: name the modules with targets=.")
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"copy": site.weight.to(site.device, site.dtype, copy=True)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

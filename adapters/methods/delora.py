@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapters.branch import Tensors
-from adapters.forms import LowRank
-from adapters.method import Site, is_number, need, need_rank
+from adapters.methods.core.checks import is_number, need, need_rank
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 _LEAST_NORM = 1e-4
 """What shorter rows and columns are divided by: at the start, those of B are zero."""
@@ -29,7 +30,7 @@ class DeLoRA(LowRank):
     key = "delora"
     paper = "arXiv:2503.18225"
     formula = "W + B diag(λ / (rank ‖a‖ ‖b‖)) A diag(‖w‖), over the rows a of A and the columns b of B and w of W"
-    fast = frozenset({"delora_B"})
+    plus_lr = frozenset({"delora_B"})
 
     rank: int = 8
     boundary: float = 15.0
@@ -38,7 +39,7 @@ class DeLoRA(LowRank):
         need_rank(self)
         need(is_number(self.boundary), self, "a boundary that is a finite number", self.boundary)
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         outputs, inputs = site.shape
         return {
             "delora_A": site.uniform(self.rank, inputs),
@@ -46,7 +47,7 @@ class DeLoRA(LowRank):
             "delora_lambda": site.ones(1) * self.boundary,
         }
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"delora_w_norm": site.weight.norm(dim=0).to(site.device, site.dtype)}
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapters.branch import Branch, Tensors
-from adapters.forms import decomposed, norms
-from adapters.layers import Matrix
-from adapters.method import Method, Site, need, refuse_dropout
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.checks import need, refuse_dropout
+from adapters.methods.core.formulas import decomposed, norms
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tucker import channels
 from adapters.methods.lora import LoRA
-from adapters.methods.tucker import channels
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class DoRA(LoRA):
     def check_training(self, layer: nn.Module, parameter: str) -> None:
         refuse_dropout(self, layer)
 
-    def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
+    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
         branch = super().build(site, shared)
         branch.matrix = site.matrix
         *stack, outputs, _ = site.shape
         count = channels(site) if self.on_inputs else outputs
         branch.register_parameter("lora_magnitude_vector", nn.Parameter(site.empty(*stack, count)))
-        if not (branch.lora_magnitude_vector.is_meta or site.blank):
+        if not (branch.lora_magnitude_vector.is_meta or site.uninitialized):
             self.settle(branch, site.weight)
         return branch
 
-    def starts(self, sites: Sequence[Site], like: Mapping[str, Tensor]) -> None:
+    def starts(self, sites: Sequence[WeightSpec], like: Mapping[str, Tensor]) -> None:
         """Each weight has lengths of its own."""
 
     def settle(self, branch: Branch, weight: Tensor) -> None:
@@ -71,7 +72,7 @@ class DoRA(LoRA):
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
         return Method.change(self, weight, t, scale)
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+    def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
         return False
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:

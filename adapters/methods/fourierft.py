@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
-from adapters.forms import Additive
-from adapters.method import Site, need_count, need_number, need_seed
+from adapters.methods.core.checks import need_count, need_number, need_seed
+from adapters.methods.core.formulas import Additive
+from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FourierFT(Additive):
         need_number(self, "scaling")
         need_seed(self)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape[-2:]
         if self.n_frequency > outputs * inputs:
             raise TargetError(
@@ -52,10 +53,10 @@ class FourierFT(Additive):
                 f" n_frequency of {self.n_frequency}; give it a smaller one."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"fourierft_spectrum": site.zeros(*site.shape[:-2], self.n_frequency)}
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"positions": site.shuffled(self.seed)[: self.n_frequency].to(site.device, copy=True)}
 
     def delta(self, t: Tensors) -> Tensor:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adapters.branch import Tensors
-from adapters.forms import Additive
-from adapters.layers import Matrix
-from adapters.method import Site, need
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.checks import need
+from adapters.methods.core.formulas import Additive
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Full(Additive):
     def chooses(self, parameter: str) -> bool:
         return parameter == "weight" or (self.bias and parameter in ("bias", "in_proj_bias"))
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"diff": site.zeros(*site.shape)}
 
     def delta(self, t: Tensors) -> Tensor:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.branch import Branch, Tensors
-from adapters.method import Method, Site, need_choice, need_rank
+from adapters.methods.core.checks import need_choice, need_rank
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 _A_B = ("lora", "vector", "constant", "none")
 _C = ("lora", "vector", "none")
@@ -35,7 +36,7 @@ class GLoRA(Method):
     key = "glora"
     paper = "arXiv:2306.07967"
     formula = "W + W ∘ A + B, and b + b ∘ D + E + W C"
-    fast = frozenset({"glora_A_Xd", "glora_B_Xd", "glora_C_Xd"})
+    plus_lr = frozenset({"glora_A_Xd", "glora_B_Xd", "glora_C_Xd"})
 
     rank: int = 8
     config_a_b: str = "lora"
@@ -47,7 +48,7 @@ class GLoRA(Method):
         for name, choices in (("config_a_b", _A_B), ("config_c", _C), ("config_d_e", _D_E)):
             need_choice(self, name, choices)
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for letter, (form, shape) in self._parts(site.shape, site.has_bias).items():
             name = f"glora_{letter}_X"
@@ -71,7 +72,7 @@ class GLoRA(Method):
             "E": (d_e, (outputs,)),
         }
 
-    def names(self, site: Site) -> tuple[str, ...]:
+    def names(self, site: WeightSpec) -> tuple[str, ...]:
         return (site.parameter, str(site.bias_name)) if site.has_bias else (site.parameter,)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

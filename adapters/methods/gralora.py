@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import LowRank
-from adapters.method import Site, is_integer, need, need_alpha, need_count, need_rank
+from adapters.methods.core.checks import is_integer, need, need_alpha, need_count, need_rank
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GraLoRA(LowRank):
     paper = "arXiv:2505.20355"
     formula = "W + s [Bᵢⱼ Aᵢⱼ], with s = alpha / rank"
     kinds = frozenset({"linear", "convolution", "embedding", "stack"})
-    fast = frozenset({"gralora_B", "gralora_B_general"})
+    plus_lr = frozenset({"gralora_B", "gralora_B_general"})
 
     rank: int = 32
     alpha: float | None = None
@@ -55,7 +56,7 @@ class GraLoRA(LowRank):
         """`s` of the formula."""
         return (self.rank if self.alpha is None else self.alpha) / (self.rank + self.hybrid_rank)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape[-2:]
         if outputs % self.blocks or inputs % self.blocks:
             raise TargetError(
@@ -63,7 +64,7 @@ class GraLoRA(LowRank):
                 " divides both, or exclude the layer."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         *stack, outputs, inputs = site.shape
         width, height = inputs // self.blocks, outputs // self.blocks
         tensors = {

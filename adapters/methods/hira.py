@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapters.branch import Branch, Tensors
-from adapters.method import Method, Site, need_rank
+from adapters.methods.core.checks import need_rank
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class HiRA(Method):
     paper = "https://openreview.net/forum?id=TwJrTz9cRS"
     formula = "W + W ∘ (B A)"
     kinds = frozenset({"linear", "convolution", "embedding", "stack"})
-    fast = frozenset({"hira_B"})
+    plus_lr = frozenset({"hira_B"})
 
     rank: int = 32
 
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         *stack, outputs, inputs = site.shape
         if site.matrix.kind == "embedding":
             return {"hira_A": site.zeros(self.rank, inputs), "hira_B": site.normal(outputs, self.rank)}

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import InputMap
-from adapters.layers import widened
-from adapters.method import Site, need_rank
+from adapters.layers.dtypes import widened
+from adapters.methods.core.checks import need_rank
+from adapters.methods.core.formulas import InputTransform
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
-class HRA(InputMap):
+class HRA(InputTransform):
     """Householder reflection adaptation.
 
     It starts as the identity if the rank is even, with pairs of reflections that undo each other. An odd number of
@@ -42,7 +43,7 @@ class HRA(InputMap):
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         inputs = site.shape[-1]
         if self.gram_schmidt and self.rank > inputs:
             raise TargetError(
@@ -50,7 +51,7 @@ class HRA(InputMap):
                 f" rank of {inputs} or less, or exclude it."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         inputs, pairs = site.shape[-1], not (self.rank % 2 or self.gram_schmidt)
         columns = site.uniform(inputs, self.rank // 2 if pairs else self.rank, bound=1 / math.sqrt(inputs))
         return {"hra_u": columns.repeat_interleave(2, dim=1) if pairs else columns}

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.branch import Branch, Tensors
-from adapters.forms import InputMap, OutputMap
-from adapters.layers import Matrix
-from adapters.method import Scale, Site
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.arithmetic import Scale
+from adapters.methods.core.formulas import InputTransform, OutputTransform
+from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
-class IA3(OutputMap, InputMap):
+class IA3(OutputTransform, InputTransform):
     """Infused adapter by inhibiting and amplifying inner activations.
 
     The paper rescales the output of the keys and values of an attention, and the input of the second layer of a
@@ -34,7 +35,7 @@ class IA3(OutputMap, InputMap):
     feedforward: bool = False
     bias: bool = True
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         outputs, inputs = site.shape
         if site.matrix.kind == "convolution":
             channels: Any = site.layer.in_channels if self.feedforward else outputs
@@ -47,10 +48,10 @@ class IA3(OutputMap, InputMap):
     # Which of the two forms it has
 
     @property
-    def _form(self) -> type[OutputMap] | type[InputMap]:
-        return InputMap if self.feedforward else OutputMap
+    def _form(self) -> type[OutputTransform] | type[InputTransform]:
+        return InputTransform if self.feedforward else OutputTransform
 
-    def names(self, site: Site) -> tuple[str, ...]:
+    def names(self, site: WeightSpec) -> tuple[str, ...]:
         return self._form.names(self, site) if self.bias else (site.parameter,)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
@@ -59,8 +60,8 @@ class IA3(OutputMap, InputMap):
     def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
         return self._form.update_bias(self, bias, weight, t)
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
-        return (self.bias or self.feedforward) and self._form.beside(self, layer, matrix)
+    def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
+        return (self.bias or self.feedforward) and self._form.bypass(self, layer, matrix)
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         return self._form.run(self, branch, layer, scale, *args, **kwargs)

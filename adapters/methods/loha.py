@@ -7,11 +7,12 @@ from typing import cast
 
 from torch import Tensor
 
-from adapters.branch import Tensors
-from adapters.forms import Additive
-from adapters.method import Site, need_alpha, need_rank
-from adapters.methods.decomposed import Decomposed
-from adapters.methods.tucker import channels, has_core, product
+from adapters.methods.core.checks import need_alpha, need_rank
+from adapters.methods.core.decomposed import Decomposed
+from adapters.methods.core.formulas import Additive
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tucker import channels, has_core, product
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LoHa(Additive):
         need_rank(self)
         need_alpha(self)
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         outputs, inputs = site.shape
         rank = self.rank
         if has_core(site, self.tucker):

@@ -9,12 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import MatrixFree
-from adapters.method import Site, is_integer, need, need_alpha, need_rank
-from adapters.methods.decomposed import Decomposed
-from adapters.methods.tucker import channels, has_core, product
+from adapters.methods.core.checks import is_integer, need, need_alpha, need_rank
+from adapters.methods.core.decomposed import Decomposed
+from adapters.methods.core.formulas import MatrixFree
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tucker import channels, has_core, product
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LoKr(MatrixFree):
         at_hand = self.factor == -1 or all(is_integer(number, 1) for number in numbers)
         need(at_hand, self, "a factor that is -1, an integer of 1 or more, or a tuple of two of these", self.factor)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         rows, columns = self._first(site)
         if site.shape[0] % rows or channels(site) % columns:
             raise TargetError(
@@ -62,13 +63,13 @@ class LoKr(MatrixFree):
                 f" columns do not divide: give it a {type(self).__name__} with factor=-1."
             )
 
-    def _first(self, site: Site) -> tuple[int, int]:
+    def _first(self, site: WeightSpec) -> tuple[int, int]:
         """The shape of the first factor."""
         if isinstance(self.factor, tuple):
             return self.factor
         return divisor(site.shape[0], self.factor), divisor(channels(site), self.factor)
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         rows, columns = self._first(site)
         outputs, inputs = site.shape[0] // rows, channels(site) // columns
         rank = self.rank

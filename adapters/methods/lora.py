@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import fluxion as fl
-from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
-from adapters.forms import LowRank
-from adapters.fusion import Thin
-from adapters.layers import Matrix, is_plain
-from adapters.method import (
-    Method,
-    Scale,
-    Site,
-    added,
-    need,
-    need_alpha,
-    need_choice,
-    need_dropout,
-    need_rank,
-    refuse_dropout,
-)
-from adapters.methods.factors import (
+from adapters.layers.matrix import Matrix
+from adapters.layers.weight import is_plain
+from adapters.lowrank.thin import Thin
+from adapters.methods.core.arithmetic import Scale, add_scaled
+from adapters.methods.core.checks import need, need_alpha, need_choice, need_dropout, need_rank, refuse_dropout
+from adapters.methods.core.factors import (
     GroupsToSamples,
     Linear,
     SamplesToGroups,
@@ -37,7 +26,10 @@ from adapters.methods.factors import (
     groups_of,
     is_layer,
 )
-from adapters.methods.starts import STARTS
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.init import STARTS
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 from fluxion.chain import entry
 
 
@@ -51,7 +43,7 @@ class LoRA(LowRank):
         dropout: Probability of dropping each input of A in training; embeddings have no inputs to drop.
         rslora: Scale by `alpha / √rank` instead (arXiv:2312.03732).
         bias: Train a bias of B too, which is added to that of the layer.
-        init: How A and B start, one of `adapters.methods.starts.STARTS`. Those that start at a part of the weight
+        init: How A and B start, one of `adapters.methods.core.init.STARTS`. Those that start at a part of the weight
             (`"pissa"`, `"olora"`, `"corda"`, `"corda_kpm"`, `"lora_ga"`) leave the weight as it is: their start is
             subtracted, and files hold both. Those that are found from data (`"eva"`, `"corda"`, `"corda_kpm"`,
             `"lora_ga"`, `"loftq"`) start like `"kaiming"`, until `adapters.initialize` is called.
@@ -64,7 +56,7 @@ class LoRA(LowRank):
     paper = "arXiv:2106.09685"
     formula = "W + s B A, with s = alpha / rank"
     kinds = frozenset({"linear", "convolution", "embedding", "stack"})
-    fast = frozenset({"lora_B"})
+    plus_lr = frozenset({"lora_B"})
 
     rank: int = 8
     alpha: float | None = None
@@ -87,7 +79,7 @@ class LoRA(LowRank):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         if not self.bias and not STARTS[self.init].needs:
             return
         name = type(self).__name__
@@ -103,7 +95,7 @@ class LoRA(LowRank):
         if self.dropout and not isinstance(layer, nn.Embedding) and not (parameter == "weight" and is_plain(layer)):
             refuse_dropout(self, layer)
 
-    def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
+    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
         branch, groups = Branch(), groups_of(site.layer)
         down, up = factors(site, self.rank, self.bias)
         if self.dropout and not isinstance(site.layer, nn.Embedding):
@@ -122,7 +114,7 @@ class LoRA(LowRank):
         STARTS[self.init].apply(branch, site, down.weight, up.weight, self.scaling)
         return branch
 
-    def starts(self, sites: Sequence[Site], like: Mapping[str, Tensor]) -> Iterable[Sequence[Tensor]] | None:
+    def starts(self, sites: Sequence[WeightSpec], like: Mapping[str, Tensor]) -> Iterable[Sequence[Tensor]] | None:
         count = len(sites)
         made = {name: tensor.new_zeros(count, *tensor.shape) for name, tensor in like.items()}
         down, up = made["lora_A.weight"], made["lora_B.weight"]
@@ -133,7 +125,7 @@ class LoRA(LowRank):
     def settle(self, branch: Branch, weight: Tensor) -> None:
         """Set what depends on how A and B start, for a weight: called when they have been given other values."""
 
-    def names(self, site: Site) -> tuple[str, ...]:
+    def names(self, site: WeightSpec) -> tuple[str, ...]:
         return (site.parameter, "bias") if self.bias else (site.parameter,)
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
@@ -146,12 +138,12 @@ class LoRA(LowRank):
         added = self.scaling * t["lora_B.bias"]
         return added if bias is None else bias + added
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+    def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
         return not STARTS[self.init].moves
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output: Tensor = layer(x, *args, **kwargs)
-        return added(output, entry(branch)(branch.cast(x)).to(output.dtype), scale)
+        return add_scaled(output, entry(branch)(branch.cast(x)).to(output.dtype), scale)
 
     def thin(self, branch: Branch) -> Thin | None:
         kinds = {"Dropout": fl.Dropout, "lora_A": Linear, "Multiply": fl.Multiply, "lora_B": Linear}
@@ -176,4 +168,15 @@ class LoRA(LowRank):
         return tensors
 
     def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
-        return STARTS[self.init].saved(self, branch)
+        """Plain LoRA: where a part of the weight was moved into A and B, the start beside the present values."""
+        tensors = self.file_tensors(branch)
+        if not STARTS[self.init].moves:
+            return self, tensors
+        a, b = sorted(name for name in tensors if name.endswith(("_A", "_B")))
+        down, up = tensors[a], tensors[b]
+        start_a, start_b = branch.start_A.view_as(down), branch.start_B.view_as(up)
+        rank = 2 * self.rank
+        alpha = self.scaling * (rank**0.5 if self.rslora else rank)
+        stack = int(down.ndim == 3 and len(branch.matrix.shape) == 3)
+        tensors |= {a: torch.cat([down, start_a], stack), b: torch.cat([up, -start_b], 1 + stack)}
+        return replace(self, rank=rank, alpha=alpha, init="kaiming"), tensors

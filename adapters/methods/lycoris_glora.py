@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.branch import Tensors
-from adapters.method import Method, Site, need_alpha, need_rank
+from adapters.methods.core.checks import need_alpha, need_rank
+from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class LycorisGLoRA(Method):
     key = "lycoris-glora"
     paper = "arXiv:2306.07967"
     formula = "W + s (W A₁ A₂ + B₁ B₂), with s = alpha / rank"
-    fast = frozenset({"a2", "b2"})
+    plus_lr = frozenset({"a2", "b2"})
 
     rank: int = 4
     alpha: float | None = None
@@ -42,7 +43,7 @@ class LycorisGLoRA(Method):
         """`s` of the formula."""
         return (self.rank if self.alpha is None else self.alpha) / self.rank
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         outputs, inputs = site.shape
         kernel: tuple[int, ...] = getattr(site.layer, "kernel_size", ()) if site.matrix.kind == "convolution" else ()
         ones, channels = tuple(1 for _ in kernel), inputs // torch.Size(kernel).numel()

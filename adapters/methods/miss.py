@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import LowRank
-from adapters.method import Method, Site, is_integer, need, need_rank
+from adapters.methods.core.checks import is_integer, need, need_rank
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class MiSS(LowRank):
         mini = self.mini_r
         need(is_integer(mini, 0), self, "a mini_r that is an integer of 0 or more", mini)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape
         if self.rank > inputs or (self.mini_r and outputs % self.mini_r):
             raise TargetError(
@@ -47,7 +48,7 @@ class MiSS(LowRank):
                 " exclude it."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"miss_block": site.zeros(self.rank, self.mini_r or site.shape[-2])}
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ class Bat(Method):
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape
         if outputs % self.rank or inputs % self.rank:
             raise TargetError(
@@ -90,7 +91,7 @@ class Bat(Method):
                 " a common divisor, or exclude it."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"miss_block": site.zeros(site.shape[-2] // self.rank, self.rank, self.rank)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

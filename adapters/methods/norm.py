@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from adapters.layers import Matrix
+from adapters.layers.matrix import Matrix
 from adapters.methods.copied import Copy
 
 # Batch and instance normalisations extend _NormBase.
@@ -32,7 +32,7 @@ class NormTuning(Copy):
     def chooses(self, parameter: str) -> bool:
         return parameter in ("weight", "bias")
 
-    def within(self) -> bool:
+    def includes_descendants(self) -> bool:
         return False
 
     def default(self, model: nn.Module) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.branch import Branch, Tensors
-from adapters.forms import InputMap
-from adapters.layers import Matrix, widened
-from adapters.method import Scale, Site, between, is_integer, is_number, need
-from adapters.methods.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew
+from adapters.layers.dtypes import widened
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.arithmetic import Scale, lerp
+from adapters.methods.core.checks import is_integer, is_number, need
+from adapters.methods.core.formulas import InputTransform
+from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
-class OFT(InputMap):
+class OFT(InputTransform):
     """Orthogonal fine-tuning (OFTv2, arXiv:2506.19847): rotated inputs, or the rotated rows of an embedding.
 
     Args:
@@ -55,14 +58,14 @@ class OFT(InputMap):
         terms = self.num_terms
         need(is_integer(terms, 2), self, "a num_terms that is an integer of 2 or more", terms)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         cut(self, site, self._features(site))
 
-    def _features(self, site: Site) -> int:
+    def _features(self, site: WeightSpec) -> int:
         """How many features are rotated: inputs, but those of an embedding are no features, so what it gives out."""
         return site.shape[-2] if site.matrix.kind == "embedding" else site.shape[-1]
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         blocks, size = cut(self, site, self._features(site))
         return {"oft_R": site.zeros(1 if self.block_share else blocks, size * (size - 1) // 2)}
 
@@ -82,7 +85,7 @@ class OFT(InputMap):
             return self.map(weight.mT, t, transposed=False).mT
         return super().update(weight, t)
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+    def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
         return matrix.kind != "convolution"
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +94,7 @@ class OFT(InputMap):
         rows: Tensor = layer(x, *args, **kwargs)
         features = branch.cast(rows)
         rotated = self.map(features, branch.values(), transposed=False)
-        return between(features, rotated, scale).to(rows.dtype)
+        return lerp(features, rotated, scale).to(rows.dtype)
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         name = "oft_embedding_R" if branch.matrix.kind == "embedding" else "oft_R"
@@ -118,7 +121,7 @@ class DiagOFT(OutputRotation):
     paper = "arXiv:2306.07280"
     formula = "diag(s) Rᵀ W, with R = (I + Q)(I - Q)⁻¹ in blocks, Q = B - Bᵀ"
 
-    def block_shape(self, site: Site) -> tuple[int, ...]:
+    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
         blocks, size = cut(self, site, site.shape[-2], least=1)
         return blocks, size, size
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fluxion as fl
-from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
-from adapters.method import Method, Site, is_integer, need
-from adapters.methods.virtual import VirtualTokens, mark, tokens_of
+from adapters.methods.core.checks import is_integer, need
+from adapters.methods.core.method import Branch, Method
+from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.virtual_tokens import VirtualTokens, mark, tokens_of
 
 # Settings of models whose keys or values have other heads or features than usual ones.
 _OWN_SHAPES = ("num_kv_heads", "qk_rope_head_dim")
@@ -59,7 +60,7 @@ class PrefixTuning(VirtualTokens):
         features = getattr(config, "head_dim", None) or config.hidden_size // heads
         return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, features
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         kinds = {type(layer).__name__ for layer in _new_cache(site.layer).layers}
         if kinds != {"DynamicLayer"}:
             raise TargetError(f"{site.path} has no full attention in every layer, which {type(self).__name__} needs.")
@@ -69,7 +70,7 @@ class PrefixTuning(VirtualTokens):
             if getattr(self, name) not in (None, found):
                 raise TargetError(f"{site.path} has a {name} of {found}, not {getattr(self, name)}.")
 
-    def build(self, site: Site, shared: dict[str, Tensor]) -> Branch:
+    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
         layers, heads, features = site.shape
         width, made = heads * features, 2 * layers * heads * features
         number = self.num_virtual_tokens

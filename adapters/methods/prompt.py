@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from adapters.branch import Branch
 from adapters.errors import AdapterError, TargetError
-from adapters.layers import first_tensor, with_first_tensor
-from adapters.method import Site, is_integer, need
-from adapters.methods.virtual import VirtualTokens, caches, mark
+from adapters.layers.calls import first_tensor, with_first_tensor
+from adapters.methods.core.checks import is_integer, need
+from adapters.methods.core.method import Branch
+from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.virtual_tokens import VirtualTokens, caches, mark
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class PromptTuning(VirtualTokens):
         embedding: Any = transformer.get_input_embeddings()  # type: ignore[operator]
         return embedding.num_embeddings, embedding.embedding_dim
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         if any(token >= site.shape[0] for token in self.text):
             raise TargetError(f"{site.path} has no tokens beyond {site.shape[0] - 1}: choose others for text=.")
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         tokens = torch.randint(site.shape[0], (self.num_virtual_tokens,))
         if self.text:
             tokens = torch.tensor(self.text).repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]

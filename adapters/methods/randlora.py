@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import LowRank
-from adapters.method import Site, need, need_alpha, need_rank, need_seed
+from adapters.methods.core.checks import need, need_alpha, need_rank, need_seed
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 from adapters.methods.vera import largest
 
 
@@ -39,7 +40,7 @@ class RandLoRA(LowRank):
     paper = "arXiv:2502.00987"
     formula = "W + s Σᵢ Bᵢ diag(λᵢ) A diag(γᵢ), with s = alpha / rank"
     kinds = frozenset({"linear", "convolution", "stack"})
-    fast = frozenset({"randlora_lambda"})
+    plus_lr = frozenset({"randlora_lambda"})
 
     rank: int = 32
     alpha: float | None = 640.0
@@ -54,7 +55,7 @@ class RandLoRA(LowRank):
         for name in ("sparse", "very_sparse"):
             need(isinstance(getattr(self, name), bool), self, f"{name} to be true or false", getattr(self, name))
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         *stack, outputs, inputs = site.shape
         short = min(outputs, inputs)
         bases = math.ceil(short / self.rank)
@@ -63,11 +64,11 @@ class RandLoRA(LowRank):
             "randlora_gamma": site.ones(*stack, bases, short) / max(bases, short),
         }
 
-    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
         short, long = sorted(largest(sites))
         return {"randlora_A": (self.rank, 1, short), "randlora_B": (long, math.ceil(short / self.rank), self.rank)}
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         of_a, of_b = self.shared_shapes(sites).values()
         if self.sparse or self.very_sparse:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import OutputMap
-from adapters.method import Site, is_integer, need, need_choice
+from adapters.methods.core.checks import is_integer, need, need_choice
+from adapters.methods.core.formulas import OutputTransform
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """The numbers of angles, and of scales, for each output."""
 
 
 @dataclass(frozen=True)
-class RoAd(OutputMap):
+class RoAd(OutputTransform):
     """2D rotary adaptation.
 
     Outputs come in groups; in each, the first half is paired with the second, element by element. A pair `(p, q)`
@@ -46,7 +47,7 @@ class RoAd(OutputMap):
         size = self.group_size
         need(is_integer(size, 1) and size % 2 == 0, self, "a group_size that is even and positive", size)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         groups = site.matrix.groups  # Outputs of different inputs cannot be mixed in the weight of a convolution.
         if site.shape[0] // groups % self.group_size:
             of = f" in each of {groups} groups" if groups > 1 else ""
@@ -55,7 +56,7 @@ class RoAd(OutputMap):
                 " give it a group_size that divides them."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         size = int(site.shape[0] * _SIZES[self.variant])
         return {"road_theta": site.zeros(size), "road_alpha": site.ones(size)}
 

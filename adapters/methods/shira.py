@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import Additive
-from adapters.method import Site, is_integer, need, need_rank, need_seed
+from adapters.methods.core.checks import is_integer, need, need_rank, need_seed
+from adapters.methods.core.formulas import Additive
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SHiRA(Additive):
         if self.seed is not None:
             need_seed(self)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape[-2:]
         if self._count(site) > outputs * inputs:
             raise TargetError(
@@ -50,19 +51,19 @@ class SHiRA(Additive):
                 f" {self._count(site)}: give it a smaller rank."
             )
 
-    def check_tensors(self, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, site: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
         for places, size in zip(tensors["shira_indices"].long(), site.shape[-2:], strict=True):
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
                 raise TargetError(f"shira_indices has places outside of {tuple(site.shape[-2:])}")
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"shira_weight": site.zeros(*site.shape[:-2], self._count(site))}
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
         inputs, places = site.shape[-1], site.shuffled(self.seed)[: self._count(site)].sort().values
         return {"shira_indices": torch.stack([places // inputs, places % inputs]).to(site.device, torch.int32)}
 
-    def _count(self, site: Site) -> int:
+    def _count(self, site: WeightSpec) -> int:
         return self.rank * sum(site.shape[-2:])
 
     def delta(self, t: Tensors) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.adapter import Adapter
-from adapters.branch import Branch, Tensors
 from adapters.errors import TargetError
-from adapters.layers import Matrix
-from adapters.method import Method, Scale, Site, between, need
+from adapters.layers.matrix import Matrix
+from adapters.methods.core.arithmetic import Scale, lerp
+from adapters.methods.core.checks import need
+from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.spec import WeightSpec
 
 _LAYERS = (nn.Embedding, nn.Linear)
 
@@ -65,24 +67,24 @@ class TrainableTokens(Method):
             found = found.target
         return lambda path, module: module is found
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         rows = site.shape[0]
         if max(self.tokens) >= rows:
             raise TargetError(
                 f"{site.path} has {rows} rows, and none for the token {max(self.tokens)}: resize the embedding first."
             )
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         rows = site.weight[list(self.tokens)]
         return {"trainable_tokens_delta": rows.to(site.device, site.dtype)}  # PEFT's name for what is no difference.
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"tokens": torch.tensor(self.tokens, device=site.device)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return weight.index_copy(0, t.tokens, t.trainable_tokens_delta)
 
-    def beside(self, layer: nn.Module, matrix: Matrix) -> bool:
+    def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
         return True
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -91,10 +93,10 @@ class TrainableTokens(Method):
         if isinstance(branch.layer, nn.Embedding):
             ordered, order = branch.tokens.sort()
             place = torch.searchsorted(ordered, x).clamp(max=len(ordered) - 1)
-            looked_up = between(output, F.embedding(order[place], rows), scale)
+            looked_up = lerp(output, F.embedding(order[place], rows), scale)
             return torch.where((ordered[place] == x).unsqueeze(-1), looked_up, output)
         scores = (F.linear(x, rows) + self._fixed(branch, layer, x)).to(output.dtype)
-        return output.index_copy(-1, branch.tokens, between(output[..., branch.tokens], scores, scale))
+        return output.index_copy(-1, branch.tokens, lerp(output[..., branch.tokens], scores, scale))
 
     @staticmethod
     def _fixed(branch: Branch, layer: Callable[..., Any], x: Tensor) -> Tensor | float:

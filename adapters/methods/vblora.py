@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapters.branch import Tensors
 from adapters.errors import TargetError
-from adapters.forms import LowRank
-from adapters.method import Site, need, need_count, need_rank
+from adapters.methods.core.checks import need, need_count, need_rank
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class VBLoRA(LowRank):
             need_count(self, name)
         need(self.topk <= self.num_vectors, self, f"a topk of at most num_vectors={self.num_vectors}", self.topk)
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: WeightSpec) -> None:
         outputs, inputs = site.shape[-2:]
         if outputs % self.vector_length or inputs % self.vector_length:
             raise TargetError(
@@ -66,32 +67,32 @@ class VBLoRA(LowRank):
                 " save_only_topk_weights. Save it with all logits to train on."
             )
 
-    def check_tensors(self, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, site: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name.endswith("_topk_indices") and tensor.numel():
                 least, most = (int(number) for number in tensor.long().aminmax())
                 if least < 0 or most >= self.num_vectors:
                     raise TargetError(f"{name} has numbers from {least} to {most}, for {self.num_vectors} vectors")
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         shapes = {} if self.only_topk else self._pieces(site)
         return {name: site.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
         tensors = {}
         for name, shape in (self._pieces(site) if self.only_topk else {}).items():
             tensors[f"{name}_topk_indices"] = site.zeros(*shape, self.topk).to(_integers(self.num_vectors))
             tensors[f"{name}_topk_weights"] = site.zeros(*shape, self.topk - 1)
         return tensors
 
-    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
         return {"vblora_vector_bank": (self.num_vectors, self.vector_length)}
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
         shapes = self.shared_shapes(sites)
         return {name: nn.Parameter(sites[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
 
-    def _pieces(self, site: Site) -> dict[str, tuple[int, ...]]:
+    def _pieces(self, site: WeightSpec) -> dict[str, tuple[int, ...]]:
         """The logits, and how many pieces each has."""
         *stack, outputs, inputs = site.shape
         return {

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
-from adapters.branch import Tensors
-from adapters.forms import LowRank
-from adapters.method import Site, need_number, need_rank, need_seed
+from adapters.methods.core.checks import need_number, need_rank, need_seed
+from adapters.methods.core.formulas import LowRank
+from adapters.methods.core.method import Tensors
+from adapters.methods.core.spec import WeightSpec
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class VeRA(LowRank):
     paper = "arXiv:2310.11454"
     formula = "W + diag(b) B diag(d) A"
     kinds = frozenset({"linear", "convolution", "stack"})
-    fast = frozenset({"vera_lambda_b"})
+    plus_lr = frozenset({"vera_lambda_b"})
 
     rank: int = 256
     seed: int = 0
@@ -46,18 +47,18 @@ class VeRA(LowRank):
         need_seed(self)
         need_number(self, "d_initial")
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         *stack, outputs, _ = site.shape
         return {
             "vera_lambda_b": site.zeros(*stack, outputs),
             "vera_lambda_d": site.zeros(*stack, self.rank).fill_(self.d_initial),
         }
 
-    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
         outputs, inputs = largest(sites)
         return {"vera_A": (self.rank, inputs), "vera_B": (outputs, self.rank)}
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         empty = {
             name: torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -84,6 +85,6 @@ def _cut(t: Tensors) -> tuple[Tensor, Tensor]:
     return t.vera_B[:outputs], t.vera_A[:, :inputs]
 
 
-def largest(sites: Sequence[Site]) -> tuple[int, int]:
+def largest(sites: Sequence[WeightSpec]) -> tuple[int, int]:
     """The most outputs and the most inputs that any of some weights has."""
     return max(site.shape[-2] for site in sites), max(site.shape[-1] for site in sites)

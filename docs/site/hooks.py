@@ -8,7 +8,10 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+import adapters
+
 _ROOT = Path(__file__).parents[2]
+_METHODS = "<!-- one entry for each method, by the hook of the site -->"
 _OWN_STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)  # For a drawing by itself; the site has its own.
 
 
@@ -24,7 +27,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links to the results lead to where they are in the site, and give the widest table the whole width."""
     if page.file.src_uri == "methods.md":
         page.meta["hide"] = ["toc"]
-    return markdown.replace("](../benchmarks/", "](benchmarks/")
+    return markdown.replace("](../benchmarks/", "](benchmarks/").replace(_METHODS, _methods())
+
+
+def _methods() -> str:
+    """The entries of the reference for all methods, in alphabetical order."""
+    found = sorted(adapters.METHODS.values(), key=lambda method: method.__name__.lower())
+    return "\n\n".join(f"::: {method.__module__}.{method.__name__}" for method in found)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import adapters
 from adapters import LoRA, Method, TargetError
-from adapters.branch import Branch
-from adapters.building import Mould, tied_to
+from adapters.methods.core.building import Mould, tied_to
+from adapters.methods.core.method import Branch
 
 METHODS: list[Method] = [
     LoRA(rank=2),
@@ -56,7 +56,7 @@ def test_each_is_what_is_built_alone(method: Method) -> None:
     for number, branch in enumerate(together):
         alone = branches(method, number + 1)[-1]
         assert str(branch) == str(alone)
-        assert branch.names == alone.names and branch.beside == alone.beside
+        assert branch.names == alone.names and branch.bypass == alone.bypass
         assert branch.matrix == alone.matrix and branch.parameter == alone.parameter
         assert [(name, type(module)) for name, module in branch.named_modules()] == [
             (name, type(module)) for name, module in alone.named_modules()

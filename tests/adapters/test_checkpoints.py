@@ -197,7 +197,7 @@ def test_a_copy_stands_alone(name: str) -> None:
             for parameter in clone.parameters():
                 parameter.mul_(3)
         twin.eject()
-        assert not any(isinstance(module, adapters.Adapted) for module in clone.modules())
+        assert not any(isinstance(module, adapters.AdaptedLayer) for module in clone.modules())
         assert torch.equal(case(), adapted)
         assert snapshot(case.model) == before
         if not merged:
@@ -246,7 +246,7 @@ def test_weights_are_set_through_the_node() -> None:
     case, patch = patched("bert")
     path = "bert.encoder.layer.0.attention.self.query"
     node, layer = case.model.get_submodule(path), patch.targets[path]
-    assert isinstance(node, adapters.Adapted)
+    assert isinstance(node, adapters.AdaptedLayer)
     weight, bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
     node.weight, node.bias = weight, bias
     assert layer.weight is weight

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import adapters
-from adapters import AdapterError, LoRA, Method, Patch, PatchNameError, PatchStateError, Site, Tensors
-from adapters.forms import Additive
+from adapters import AdapterError, LoRA, Method, Patch, PatchNameError, PatchStateError, Tensors, WeightSpec
+from adapters.methods.core.formulas import Additive
 from tests.adapters.models import BUILDERS, build, perturb, snapshot
 from tests.adapters.test_layers import KINDS
 from tests.thinned import one_in
@@ -404,7 +404,7 @@ class Dense(Additive):
     key = "dense"
     kinds = frozenset({"linear", "convolution", "embedding", "stack"})
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"delta": site.zeros(*site.shape)}
 
     def delta(self, t: Tensors) -> Tensor:
@@ -417,7 +417,7 @@ class Stretching(Method):
 
     key = "stretching"
 
-    def tensors(self, site: Site) -> dict[str, Tensor]:
+    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
         return {"delta": site.zeros()}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

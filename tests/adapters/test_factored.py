@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapters.factored import full, nearest, norm, reduced
+from adapters.lowrank.svd import full, nearest, norm, reduced
 
 
 def decaying(outputs: int, inputs: int, decay: float, *stack: int) -> Tensor:

@@ -17,7 +17,7 @@ from adapters import IA3, OFT, DoRA, LayerMismatchError, LoRA, Method, PatchName
 from tests.adapters.models import BUILDERS, Case, build, perturb, snapshot
 from tests.weights.conftest import hub, hub_home  # noqa: F401
 from tests.weights.hub_server import WRITER, HubServer
-from weights.files import encode
+from weights.tensors.open import encode
 
 
 @pytest.mark.parametrize("name", BUILDERS)

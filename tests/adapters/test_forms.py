@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adapters
 from adapters import C3A, IA3, DeLoRA, GraLoRA, LoKr, LoRA, Method, MiSS, Patch, RoAd, VeRA
-from adapters.forms import InputMap, LowRank, MatrixFree, OutputMap
+from adapters.methods.core.formulas import InputTransform, LowRank, MatrixFree, OutputTransform
 from tests.adapters.models import perturb
 
 METHODS: dict[str, Method] = {
@@ -65,8 +65,8 @@ def near(found: Tensor, expected: Tensor, roundings: float) -> None:
 
 
 def test_the_methods_have_these_forms() -> None:
-    assert isinstance(METHODS["output, road"], OutputMap)
-    assert isinstance(METHODS["input"], InputMap)
+    assert isinstance(METHODS["output, road"], OutputTransform)
+    assert isinstance(METHODS["input"], InputTransform)
     assert isinstance(METHODS["low rank"], LowRank)
     assert isinstance(METHODS["matrix-free, c3a"], MatrixFree)
 

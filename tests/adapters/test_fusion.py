@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import adapters
 import fluxion as fl
 from adapters import LoRA
-from adapters.adapted import Adapted
-from adapters.branch import Branch
-from adapters.choice import Rows
+from adapters.activation.mixed_batch import Rows
+from adapters.methods.core.method import Branch
+from adapters.runtime.adapted_layer import AdaptedLayer
 from tests.adapters.models import perturb
 
 INPUTS, OUTPUTS = 6, 5
@@ -30,22 +30,22 @@ INPUTS, OUTPUTS = 6, 5
 
 def adapted(
     *methods: LoRA, dtype: torch.dtype = torch.float32, bias: bool = True, kind: type[nn.Linear] = nn.Linear, **kw: Any
-) -> Adapted:
+) -> AdaptedLayer:
     """A node with a patch for each of these methods, which are named a, b, c and so on."""
     model = nn.Sequential(kind(kw.pop("inputs", INPUTS), kw.pop("outputs", OUTPUTS), bias=bias, dtype=dtype))
     for number, method in enumerate(methods or (LoRA(rank=2, alpha=3),)):
         perturb(adapters.inject(model, method, targets=["0"], name="abcdefgh"[number], **kw), seed=number)
     node = model[0]
-    assert isinstance(node, Adapted)
+    assert isinstance(node, AdaptedLayer)
     node.__dict__["model"] = model  # Past torch, which would take it for a child.
     return node
 
 
-def is_short(node: Adapted, x: Tensor) -> bool:
+def is_short(node: AdaptedLayer, x: Tensor) -> bool:
     return node._short(x) is not None
 
 
-def long_way(node: Adapted, x: Tensor) -> Tensor:
+def long_way(node: AdaptedLayer, x: Tensor) -> Tensor:
     chosen = node.chosen()
     assert not isinstance(chosen, Rows)
     return node._compose(chosen)(x)
@@ -55,14 +55,14 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def branch_of(node: Adapted) -> Any:
+def branch_of(node: AdaptedLayer) -> Any:
     return node.branches[0]
 
 
 # The same output
 
 
-def reference(node: Adapted, x: Tensor) -> Tensor:
+def reference(node: AdaptedLayer, x: Tensor) -> Tensor:
     """By plain torch, from the tensors alone."""
     output = nn.functional.linear(x, node.base.weight, node.base.bias)
     for branch in node.branches:
@@ -304,7 +304,7 @@ def pre_shift(module: nn.Module, args: Any) -> Any:
     return (args[0] + 1,)
 
 
-def seen_by(node: Adapted, part: str) -> nn.Module:
+def seen_by(node: AdaptedLayer, part: str) -> nn.Module:
     parts = {"node": node, "base": node.base, "branch": branch_of(node)}
     return parts[part] if part in parts else branch_of(node)._modules[part]
 
@@ -408,7 +408,7 @@ def _own_values(module: nn.Module, name: str) -> None:
     module.register_buffer(name, value.detach() * 2)
 
 
-CHANGES: dict[str, Callable[[Adapted, Any], object]] = {
+CHANGES: dict[str, Callable[[AdaptedLayer, Any], object]] = {
     "A is another layer": lambda node, branch: _replace_a(branch),
     "A has a bias": lambda node, branch: setattr(branch.lora_A, "bias", nn.Parameter(torch.ones(2))),
     "B has a bias": lambda node, branch: setattr(branch.lora_B, "bias", nn.Parameter(torch.ones(OUTPUTS))),
@@ -636,7 +636,7 @@ def test_copies() -> None:
     expected = node(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fl.Chain(node).structural_copy()):
         assert torch.equal(twin(x), expected)
-        other = next(module for module in twin.modules() if isinstance(module, Adapted))
+        other = next(module for module in twin.modules() if isinstance(module, AdaptedLayer))
         assert is_short(other, x)
         other.branches[0].register_forward_hook(shift)
         assert not torch.allclose(twin(x), expected)

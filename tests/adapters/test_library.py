@@ -32,8 +32,8 @@ from adapters import (
     LoRA,
     PatchNameError,
     PatchStateError,
-    adapted,
 )
+from adapters.runtime import adapted_layer as adapted
 from tests.adapters.models import build, perturb, snapshot
 
 MODEL = "plain"
@@ -521,7 +521,7 @@ def test_models_of_a_pipeline_share_a_library(tmp_path: Path) -> None:
         library.remove("both")
         library.add("both", tmp_path / "both.safetensors", component="unet", strict=False)
         assert "both" in library and "1 adapters, 0 in the model" in repr(library)
-    assert not any(isinstance(module, adapters.Adapted) for part in parts.values() for module in part.modules())
+    assert not any(isinstance(module, adapters.AdaptedLayer) for part in parts.values() for module in part.modules())
 
 
 def test_a_call_keeps_no_branch_that_leaves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,14 +529,14 @@ def test_a_call_keeps_no_branch_that_leaves_meanwhile(monkeypatch: pytest.Monkey
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     stays, *leaving = (adapters.inject(model, LoRA(rank=1), name=name) for name in ("stays", "leaves"))
     tensors = [weakref.ref(tensor) for tensor in leaving[0].parameters()]
-    find = adapted.Fusion
+    find = adapted.FastPath
 
-    def finding(node: adapters.Adapted) -> adapted.Fusion:
-        found = find(node)
+    def finding(node: adapters.AdaptedLayer, layer: nn.Module) -> adapted.FastPath:
+        found = find(node, layer)
         leaving.pop().eject()
         return found
 
-    monkeypatch.setattr(adapted, "Fusion", finding)
+    monkeypatch.setattr(adapted, "FastPath", finding)
     with adapters.use(model, "stays"):
         model(x)
     monkeypatch.undo()

@@ -248,14 +248,14 @@ def test_a_failing_merge_changes_nothing(call: str, monkeypatch: pytest.MonkeyPa
         patch.merge()
     before, merged = snapshot(case.model), patch.merged
     output = case()
-    folded, calls = adapters.Adapted.folded, iter(range(100))
+    folded, calls = adapters.AdaptedLayer.folded, iter(range(100))
 
     def failing(*args: object) -> nn.Parameter:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("simulated")
         return folded(*args)
 
-    monkeypatch.setattr(adapters.Adapted, "folded", staticmethod(failing))
+    monkeypatch.setattr(adapters.AdaptedLayer, "folded", staticmethod(failing))
     with pytest.raises(torch.OutOfMemoryError):
         getattr(patch, call)()
     monkeypatch.undo()
@@ -266,4 +266,4 @@ def test_a_failing_merge_changes_nothing(call: str, monkeypatch: pytest.MonkeyPa
     assert [key[0] for key in keys] == [entry[0] for entry in before[1:]]
     patch.eject()
     other.eject()
-    assert not any(isinstance(module, adapters.Adapted) for module in case.model.modules())
+    assert not any(isinstance(module, adapters.AdaptedLayer) for module in case.model.modules())

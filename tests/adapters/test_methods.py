@@ -348,7 +348,7 @@ def test_merged_for_good(product: Product) -> None:
     expected = product()
     patch.merge_and_eject()
     close(product(), expected)
-    assert not list(fl.walk(product.model, adapters.Adapted))
+    assert not list(fl.walk(product.model, adapters.AdaptedLayer))
 
 
 @sampled

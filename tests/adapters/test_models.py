@@ -116,7 +116,7 @@ def test_merged_computes_the_same(case: Case, dtype: torch.dtype, rtol: float, a
     first.merge_and_eject()
     second.merge_and_eject()
     close(case(), both, rtol, atol)
-    assert not any(isinstance(module, adapters.Adapted) for module in case.model.modules())
+    assert not any(isinstance(module, adapters.AdaptedLayer) for module in case.model.modules())
 
 
 def singles(case: Case) -> torch.Tensor:

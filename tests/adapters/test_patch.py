@@ -243,7 +243,7 @@ def test_a_shared_layer_is_adapted_once_in_all_its_places() -> None:
     case = build("plain")
     patch = adapters.inject(case.model, LORA)
     assert case.model.steps[0] is case.model.alias
-    assert isinstance(case.model.alias, adapters.Adapted)
+    assert isinstance(case.model.alias, adapters.AdaptedLayer)
     assert list(patch.targets) == ["stem", "block.0", "steps.0", "steps.1"]
     linear = fl.Linear(3, 3)
     chain = fl.Chain(linear, fl.ReLU(), linear)
@@ -272,7 +272,7 @@ def test_copies_have_patches_of_their_own(case: Case) -> None:
         assert not torch.equal(other(), adapted)
         assert torch.equal(case(), adapted)
         twin.eject()
-        assert not any(isinstance(module, adapters.Adapted) for module in clone.modules())
+        assert not any(isinstance(module, adapters.AdaptedLayer) for module in clone.modules())
         twin.inject()
         twin.enabled = True
         assert torch.equal(other(), adapted)
@@ -510,14 +510,14 @@ def test_a_patch_cannot_go_back_where_its_layers_are_gone() -> None:
 def test_a_failing_injection_changes_nothing(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build("bert")
     before = snapshot(case.model)
-    hold, calls = adapters.Adapted.hold, iter(range(100))
+    hold, calls = adapters.AdaptedLayer.hold, iter(range(100))
 
-    def failing(self: adapters.Adapted, name: str, branch: Any) -> None:
+    def failing(self: adapters.AdaptedLayer, name: str, branch: Any) -> None:
         if next(calls) == fails_at:
             raise MemoryError("simulated")
         hold(self, name, branch)
 
-    monkeypatch.setattr(adapters.Adapted, "hold", failing)
+    monkeypatch.setattr(adapters.AdaptedLayer, "hold", failing)
     with pytest.raises(MemoryError):
         adapters.inject(case.model, LORA)
     assert snapshot(case.model) == before

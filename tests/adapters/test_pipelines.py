@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import adapters
 import weights
 from adapters import AdapterError, LoRA, PatchStateError, TargetError
-from adapters.models import as_module
+from adapters.targets.models import as_module
 from tests.adapters.models import perturb, snapshot
 from tests.adapters.pipeline import Pipeline, pipeline
 
@@ -183,7 +183,7 @@ def test_a_patch_copied_with_all_of_its_models_is_in_all() -> None:
     assert adapters.patches(copied) == {"style": patch}
     assert list(patch.adapter_file().layers) == ["unet.0", "unet.1", "text_encoder.0"]
     patch.eject()
-    assert not any(isinstance(module, adapters.Adapted) for model in copied.values() for module in model.modules())
+    assert not any(isinstance(module, adapters.AdaptedLayer) for model in copied.values() for module in model.modules())
 
 
 def test_a_pipeline_of_diffusers(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import adapters
-from adapters import LoRA, products
-from adapters.products import add
+from adapters import LoRA
+from adapters.lowrank import accumulate as products
+from adapters.lowrank.accumulate import add
 
 LAYERS = {"linear": nn.Linear(160, 96), "embedding": nn.Embedding(96, 160), "convolution": nn.Conv2d(32, 96, 3)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +11,8 @@ from types import ModuleType
 import pytest
 
 import adapters
-import adapters.methods
 
-# Modules whose names are those of functions, and one that imports much.
-ORDERS = ["adapters.methods", "adapters.combine", "adapters.initialize", "adapters.disk", "adapters.cli"]
+ORDERS = ["adapters.methods", "adapters.patch.combine", "adapters.reports", "adapters.files.merge", "adapters.cli"]
 
 
 def test_all_is_there_and_no_module_is_in_its_place() -> None:
@@ -23,19 +21,22 @@ def test_all_is_there_and_no_module_is_in_its_place() -> None:
         value = getattr(adapters, name)
         assert not isinstance(value, ModuleType)
         assert name in dir(adapters)
-    assert callable(adapters.methods) and callable(adapters.combine) and callable(adapters.initialize)
 
 
 def test_type_checkers_are_told_the_same() -> None:
-    tree = ast.parse(Path(adapters.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    told: dict[str, str] = {}
-    for statement in block.body:
-        assert isinstance(statement, ast.ImportFrom) and statement.module
-        module = statement.module.removeprefix("adapters.")
-        names = [alias.name for alias in statement.names]
-        told |= dict.fromkeys(sys.modules["adapters.methods"].__all__ if names == ["*"] else names, module)
-    assert told == adapters._HOMES
+    site = Path(adapters.__file__).parents[1] / "docs" / "site" / "public_names.py"
+    told = Path(adapters.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    assert told == runpy.run_path(str(site))["stub"](), "run `make docs`"
+    assert {line.rpartition(" ")[2] for line in told.splitlines()[1:]} == {*adapters.__all__}
+
+
+def test_submodules_are_imported_in_the_ordinary_way() -> None:
+    code = "import adapters.methods.lora as l, adapters.reports as r, adapters; assert l.LoRA is adapters.LoRA, r"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(adapters.__file__).parents[1])
+
+
+def test_names_of_the_last_release_are_known() -> None:
+    assert adapters.Site is adapters.WeightSpec and adapters.Adapted is adapters.AdaptedLayer
 
 
 EACH_FIRST = """
@@ -46,10 +47,10 @@ for first in sys.argv[1:]:
     if os.fork() == 0:
         importlib.import_module(first)
         from adapters import *
-        import adapters.methods, adapters.combine, adapters.initialize
+        import adapters
         from adapters.methods import register as again
-        assert all(callable(one) for one in (adapters.methods, adapters.combine, adapters.initialize))
-        assert adapters.LoRA is LoRA and adapters.methods is methods and register is again
+        assert all(callable(one) for one in (adapters.combine, adapters.initialize, adapters.report))
+        assert adapters.LoRA is LoRA and adapters.METHODS is METHODS and register is again
         os._exit(0)
     assert os.wait()[1] == 0, first
 """

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import adapters
 from adapters import LoRA, Method, PatchStateError, TargetError
-from adapters.layers import read_weight
-from adapters.quantized import is_quantized
-from adapters.targets import structure
+from adapters.layers.quantized import is_quantized
+from adapters.layers.weight import read_weight
+from adapters.targets.target import structure
 from tests.adapters.models import perturb
 
 SIZES = (64, 128, 64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import adapters
 import weights
 from adapters import AdapterError, LoRA, Report
-from adapters.report import Layer
+from adapters.reports.report import Layer
 from tests.adapters.test_methods import perturb
 
 
@@ -272,7 +272,7 @@ def test_without_plotly_a_report_says_how_to_get_it(
             raise ImportError(name)
         return load(name, *args, **kwargs)
 
-    adapters.pages._plotly.cache_clear()
+    adapters.reports.html._plotly.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(AdapterError, match=re.escape("pip install 'fluxion-adapters[report]'")):
         found.save(tmp_path / "page.html")

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weights
-from adapters.layers import Conv1D, is_conv1d
-from adapters.standins import Shapes
-from weights.header import Slot
+from adapters.files.skeleton import Shapes
+from adapters.layers.kinds import Conv1D, is_conv1d
+from weights.disk.header import Slot
 
 
 def shapes(model: nn.Module) -> Shapes:

@@ -17,7 +17,7 @@ import adapters
 import fluxion as fl
 from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from adapters.methods import METHODS
-from adapters.targets import _glob
+from adapters.targets.pattern import _glob
 from tests.adapters.models import build, snapshot
 from tests.weights.fuzz import SECONDS, bounded
 

@@ -69,6 +69,6 @@ def test_the_search_finds(page: Page, address: str) -> None:
     if page.viewport_size and page.viewport_size["width"] < 600:
         page.click("label.md-header__button[for=__search]")
     page.locator(".md-search__input").press_sequentially("merge_files")
-    page.locator(".md-search-result__link[href*='adapters.disk.merge_files']").first.click()
+    page.locator(".md-search-result__link[href*='adapters.files.merge.merge_files']").first.click()
     page.wait_for_url("**/api/adapters.html*")
-    assert page.locator("[id='adapters.disk.merge_files']").is_visible()
+    assert page.locator("[id='adapters.files.merge.merge_files']").is_visible()

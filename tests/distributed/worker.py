@@ -141,8 +141,8 @@ def mean(loss: Tensor, mesh: DeviceMesh | None) -> float:
     return float(value)
 
 
-def nodes(model: nn.Module) -> list[adapters.Adapted]:
-    return [module for module in model.modules() if isinstance(module, adapters.Adapted)]
+def nodes(model: nn.Module) -> list[adapters.AdaptedLayer]:
+    return [module for module in model.modules() if isinstance(module, adapters.AdaptedLayer)]
 
 
 UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {

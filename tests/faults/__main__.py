@@ -24,7 +24,7 @@ from tests.faults.harness import FAULTS, Damage, Trial, folder_in_memory, trial
 from tests.faults.hub import Hub
 from tests.faults.operations import Operation, lora, operations
 from tests.faults.together import READERS, WRITERS, all_at_once, loads_while_saving, reads_while_saving
-from weights import streaming
+from weights.tensors import rewrite as streaming
 
 BEGIN, END = "<!-- python -m tests.faults -->", "<!-- end -->"
 Row = tuple[str, Sequence[str]]

@@ -18,7 +18,7 @@ import weights
 from adapters.cli import main
 from tests.faults.hub import Hub
 from tests.weights.hub_server import WRITER
-from weights.atomic import settle
+from weights.disk.atomic import settle
 from weights.formats import WRITTEN
 
 State = Mapping[str, bytes]

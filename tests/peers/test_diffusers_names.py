@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import weights
-from adapters.matching import places_of
-from adapters.naming import with_names_of
-from adapters.targets import layers
-from weights.names import Part, flux, more, stable_diffusion, text, translate, wan
-from weights.names.table import Table
+from adapters.files.resolve.matching import places_of
+from adapters.files.resolve.original_names import with_names_of
+from adapters.targets.target import all_targets
+from weights.families.table import Table
+from weights.families.translate import Part, flux, more, stable_diffusion, text, translate, wan
 
 Checkpoint = dict[str, Tensor]
 
@@ -418,7 +418,7 @@ def test_files_have_the_layers_that_they_have_in_diffusers(tmp_path: Path, kind:
     path = weights.save(tensors, tmp_path / "file.safetensors")
 
     adapter = weights.read_adapter(path)
-    file, problems = with_names_of(places_of(layers(model), adapter), adapter)
+    file, problems = with_names_of(places_of(all_targets(model), adapter), adapter)
     theirs = case.convert(tensors)
 
     assert problems == []

@@ -35,7 +35,7 @@ from adapters import AdapterError
 from tests.weights.corpus import corpus
 from tests.weights.test_hostile_adapters import CASES, CHANGES, ENDS, MORE_SETTINGS, ODD, deep, model_of, sound
 from weights import WeightsError
-from weights.header import DTYPES
+from weights.disk.header import DTYPES
 
 SECONDS, BYTES = 10, 2**30
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import weights
-from weights.header import DTYPES
+from weights.disk.header import DTYPES
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, -2], dtype=torch.int8)}
 
@@ -316,9 +316,9 @@ def test_a_crash_while_saving_keeps_the_old_file(tmp_path: Path, monkeypatch: py
         case "replace":
             monkeypatch.setattr(Path, "replace", fail)
         case "write":
-            monkeypatch.setattr("weights.files._chunks", chunks)
+            monkeypatch.setattr("weights.tensors.open._chunks", chunks)
         case "check":
-            monkeypatch.setattr("weights.files._chunks", lambda *_: [b"not what safetensors looks like"])
+            monkeypatch.setattr("weights.tensors.open._chunks", lambda *_: [b"not what safetensors looks like"])
     expected = weights.FileFormatError if step == "check" else weights.FileWriteError
     with pytest.raises(expected, match="not a safetensors file" if step == "check" else "No space left"):
         weights.save({"new": torch.ones(1)}, path)
@@ -331,7 +331,7 @@ def test_an_interruption_while_saving_leaves_nothing(tmp_path: Path, monkeypatch
         yield b"half"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("weights.files._chunks", interrupt)
+    monkeypatch.setattr("weights.tensors.open._chunks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         weights.save(TENSORS, tmp_path / "t.safetensors")
     assert list(tmp_path.iterdir()) == []

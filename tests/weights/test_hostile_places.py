@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import weights
-from weights.atomic import settle
+from weights.disk.atomic import settle
 
 TENSORS = {"a": torch.ones(2)}
 LAYER = weights.LayerWeights(

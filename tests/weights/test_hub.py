@@ -16,9 +16,9 @@ from huggingface_hub import constants
 import weights
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import WRITER, File, HubServer, Repo
-from weights.folders import HubFolder
-from weights.hub import Snapshot
-from weights.hub_path import HubPath
+from weights.hub.download import Snapshot
+from weights.hub.path import HubPath
+from weights.tensors.folders import HubFolder
 
 
 @pytest.fixture

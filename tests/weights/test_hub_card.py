@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import weights
-from weights.card import check_card
-from weights.layer_tree import drawn
+from weights.hub.card import check_card
+from weights.hub.layer_tree import drawn
 
 
 def layer(method: str = "lora", rank: int = 8) -> weights.LayerWeights:
@@ -61,7 +61,7 @@ def test_other_licenses_need_a_name() -> None:
     card = weights.model_card(adapter, "peft", license="other", license_name="mine", license_link="LICENSE")
     assert fields(card)["license_name"] == "mine"
     for tags in ("style", [1], ["a\nb"], ["\x85"]):
-        with pytest.raises(weights.FileFormatError, match="a text in one line"):
+        with pytest.raises(weights.FileFormatError, match="a string in one line"):
             weights.model_card(adapter, "peft", tags=tags)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants, hf_hub_download
 import weights
 from tests.weights.hub_server import HubServer
 from tests.weights.test_hub import contents, folder
-from weights.hub_path import HubPath
+from weights.hub.path import HubPath
 
 __all__ = ["folder"]  # a fixture
 

@@ -124,7 +124,7 @@ def test_only_the_name_that_peft_knows_needs_its_settings(hub: HubServer, folder
         (b"---\ntags: [1]\n---\n", "tags is a list; make it a list of texts"),
         (b"---\nlicense: 2\n---\n", "license is a int"),
         (b"---\nbase_model: {a: b}\n---\n", "base_model is a dict"),
-        (b"---\nlanguage: no\n---\n", "language is a bool; make it a text or a list"),
+        (b"---\nlanguage: no\n---\n", "language is a bool; make it a string or a list"),
         (b"---\nlibrary_name: [a]\n---\n", "library_name is a list"),
         (b"\xff\xfe", "sound YAML"),
     ],

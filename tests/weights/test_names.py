@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weights.names import TABLES, Part, translate
+from weights.families.translate import TABLES, Part, translate
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_a_failed_write_changes_no_file(folder: Path, monkeypatch: pytest.Monkey
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weights.atomic.read_header", fail)
+    monkeypatch.setattr("weights.disk.atomic.read_header", fail)
     with pytest.raises(weights.FileWriteError, match="No space left"):
         weights.write_adapter(weights.AdapterFile({"fc": lora(4, 1.0, (6, 6))}), folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

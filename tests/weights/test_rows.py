@@ -13,11 +13,11 @@ from torch import nn
 import adapters
 import weights
 from adapters import Copy, DoHa, DoRA, Full, HiRA, LoHa, LoKr, LoRA
-from adapters.method import Method
 from adapters.methods import METHODS
+from adapters.methods.core.method import Method
 from tests.adapters.models import perturb
 from weights import LayerWeights
-from weights.rows import split_rows, take_rows
+from weights.methods.rows import split_rows, take_rows
 
 SIZES = (8, 4, 4)
 METHODS_WITH_ROWS: dict[str, Callable[[], Method]] = {

@@ -220,7 +220,7 @@ SETUP = """
 import hashlib, os, random, resource, signal, sys, time
 from pathlib import Path
 import torch, weights
-from weights import streaming
+from weights.tensors import rewrite as streaming
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 streaming._UNSYNCED, streaming._AT_ONCE, streaming._WAITING = 40_000, 16_384, 0

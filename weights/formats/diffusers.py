@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.files import encode
 from weights.formats import keyed, peft
 from weights.formats.found import Found, without
 from weights.formats.output import write_file
 from weights.formats.peft_besides import PREFIX
+from weights.tensors.open import encode
 
 TENSORS = "pytorch_lora_weights.safetensors"
 FILES = (TENSORS,)

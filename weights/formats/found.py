@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from weights.adapter_file import CONFIG
+from weights.disk.paths import read_small
 from weights.errors import WeightsError
-from weights.files import TensorFiles, open_tensors
 from weights.formats.keys import stems
-from weights.local import read_small
-from weights.sources import CONFIG
+from weights.tensors.open import TensorFiles, open_tensors
 
 _LARGEST_NUMBER = 2**100  # so that products of a few are still finite
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from weights.disk.header import MAX_HEADER_BYTES, check_name
 from weights.errors import FileFormatError, SourceNotFoundError
-from weights.header import MAX_HEADER_BYTES, check_name
 
 MAGIC = b"GGUF"
 EXTRA = "pip install fluxion-adapters[gguf]"

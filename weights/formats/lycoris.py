@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.files import save
 from weights.formats import keyed
 from weights.formats.found import Found
 from weights.formats.keys import ALPHA
 from weights.formats.lycoris_methods import GRAMMARS, Grammar, write_none
+from weights.tensors.open import save
 
 FILES = ()  # A file of any name: in a repository it might as well be the base model.
 METHODS = tuple(dict.fromkeys(grammar.method for grammar in GRAMMARS if grammar.write is not write_none))

@@ -18,12 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from weights.adapter_file import AdapterFile, LayerWeights
-from weights.files import encode, open_tensors
+from weights.adapter_file import CONFIG, AdapterFile, LayerWeights
 from weights.formats.found import Found, is_number
 from weights.formats.keyed import refuse
 from weights.formats.output import Chunks, write_folder
-from weights.sources import CONFIG
+from weights.tensors.open import encode, open_tensors
 
 TENSORS = "adapters.safetensors"
 FILES = (CONFIG, TENSORS)

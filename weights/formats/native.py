@@ -16,9 +16,9 @@ from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.errors import FileFormatError
-from weights.files import encode, open_tensors
 from weights.formats.found import Found, without
 from weights.formats.output import write_file
+from weights.tensors.open import encode, open_tensors
 
 TENSORS = "adapter.safetensors"
 FILES = (TENSORS,)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weights.adapter_file import AdapterFile
-from weights.atomic import write_files
-from weights.card import CARD, model_card
+from weights.disk.atomic import write_files
+from weights.hub.card import CARD, model_card
 
 Chunks = Iterable[bytes | memoryview]
 

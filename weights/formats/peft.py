@@ -18,9 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from weights.adapter_file import AdapterFile, LayerWeights
+from weights.adapter_file import CONFIG, AdapterFile, LayerWeights
 from weights.errors import FileFormatError, SourceNotFoundError, listed
-from weights.files import encode, open_tensors
 from weights.formats import peft_besides as besides
 from weights.formats import torchtune
 from weights.formats.found import Found, read_json
@@ -28,7 +27,7 @@ from weights.formats.output import Chunks, write_folder
 from weights.formats.patterns import PatternTable, are_quick
 from weights.formats.peft_besides import PREFIX
 from weights.formats.peft_methods import GRAMMARS, Grammar
-from weights.sources import CONFIG
+from weights.tensors.open import encode, open_tensors
 
 TENSORS = "adapter_model.safetensors"
 FILES = (CONFIG, TENSORS)

@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from weights.adapter_file import AdapterFile, LayerWeights
+from weights.adapter_file import CONFIG, AdapterFile, LayerWeights
 from weights.formats.found import Found, is_number
 from weights.formats.keyed import refuse
-from weights.sources import CONFIG
 
 FILES = (CONFIG,)
 NAME = "torchtune"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import weights
-from adapters.cli.diff import _distance
+from adapters.cli.commands.diff import _distance
 from tests.adapters.cli.files import MINILM, done, fluxion, refused, serve, with_value
 from tests.weights.hub_server import HubServer
 

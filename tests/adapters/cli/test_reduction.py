@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import weights
-from adapters.cli.combine import _WAYS
-from adapters.combine import PRUNINGS
+from adapters.cli.commands.combine import _WAYS
+from adapters.patch.combine import PRUNINGS
 from tests.adapters.cli.files import MINILM, document, done, fluxion, refused
 
 

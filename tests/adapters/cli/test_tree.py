@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import weights
-from adapters.cli.tree import Module
+from adapters.cli.commands.tree import Module
 from tests.adapters.cli.files import MINILM, document, done, fluxion, refused, serve
 from tests.weights.hub_server import HubServer
 

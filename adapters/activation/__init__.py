@@ -1,0 +1,1 @@
+"""Which patches are active: switches, strengths, mixed batches."""

@@ -1,0 +1,85 @@
+"""`fluxion combine`: adapters made into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapters.cli import options, reduction
+from adapters.cli.console import progress_in_layers
+from adapters.cli.options import Source, as_json, check_new, scaled
+
+_WAYS = ("exact", "svd", "magnitude", "ties", "dare")
+
+
+@click.command()
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter",
+    "sources",
+    multiple=True,
+    required=True,
+    callback=scaled,
+    type=Source(),
+    metavar="SOURCE[=WEIGHT]",
+    help="An adapter and its weight, 1 if that is not said. Repeat it for several.",
+)
+@click.option("--how", type=click.Choice(_WAYS), default="exact", show_default=True, help="How to combine.")
+@options.rank
+@options.energy
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
+    help="How many entries of each update to keep, for magnitude, ties and dare.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Where the chance of dare comes from.")
+@options.base
+@options.to
+@as_json
+def combine(
+    destination: Path,
+    sources: list[tuple[str, float]],
+    how: str,
+    rank: int | None,
+    energy: float | None,
+    density: float | None,
+    seed: int,
+    base: str | None,
+    form: str | None,
+    as_json: bool,
+) -> None:
+    """Make one LoRA of several adapters.
+
+    Each SOURCE is a file, a folder, or a place on the Hub, with LoRA or, if the base is given, any other method that
+    adds to the weights. DESTINATION is a new folder, or the name of a new .safetensors file, which only lycoris,
+    diffusers and fluxion have.
+
+    exact is the weighted sum: ranks add up. svd is the nearest to it of the rank that is given, or that keeps enough of
+    it. magnitude sums the largest entries of each update; ties keeps of these what agrees in sign, and takes the mean;
+    dare drops entries by chance and makes the others larger. How far each layer is off is printed.
+
+    \b
+    Examples:
+      fluxion combine both --adapter someone/style-lora=0.7 --adapter someone/style-lora=0.3
+      fluxion combine few --adapter someone/style-lora --adapter both=-0.5 --how ties --density 0.3 --rank 4
+    """
+    import adapters
+
+    check_new(destination)
+    with progress_in_layers("Combining") as step:
+        made = adapters.combine_files(
+            sources,
+            destination,
+            base=base,
+            how=how,
+            rank=rank,
+            energy=energy,
+            density=density,
+            seed=seed,
+            format=form,
+            progress=step,
+        )
+    weighted = [{"source": source, "weight": weight} for source, weight in sources]
+    reduction.show(made, as_json, adapters=weighted, how=how)

@@ -1,0 +1,1 @@
+"""Adapters in files: loaded into models, merged into checkpoints, extracted, resized, combined."""

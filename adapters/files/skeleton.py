@@ -1,0 +1,121 @@
+"""Layers that stand for those of a checkpoint, of which names and shapes are known. Their zeros take no memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import weights
+from adapters.layers.kinds import CONVOLUTIONS, TRANSPOSED, Conv1D
+from weights.disk.header import Slot
+
+_EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?(_tokens|_positions|_in|_out)?|wte|wpe|shared")
+_KERNELS = {3: 0, 4: 1, 5: 2}  # Dimensions of the weight, and the place of the class.
+
+
+class Shapes:
+    """The tensors of a checkpoint by their names, and the layers that have them.
+
+    Most layers hold an output in a row of their weight. Those of GPT-2 and transposed convolutions hold one in a
+    column, and the weight alone does not show it. The bias does, which has a number for each output, unless the weight
+    is square. Then it is that of layers of the same name (`h.0.attn.c_proj` and `h.0.mlp.c_proj`) that shows it; or
+    that of all others, where these agree.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot]) -> None:
+        self.slots = slots
+        self._parameters: dict[str, dict[str, Slot]] = {}
+        for name, slot in slots.items():
+            path, _, parameter = name.rpartition(".")
+            self._parameters.setdefault(path, {})[parameter] = slot
+        self._in_columns: dict[tuple[str, int], set[bool]] = {}
+        for path in self._parameters:
+            shown = self._shown(path)
+            if shown is not None:
+                dims = len(self._parameters[path]["weight"].shape)
+                self._in_columns.setdefault((_name(path), dims), set()).add(shown)
+                self._in_columns.setdefault(("", dims), set()).add(shown)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Those of all modules below the model itself."""
+        return [path for path in self._parameters if path]
+
+    def module(self, path: str) -> str:
+        """The path of the module that has the weight with a path: itself, but for parameters of other names."""
+        return path if path in self._parameters else path.rpartition(".")[0]
+
+    def layer(self, path: str, buffers: Collection[str], content: Iterable[weights.LayerWeights]) -> nn.Module:
+        """A layer in the place of a module.
+
+        Args:
+            path: The path of the module.
+            buffers: Which of its tensors are no parameters. They are left out.
+            content: What there is for its weight, which shows whether that is an embedding.
+        """
+        parameters = {name: slot for name, slot in self._parameters[path].items() if name not in buffers}
+        layer = self._made(path, parameters, content)
+        for name, slot in parameters.items():
+            zero = torch.zeros((), dtype=slot.dtype).expand(slot.shape)  # A method may start at a copy of it.
+            layer._parameters[name] = nn.Parameter(zero, requires_grad=False)
+        return layer
+
+    def _made(self, path: str, parameters: Mapping[str, Slot], content: Iterable[weights.LayerWeights]) -> nn.Module:
+        if "weight" not in parameters:
+            return nn.Module()
+        shape, bias = parameters["weight"].shape, "bias" in parameters
+        where: Any = {"device": "meta"}
+        if len(shape) == 1 or (bias and shape == parameters["bias"].shape):
+            return nn.LayerNorm(shape, bias=bias, **where)
+        if len(shape) == 2:
+            if self._has_columns(path):
+                return Conv1D(shape[1], shape[0])
+            if not bias and _is_embedding(path, shape, content):
+                return nn.Embedding(*shape, **where)
+            return nn.Linear(shape[1], shape[0], bias=bias, **where)
+        if len(shape) in _KERNELS:
+            kinds: tuple[Any, ...] = TRANSPOSED if self._has_columns(path) else CONVOLUTIONS
+            kind, kernel = kinds[_KERNELS[len(shape)]], shape[2:]
+            if kinds is CONVOLUTIONS:
+                return kind(shape[1], shape[0], kernel, bias=bias, **where)
+            groups = parameters["bias"].shape[0] // shape[1]
+            return kind(shape[0], shape[1] * groups, kernel, groups=groups, **where)
+        return nn.Module()
+
+    def _shown(self, path: str) -> bool | None:
+        """Whether a layer has outputs in columns, where its bias shows it."""
+        weight, bias = self._parameters[path].get("weight"), self._parameters[path].get("bias")
+        if weight is None or bias is None or len(weight.shape) < 2 or len(bias.shape) != 1 or 0 in weight.shape:
+            return None
+        outputs, (rows, columns, *kernel) = bias.shape[0], weight.shape
+        if outputs == rows:
+            return None if outputs == columns else False
+        in_columns = outputs % columns == 0 if kernel else outputs == columns  # A transposed one may have groups.
+        return in_columns or None
+
+    def _has_columns(self, path: str) -> bool:
+        if "bias" not in self._parameters[path]:
+            return False
+        if (shown := self._shown(path)) is not None:
+            return shown
+        dims = len(self._parameters[path]["weight"].shape)
+        return (self._in_columns.get((_name(path), dims)) or self._in_columns.get(("", dims))) == {True}
+
+
+def _name(path: str) -> str:
+    """The last name in a path that is no number."""
+    return next((name for name in reversed(path.split(".")) if not name.isdecimal()), "")
+
+
+def _is_embedding(path: str, shape: Sequence[int], content: Iterable[weights.LayerWeights]) -> bool:
+    """Whether a weight is looked up by rows: by the tensors there are for it, or else by its name."""
+    tensors = {name: tensor for layer in content for name, tensor in layer.tensors.items()}
+    if any("embedding" in name for name in tensors):
+        return True
+    if "lora_A" in tensors and shape[0] != shape[1]:
+        return tensors["lora_A"].shape[-1:] == (shape[0],)
+    return _EMBEDDING.fullmatch(path.rpartition(".")[2]) is not None

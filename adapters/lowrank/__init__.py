@@ -1,0 +1,1 @@
+"""Low-rank updates: computed beside a linear layer, added to weights in place, decomposed, measured."""

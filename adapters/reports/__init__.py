@@ -1,0 +1,1 @@
+"""Reports on adapters: facts, what would load, pages of HTML."""

@@ -1,0 +1,1 @@
+"""Adapted layers: how they run, their fast path, merged weights, transparency, compiled graphs."""

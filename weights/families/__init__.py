@@ -1,0 +1,1 @@
+"""Families of models: the names of their layers in original checkpoints and in diffusers and transformers."""

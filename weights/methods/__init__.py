@@ -1,0 +1,1 @@
+"""The tensors of methods in the files of other libraries."""
