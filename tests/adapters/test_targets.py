@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,7 +17,6 @@ import adapters
 import fluxion as fl
 from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from adapters.methods import METHODS
-from adapters.targets.pattern import _glob
 from tests.adapters.models import build, snapshot
 from tests.weights.fuzz import SECONDS, bounded
 
@@ -137,12 +136,28 @@ def means(pattern: str, path: str) -> bool:
     return rest(0, 0)
 
 
-@settings(max_examples=2000)
-@given(
-    st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join), st.text("ab.", max_size=10)
-)
-def test_globs_mean_what_is_said(pattern: str, path: str) -> None:
-    assert bool(_glob(pattern).fullmatch(path)) == means(pattern, path)
+class Both(nn.Linear):
+    """A layer that is in a tree of others, and one to adapt."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(1, 1)
+        for name in ("a", "b", "ab", "ba") if depth else ():
+            self.add_module(name, Both(depth - 1))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join))
+def test_globs_mean_what_is_said(pattern: str) -> None:
+    """Each of them on every path of a tree of three levels."""
+    assume("*" in pattern)
+    with torch.device("meta"):
+        model = Both(3)
+    expected = [path for path, _ in model.named_modules() if path and means(pattern, path)]
+    try:
+        found = list(adapters.inject(model, LoRA(rank=1), pattern).targets)
+    except TargetError:
+        found = []
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("part", ["**a", "*a", "**.", "**.a", "*", "**a*", "a**.*a"])

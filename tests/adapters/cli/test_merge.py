@@ -110,7 +110,8 @@ def test_bad_usage(tmp_path: Path, options: tuple[str, ...], message: str) -> No
 
 def test_ctrl_c_leaves_nothing_that_looks_whole_and_the_same_command_goes_on(style: Path, tmp_path: Path) -> None:
     slow = (
-        "import time, sys; from weights.tensors import resume; from adapters.cli import main\nwrite = resume.Writer.write\n"
+        "import time, sys; from weights.tensors import resume; from adapters.cli import main\n"
+        "write = resume.Writer.write\n"
         "resume.Writer.write = lambda *args: (time.sleep(0.05), write(*args)); main(sys.argv[1:])"
     )
     out = tmp_path / "out"
