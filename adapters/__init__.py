@@ -16,15 +16,20 @@ from typing import Any
 # Any other name is that of a method. `__init__.pyi`, which `make docs` writes, tells type checkers and editors of all.
 _PUBLIC = {
     "adapter": "Adapter",
-    "errors": "AdapterError BudgetError LayerMismatchError PatchNameError PatchStateError RowsError TargetError",
+    "errors": (
+        "AdapterError BudgetError HyperparameterError LayerMismatchError PatchNameError PatchStateError RowsError"
+        " TargetError"
+    ),
     "files.combine": "combine_files resize_file",
-    "files.extract": "Reduction extract_files",
+    "files.extract": "extract_files",
     "files.library": "Library",
     "files.load": "load",
     "files.merge": "merge_files",
+    "files.reduction": "Reduction",
     "methods": "METHODS register",
-    "methods.core.method": "Branch Method Tensors",
+    "methods.core.method": "Branch Method",
     "methods.core.spec": "WeightSpec",
+    "methods.core.tensors": "Tensors",
     "patch.combine": "combine",
     "patch.distributed": "parallel_plan",
     "patch.initialize": "initialize",

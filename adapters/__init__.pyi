@@ -2,6 +2,7 @@
 from adapters.adapter import Adapter as Adapter
 from adapters.errors import AdapterError as AdapterError
 from adapters.errors import BudgetError as BudgetError
+from adapters.errors import HyperparameterError as HyperparameterError
 from adapters.errors import LayerMismatchError as LayerMismatchError
 from adapters.errors import PatchNameError as PatchNameError
 from adapters.errors import PatchStateError as PatchStateError
@@ -9,11 +10,11 @@ from adapters.errors import RowsError as RowsError
 from adapters.errors import TargetError as TargetError
 from adapters.files.combine import combine_files as combine_files
 from adapters.files.combine import resize_file as resize_file
-from adapters.files.extract import Reduction as Reduction
 from adapters.files.extract import extract_files as extract_files
 from adapters.files.library import Library as Library
 from adapters.files.load import load as load
 from adapters.files.merge import merge_files as merge_files
+from adapters.files.reduction import Reduction as Reduction
 from adapters.methods import METHODS as METHODS
 from adapters.methods import register as register
 from adapters.methods.adalora import AdaLoRA as AdaLoRA
@@ -25,8 +26,8 @@ from adapters.methods.c3a import C3A as C3A
 from adapters.methods.copied import Copy as Copy
 from adapters.methods.core.method import Branch as Branch
 from adapters.methods.core.method import Method as Method
-from adapters.methods.core.method import Tensors as Tensors
 from adapters.methods.core.spec import WeightSpec as WeightSpec
+from adapters.methods.core.tensors import Tensors as Tensors
 from adapters.methods.delora import DeLoRA as DeLoRA
 from adapters.methods.dora import DoRA as DoRA
 from adapters.methods.fourierft import FourierFT as FourierFT

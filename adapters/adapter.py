@@ -15,11 +15,11 @@ from adapters.errors import PatchStateError, TargetError
 T = TypeVar("T", bound=nn.Module)
 M = TypeVar("M", bound=nn.Module)
 Slot = tuple[nn.Module, str]
-"""A place in a model: a module, and the key of one of its children."""
+"""A slot of a model: a parent module, and the key of one of its children."""
 
 
 class WeakSlots:
-    """Slots whose modules are not kept alive. A copy or a pickle of it is empty: a copied model has other slots."""
+    """Slots with weak references to their modules. A copy or a pickle is empty: a copied model has other slots."""
 
     __slots__ = ("_slots",)
 
@@ -58,19 +58,19 @@ class Adapter(Generic[T]):
 
     @property
     def target(self) -> T:
-        """The module this adapter adapts."""
+        """The adapted module."""
         return self._target[0]
 
     @contextlib.contextmanager
     def setup_adapter(self, target: T) -> Iterator[None]:
-        """Call the constructor of the chain in this block: it may hold the target, which stays where it is."""
+        """A block in which the constructor of the chain is called: it may hold the target, which stays where it is."""
         self.__dict__.update(_target=[target], _outside=WeakSlots())
         with target.no_parent_refresh() if isinstance(target, fl.ContextModule) else contextlib.nullcontext():
             yield
 
     @property
     def slots(self) -> list[Slot]:
-        """Where this adapter is: each module that holds it, and the key it has there. Empty when it is ejected."""
+        """The slots of this adapter: each module that holds it, and its key there. Empty when it is ejected."""
         node, known = cast(fl.Chain, self), list(self._outside)
         slots = [(parent, key) for parent, key in known if parent._modules.get(key) is node]
         if not slots and (chain := node.parent) is not None:  # It was moved.
@@ -80,11 +80,11 @@ class Adapter(Generic[T]):
         return slots
 
     def inject(self, parent: nn.Module | None = None) -> Self:
-        """Take the place of the target, in every place it has below `parent`.
+        """Take the place of the target in all of its slots below `parent`.
 
         Args:
-            parent: A module that holds the target, at any depth. It may be left out for a target that knows its
-                parent, such as a Chain.
+            parent: A module that holds the target, at any depth; by default the parent of the target, if it is a
+                module that knows its parent, such as a Chain.
 
         Raises:
             PatchStateError: The adapter is injected already.
@@ -103,7 +103,7 @@ class Adapter(Generic[T]):
         return self
 
     def _occupy(self, slots: list[Slot], same: WeakSlots) -> None:
-        """Take these slots, which hold the target."""
+        """Fill the slots of the target with this adapter."""
         node = cast(fl.Chain, self)
         self.__dict__["_outside"] = same
         fill_slots(slots, node)
@@ -111,7 +111,7 @@ class Adapter(Generic[T]):
             link_parent(self.target, find_slots(node, self.target))
 
     def eject(self) -> None:
-        """Give the place back to the target, or to the adapters that have been put around the target since.
+        """Give the slots back to the target, or to the adapters that were injected around the target since.
 
         Raises:
             PatchStateError: The adapter is not injected.
@@ -122,7 +122,7 @@ class Adapter(Generic[T]):
         self._vacate(slots)
 
     def _vacate(self, slots: list[Slot]) -> None:
-        """Give these slots, all that there are, to the heir."""
+        """Give all slots of this adapter to the heir."""
         node = cast(fl.Chain, self)
         heir = self._heir()
         if heir is not self.target:  # The adapter keeps its own target, to be injected again.
@@ -138,10 +138,10 @@ class Adapter(Generic[T]):
         node._set_parent(None)
 
     def _heir(self) -> nn.Module:
-        """What takes this adapter's place: the target, inside of the adapters that were injected below this one."""
+        """The module that takes the slots: the target, with the adapters that were injected below this one."""
         top, heir = cast(fl.Chain, self), cast(nn.Module, self.target)
         for parent, _ in find_slots(top, self.target):
-            node = parent if isinstance(parent, fl.Chain) else None
+            node: fl.ContextModule | None = parent if isinstance(parent, fl.Chain) else None
             while node is not None and node is not top:
                 if isinstance(node, Adapter):
                     heir = node
@@ -149,7 +149,7 @@ class Adapter(Generic[T]):
         return heir
 
     def _base_children(self) -> Collection[nn.Module | None]:
-        """The children that belong to the base model: all of them, where an adapter written by hand is a part of it."""
+        """The children that belong to the base model: all of them, as an adapter written by hand is a part of it."""
         return cast(fl.Chain, self)._modules.values()
 
     def _pre_structural_copy(self) -> None:
@@ -163,7 +163,7 @@ class Adapter(Generic[T]):
 
 
 def base_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model in order, each once, adapted layers among them. What patches added is not entered."""
+    """The modules of a model in order, each once, with adapted layers. Subtrees that patches added are not entered."""
     seen: set[int] = set()
     stack = [model]
     while stack:
@@ -179,12 +179,12 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def find_slots(root: nn.Module, module: nn.Module) -> list[Slot]:
-    """Every place of a module below `root`."""
+    """The slots of a module below `root`."""
     return find_all_slots(root, [module])[module]
 
 
 def find_all_slots(root: nn.Module, modules: Collection[M]) -> dict[M, list[Slot]]:
-    """Every place of each of some modules below `root`, in one walk."""
+    """The slots of each of some modules below `root`, found in one walk."""
     found: dict[M, list[Slot]] = {module: [] for module in modules}
     parents = dict.fromkeys(parent for _, parent in fl.walk(root, lambda child, _: child in found, recurse=True))
     for parent in parents:
@@ -195,7 +195,7 @@ def find_all_slots(root: nn.Module, modules: Collection[M]) -> dict[M, list[Slot
 
 
 def fill_slots(slots: list[Slot], module: nn.Module, link: bool = True) -> None:
-    """Put a module in each of these slots, whatever kind of module they belong to."""
+    """Put a module into slots of parents of any kind."""
     for parent, key in slots:
         if isinstance(parent, fl.Chain):
             parent._swap(key, module)
@@ -206,6 +206,6 @@ def fill_slots(slots: list[Slot], module: nn.Module, link: bool = True) -> None:
 
 
 def link_parent(module: nn.Module, slots: list[Slot]) -> None:
-    """Make the first chain among these slots the parent of a module that knows its parent."""
+    """Make the first chain among the slots the parent of a module that knows its parent."""
     if isinstance(module, fl.ContextModule):
         module._set_parent(next((parent for parent, _ in slots if isinstance(parent, fl.Chain)), None))

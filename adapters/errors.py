@@ -11,6 +11,10 @@ class AdapterError(ValueError):
     """Base of every error this package raises by itself."""
 
 
+class HyperparameterError(AdapterError, TypeError):
+    """A hyperparameter that a method does not have."""
+
+
 class TargetError(AdapterError):
     """A pattern that matches nothing, or a layer that the method cannot adapt."""
 

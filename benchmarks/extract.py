@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from adapters.lowrank.svd import Factors, nearest, reduced
+from adapters.lowrank.low_rank import LowRank
+from adapters.lowrank.svd import nearest
 from benchmarks.harness import Ratio, Row, Timed, median, ratio, report, rounds
 
 RANK = 32
@@ -17,7 +18,7 @@ SHAPES = [(320, 320), (1024, 1024), (2048, 768), (4096, 1024)]
 QUANTILE = 0.99
 TRAINED, NOISY = 2e-4, 1e-3
 
-Ways = Mapping[str, Callable[[], Factors]]
+Ways = Mapping[str, Callable[[], LowRank]]
 
 
 def tuned(outputs: int, inputs: int, noise: float) -> Tensor:
@@ -28,26 +29,27 @@ def tuned(outputs: int, inputs: int, noise: float) -> Tensor:
     return falling + noise * torch.randn(outputs, inputs)
 
 
-def whole(matrix: Tensor, rank: int | None = None) -> Factors:
+def whole(matrix: Tensor, rank: int | None = None) -> LowRank:
     """The decomposition of the whole matrix, cut off at a rank, or where the energy is kept."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         shares = s.square().cumsum(0) / s.square().sum()
         rank = int((shares < ENERGY).sum()) + 1
-    return u[:, :rank] * s[:rank], vt[:rank]
+    return LowRank(u[:, :rank] * s[:rank], vt[:rank])
 
 
-def kohya_extracts(matrix: Tensor) -> Factors:
+def kohya_extracts(matrix: Tensor) -> LowRank:
     """As kohya's extract_lora_from_models.py does: the largest entries are cut to the quantile of all."""
-    up, down = kohya_resizes(matrix, RANK)
+    resized = kohya_resizes(matrix, RANK)
+    up, down = resized.up, resized.down
     most = torch.quantile(torch.cat([up.flatten(), down.flatten()]), QUANTILE)
-    return up.clamp(-most, most), down.clamp(-most, most)
+    return LowRank(up.clamp(-most, most), down.clamp(-most, most))
 
 
-def kohya_resizes(matrix: Tensor, rank: int) -> Factors:
+def kohya_resizes(matrix: Tensor, rank: int) -> LowRank:
     """As kohya's resize_lora.py does, where not both sides are above 2048."""
     u, s, vt = torch.linalg.svd(matrix)
-    return u[:, :rank] @ torch.diag(s[:rank]), vt[:rank]
+    return LowRank(u[:, :rank] @ torch.diag(s[:rank]), vt[:rank])
 
 
 def chance() -> torch.Generator:
@@ -56,7 +58,7 @@ def chance() -> torch.Generator:
 
 def compare(what: str, matrix: Tensor, ways: Ways) -> Row:
     """Time and error of several ways, of which the first is the one here."""
-    made: dict[str, Factors] = {}
+    made: dict[str, LowRank] = {}
 
     def one_round(timed: Timed) -> None:
         for name, way in ways.items():
@@ -66,8 +68,8 @@ def compare(what: str, matrix: Tensor, ways: Ways) -> Row:
     row: Row = {"task": what, "layer": "{} × {}".format(*matrix.shape), "ms": 1e3 * median(times, "here")}
     row |= {f"/ {name}": ratio(times, "here", name) for name in ways if name != "here"}
     size = torch.linalg.vector_norm(matrix)
-    for name, (up, down) in made.items():
-        row[f"error, {name}"] = Ratio.exact(float(torch.linalg.vector_norm(up @ down - matrix) / size))
+    for name, update in made.items():
+        row[f"error, {name}"] = Ratio.exact(float(torch.linalg.vector_norm(update.matrix() - matrix) / size))
     return row
 
 
@@ -87,17 +89,17 @@ def compare_all() -> list[Row]:
             "here": lambda matrix=matrix: nearest(matrix, energy=ENERGY, generator=chance()),  # type: ignore[misc]
             "torch.linalg.svd": lambda matrix=matrix: whole(matrix),  # type: ignore[misc]
         }
-        rank = whole(matrix)[0].shape[1]
+        rank = whole(matrix).rank
         rows.append(compare(f"extract, energy {ENERGY}, which {name} columns keep: {rank}", matrix, keeping))
     for shape in SHAPES[1:3]:
         up, down, _ = torch.svd_lowrank(tuned(*shape, TRAINED), RANK)
-        factors = (up * down, torch.randn(RANK, shape[1]))
+        update = LowRank(up * down, torch.randn(RANK, shape[1]))
         resizing: Ways = {
-            "here": lambda factors=factors: reduced(factors, SMALLER),  # type: ignore[misc]
-            "torch.linalg.svd": lambda factors=factors: whole(factors[0] @ factors[1], SMALLER),  # type: ignore[misc]
-            "kohya's": lambda factors=factors: kohya_resizes(factors[0] @ factors[1], SMALLER),  # type: ignore[misc]
+            "here": lambda update=update: update.truncated(SMALLER),  # type: ignore[misc]
+            "torch.linalg.svd": lambda update=update: whole(update.matrix(), SMALLER),  # type: ignore[misc]
+            "kohya's": lambda update=update: kohya_resizes(update.matrix(), SMALLER),  # type: ignore[misc]
         }
-        rows.append(compare(f"resize, rank {RANK} to {SMALLER}", factors[0] @ factors[1], resizing))
+        rows.append(compare(f"resize, rank {RANK} to {SMALLER}", update.matrix(), resizing))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The tree: models as declarative chains, with parent links and structural mutation.
+"""Trees of modules: models as declarative chains, with parent links and structural mutation.
 
 Example:
     >>> import fluxion as fl

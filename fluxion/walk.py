@@ -1,4 +1,4 @@
-"""Finding modules: one walk for chains and for any other `torch.nn.Module`."""
+"""Walk of a tree of modules, for chains and for any other `torch.nn.Module`."""
 
 from __future__ import annotations
 
@@ -26,20 +26,25 @@ def walk(
 def walk(root: nn.Module, predicate: Any = None, recurse: bool = False) -> Iterator[tuple[Any, Any]]:
     """Yield `(module, parent)` for every match below `root`, parents before children, in order.
 
-    A module that sits in several places is yielded once for each. The tree may be changed while it is walked: the
-    children of a module are listed when the walk enters it.
+    A module in several slots is yielded once for each. The tree may be changed while it is walked: the children of a
+    module are listed when the walk enters it.
 
     Args:
         root: Any module. It is not itself a candidate.
-        predicate: A type, a tuple of types, or `f(module, parent) -> bool`. Raising `StopIteration` in `f` skips
+        predicate: A type, a tuple of types, or `f(module, parent) -> bool`. Raising `StopIteration` in `f` prunes
             that module and everything below it. None matches everything.
-        recurse: Also look inside matches.
+        recurse: Also enter matches.
 
     Raises:
-        ChainTypeError: The predicate is none of these; a subscripted generic cannot be tested against.
+        ChainTypeError: The predicate is none of these; a subscripted generic has no instances.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU())
+        >>> [(layer.out_features, parent is model) for layer, parent in fl.walk(model, torch.nn.Linear)]
+        [(2, True)]
     """
     matches = _as_function(predicate)
-    # A stack instead of recursion: deep trees are walked at the cost of their size, and without a limit.
+    # A stack instead of recursion: linear in the size of the tree, and without a limit on its depth.
     stack = [_children(root)]
     while stack:
         for module, parent in stack[-1]:

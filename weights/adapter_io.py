@@ -8,17 +8,16 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from weights import formats
 from weights.adapter_file import CONFIG, AdapterFile
 from weights.disk.atomic import settle
 from weights.errors import FileFormatError, WeightsError
-from weights.formats import FORMATS, WRITTEN
-from weights.formats.found import Found
 from weights.sources import locate
 from weights.tensors import pickles
 from weights.tensors.open import is_finite
 
 _TRIES = 20
-_READ = (".safetensors", ".json", ".bin", ".pt", ".gguf")  # endings of what is read
+_READ = (".safetensors", ".json", ".bin", ".pt", ".gguf")  # ends of the names of files that are read
 
 
 def read_adapter(
@@ -30,7 +29,14 @@ def read_adapter(
     finite: bool = False,
     max_bytes: int | None = None,
 ) -> AdapterFile:
-    """Read an adapter; its format is recognised.
+    """Read an adapter file; its format is recognised.
+
+    Example:
+        >>> factors = {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(3, 1)}
+        >>> layer = weights.LayerWeights("lora", {"rank": 1, "alpha": 1.0}, factors)
+        >>> path = weights.write_adapter(weights.AdapterFile({"fc": layer}), "style", format="fluxion")
+        >>> weights.read_adapter(path)
+        AdapterFile(1 layer of lora, 5 parameters, format='fluxion')
 
     Args:
         source: A folder, a file, or a place on the Hub (`"user/repo"`, `"user/repo@revision"`,
@@ -47,7 +53,7 @@ def read_adapter(
             in it is dropped silently.
         HubError: The Hub failed.
     """
-    patterns = [pattern for known in FORMATS.values() for pattern in known.FILES]
+    patterns = [pattern for known in formats.formats().values() for pattern in known.files]
     patterns += pickles.FILES if pickle else []
     path = locate(source, revision=revision, token=token, patterns=patterns, max_bytes=max_bytes)
     for _ in range(_TRIES):
@@ -68,7 +74,7 @@ def read_adapter(
 
 
 def _state(path: Path) -> dict[str, tuple[int, int, int]]:
-    """What tells one state of an adapter's files from another: some of them may be replaced while others are read."""
+    """A fingerprint of an adapter's files: some of them may be replaced while others are read."""
     found: dict[str, tuple[int, int, int]] = {}
     with contextlib.suppress(OSError):
         for file in path.iterdir() if path.is_dir() else (path, path.with_name(CONFIG)):
@@ -89,33 +95,41 @@ def _check_finite(source: str | PathLike[str], adapter: AdapterFile) -> None:
 
 
 def _read(source: str | PathLike[str], path: Path) -> AdapterFile:
-    """Read what is at a path on this machine."""
-    found = Found(path)
-    recognised = [name for name, known in FORMATS.items() if known.recognise(found)]
+    """Read the adapter at a path on this machine."""
+    probe = formats.Probe(path)
+    recognised = formats.recognised(probe)
     if len(recognised) > 1:
         raise FileFormatError(
             f"{source} holds adapters in {' and in '.join(recognised)} format; give the file you mean."
         )
     if recognised:
-        with contextlib.nullcontext() if found.tensors is None else found.tensors.held_open():
-            adapter = FORMATS[recognised[0]].read(found)
+        with contextlib.nullcontext() if probe.tensors is None else probe.tensors.held_open():
+            adapter = formats.formats()[recognised[0]].read(probe)
         if not adapter.layers:
             raise FileFormatError(f"{source} has no layers with an adapter in it; fetch or save it again.")
         return replace(adapter, format=recognised[0])
-    if found.file is not None:
-        found.open()  # It may not be sound.
-    raise FileFormatError(f"{source} holds no adapter in a known format ({', '.join(FORMATS)}); check the path.")
+    if probe.file is not None:
+        probe.open()  # It may not be sound.
+    raise FileFormatError(
+        f"{source} holds no adapter in a known format ({', '.join(formats.formats())}); check the path."
+    )
 
 
 def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: str = "peft") -> Path:
-    """Write an adapter: whole or not at all, and the same input gives the same bytes.
+    """Write an adapter file: whole or not at all, and the same input gives the same bytes.
+
+    Example:
+        >>> layer = weights.LayerWeights("full", {}, {"diff": torch.ones(3, 2)})
+        >>> path = weights.write_adapter(weights.AdapterFile({"fc": layer}), "style.safetensors", format="kohya")
+        >>> [*weights.open(path)]
+        ['lycoris_fc.diff']
 
     Args:
-        adapter_file: What to write.
+        adapter_file: The adapter.
         path: The folder; it is made if need be, and a `README.md` already in it is kept. `"lycoris"` takes the name of
             a `.safetensors` file instead, `"diffusers"` and `"fluxion"` either.
-        format: `"peft"`, that of the PEFT library, `"diffusers"`, `"lycoris"`, that of LyCORIS and of kohya's scripts,
-            `"mlx"`, that of mlx-lm, or `"fluxion"`, this library's own, which holds every method.
+        format: `"peft"`, of the PEFT library, `"diffusers"`, `"lycoris"` or `"kohya"`, of LyCORIS and kohya's scripts,
+            `"mlx"`, of mlx-lm, or `"fluxion"`, this library's own, which holds every method.
 
     Returns:
         The path as given.
@@ -124,11 +138,10 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
         FileFormatError: The format is unknown, or cannot hold the adapter.
         FileWriteError: The system refused to write.
     """
-    if format not in WRITTEN:
-        raise FileFormatError(f"{format!r} is no format that is written; choose from {', '.join(WRITTEN)}.")
+    format = formats.canonical(format)
     if adapter_file.counted or adapter_file.interleaved:
         raise FileFormatError(
-            "Only with its model is it known what the adapter says: load it there, and save the patch."
+            "The adapter counts or reorders layers, which only its model resolves: load it there, and save the patch."
         )
     if adapter_file.others:
         names = ", ".join(adapter_file.others)
@@ -136,10 +149,16 @@ def write_adapter(adapter_file: AdapterFile, path: str | PathLike[str], format: 
             f"No format that is written has a place for {names}, which is for no layer: leave it out."
         )
     path = Path(path)
-    WRITTEN[format].write(adapter_file, path)
+    if (write := formats.formats()[format].write) is not None:
+        write(adapter_file, path)
     return path
 
 
 def formats_of(method: str) -> tuple[str, ...]:
-    """The formats that can hold adapters of a method, given by its key."""
-    return tuple(name for name, known in WRITTEN.items() if method in known.METHODS or not known.METHODS)
+    """The formats that can hold adapters of a method, given by its key.
+
+    Example:
+        >>> weights.formats_of("vera")
+        ('fluxion', 'peft')
+    """
+    return tuple(name for name, format in formats.formats().items() if format.holds(method))

@@ -10,7 +10,7 @@ from adapters.activation.mixed_batch import Rows
 from adapters.activation.switch import Switch
 
 Activation = Mapping[Switch, float | Rows]
-"""A strength for each patch, or a choice for each row. Patches that are not in it follow their own switch."""
+"""A strength for each patch, or a mixed batch. Patches that are not in it follow their own switch."""
 
 _current: ContextVar[Activation | None] = ContextVar("activation", default=None)
 current = _current.get
@@ -18,7 +18,12 @@ current = _current.get
 
 @contextlib.contextmanager
 def activated(activation: Activation) -> Iterator[None]:
-    """Add to the activation, in this block and in this thread or async task."""
+    """Add to the activation, in this block and in this thread or async task.
+
+    Example:
+        >>> with activated({patch: 0.5}):
+        ...     model(x)
+    """
     token = _current.set({**(_current.get() or {}), **activation})
     try:
         yield

@@ -14,15 +14,15 @@ Weights = Mapping[Switch, float]
 
 
 class Rows:
-    """A choice for each row of a batch.
+    """A mixed batch: a choice of patches for each row.
 
     Attributes:
-        count: How many rows there are.
-        groups: For each distinct choice, its weights and the indices of its rows.
-        sizes: For each of them, how many rows these are.
-        group_of_row: The number of each row's choice among the groups.
-        order: The rows in the order of the groups; None if that is the order they are in.
-        places: For each row, its place in that order.
+        count: The number of rows.
+        groups: For each distinct choice, its strengths and the indices of its rows.
+        sizes: The number of rows of each group.
+        group_of_row: The index of each row's group.
+        order: The rows sorted by group; None if they are already.
+        places: The index of each row in that order.
     """
 
     def __init__(self, choices: Sequence[Weights]) -> None:
@@ -33,7 +33,7 @@ class Rows:
         found = list(indices.items())
         own, order = list(range(self.count)), _flat(found)
         if order != own:
-            found.sort(key=lambda item: (not item[0], len(item[1])))  # Groups of one size can be computed together.
+            found.sort(key=lambda item: (not item[0], len(item[1])))  # Neighbours of one size are computed together.
             order = _flat(found)
         ordered = torch.tensor(order)
         self.order = None if order == own else ordered

@@ -1,4 +1,4 @@
-"""Calls of a layer with one choice of patches for each row."""
+"""Calls of a layer with a mixed batch: one call for each distinct choice."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def run_rows(
     """Run a layer once for each distinct choice, on the rows that made it, and put the outputs in order.
 
     Args:
-        rows: The choices.
-        layer: Says which dimension of its inputs is the batch.
-        compose: Gives what runs for one choice.
-        args: The inputs, the first of them a batch.
-        kwargs: More inputs.
+        rows: The mixed batch.
+        layer: The layer, whose class tells which dimension of its inputs is the batch.
+        compose: Returns the callable for one choice.
+        args: The positional inputs, the first of them a batch.
+        kwargs: The keyword inputs.
 
     Raises:
-        RowsError: The batch does not have as many rows as there are choices.
+        RowsError: An input or an output does not have a row for each choice.
     """
     dim, block = 0, 1
     if isinstance(layer, nn.MultiheadAttention):
@@ -43,10 +43,10 @@ def run_rows(
     first = first_tensor((*args, *kwargs.values()))
     size = first.shape[dim] if first is not None and first.ndim > dim else 0
     if any(parameter is not None and parameter.ndim == 3 for parameter in layer._parameters.values()):
-        block = max(size // rows.count, 1)  # Experts are given the tokens of all rows, row after row.
-    shared = size == 1 < rows.count  # Such as the positions of every row: each choice makes its own of it.
+        block = max(size // rows.count, 1)  # Experts take the tokens of all rows, row after row.
+    shared = size == 1 < rows.count  # Such as the positions of every row, which each choice maps by itself.
     if size != block * rows.count and not shared:
-        raise RowsError(f"rows= names {rows.count} rows, but a layer was given a batch of {size}: name each.")
+        raise RowsError(f"rows= has {rows.count} entries for a batch of {size}: give one for each row.")
 
     outputs, taken = [], []
     ours = [patch for patch, choice in (current() or {}).items() if choice is rows]
@@ -63,14 +63,14 @@ def run_rows(
 
 
 def _take(value: Any, index: Tensor, size: int, dim: int, name: str = "") -> Any:
-    """Some rows of an input, or of those in a tuple, a list or a dict; what has not `size` rows belongs to all."""
+    """Some rows of an input, or of those in a tuple, list or dict; an input of another size is shared by all rows."""
     if isinstance(value, (tuple, list)):
         return rebuilt(value, [_take(part, index, size, dim, name) for part in value])
     if type(value) is dict:
         return {key: _take(part, index, size, dim, key) for key, part in value.items()}
     if not isinstance(value, Tensor):
         if hasattr(value, "update"):  # Such as a cache, which each choice would fill with its own rows.
-            raise RowsError(f"rows= cannot divide a {type(value).__name__} into rows: pass use_cache=False.")
+            raise RowsError(f"rows= cannot split a {type(value).__name__} into rows: pass use_cache=False.")
         return value
     index = index.to(value.device)
     if name == "attn_mask":  # Shared when it has no batch; else (batch * heads, queries, keys).
@@ -81,18 +81,18 @@ def _take(value: Any, index: Tensor, size: int, dim: int, name: str = "") -> Any
 
 
 def _check(output: Any, dim: int, size: int) -> None:
-    """Refuse an output that does not have a row for each row of the input, such as one that has no batch."""
+    """Raise a RowsError for an output without a row for each row of the input, such as one without a batch."""
     output = tuple(output.values()) if isinstance(output, Mapping) else output
     for part in output if isinstance(output, tuple) else (output,):
-        if part is None:  # The weights that attention was not asked for.
+        if part is None:  # Attention weights that were not asked for.
             continue
         if not isinstance(part, Tensor) or part.ndim <= dim or part.shape[dim] != size:
             made = f"a tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
             hint = ": pass use_cache=False" if hasattr(part, "update") else ""
             raise RowsError(
-                f"rows= needs a row of output for each row of input: a layer made {made} of {size} rows{hint}."
+                f"rows= needs a row of output for each row of input: a layer returned {made} for {size} rows{hint}."
             )
-        dim = 0  # What follows the output of attention has the batch in front.
+        dim = 0  # The other outputs of attention have the batch in front.
 
 
 def _join(outputs: list[Any], inverse: Tensor, dim: int) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from weights.disk.header import Slot
+    from weights.disk.header import TensorInfo
 
 
 _LONGEST = 500  # letters
@@ -134,7 +134,7 @@ def megabytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def type_of(tensor: Tensor | Slot) -> str:
+def type_of(tensor: Tensor | TensorInfo) -> str:
     """`float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 
-FORMATS = ("peft", "diffusers", "lycoris", "mlx", "fluxion")
+FORMATS = ("peft", "diffusers", "lycoris", "kohya", "mlx", "fluxion")
 _OTHERS = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth")
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -84,10 +84,22 @@ energy = click.option(
 base = click.option(
     "--base", metavar="MODEL", help="The base model, where the files do not say enough: its names and shapes are read."
 )
+
+
+def _canonical(format: str | None) -> str | None:
+    """The name of a format, for a name or an alias such as kohya."""
+    if format is None:
+        return None
+    from weights.formats import canonical
+
+    return canonical(format)
+
+
 to = click.option(
     "--to",
     "form",
     type=click.Choice(FORMATS),
+    callback=lambda context, option, name: _canonical(name),
     help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
 )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.cli.console import columns, make_console, plain, print_json
 
 if TYPE_CHECKING:
-    from adapters.files.extract import Reduction
+    from adapters.files.reduction import Reduction
 
 
 def show(made: Reduction, as_json: bool, **more: Any) -> None:

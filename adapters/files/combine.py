@@ -1,36 +1,41 @@
-"""Adapters in files made into one, or into one of lower rank, without the model that they are for."""
+"""`combine_files` and `resize_file`, a LoRA that stands for adapters in files, without the model that they are for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 import weights
-from adapters.errors import AdapterError, refuse
+from adapters.errors import AdapterError
 from adapters.files.checkpoint import Checkpoint
-from adapters.files.extract import Reduction, written
-from adapters.files.load import load
-from adapters.files.merge import Source, naming, read_all
-from adapters.files.resolve.checkpoint_names import other_base
-from adapters.files.resolve.placing import place, standins
+from adapters.files.reduction import Reduction, content_of, write_reduction
+from adapters.files.resolve.path_index import CheckpointWeight, checkpoint_index
+from adapters.files.resolve.resolved import ResolvedAdapter, resolve, resolve_all
+from adapters.files.restore import restore_all
+from adapters.files.skeleton import Skeleton
+from adapters.files.sources import Given, Source, naming, read_all
 from adapters.methods import METHODS
 from adapters.methods.copied import Copy
+from adapters.methods.core.method import Branch
 from adapters.methods.lora import LoRA
-from adapters.patch.combine import combine
-from weights.disk.header import Slot
-from weights.tensors.open import read_settings
+from adapters.patch.combine import Combination, How, WeightedSum, check_additive
+from adapters.targets.target import Target
+from weights.disk.header import TensorInfo
 
 
+@torch.no_grad()
 def combine_files(
-    sources: Mapping[str | PathLike[str], float] | Iterable[tuple[Source, float]],
+    sources: Mapping[Any, float] | Iterable[tuple[Source, float]],
     destination: str | PathLike[str],
     *,
     base: str | PathLike[str] | None = None,
-    how: str = "exact",
+    how: How = "exact",
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
@@ -41,21 +46,21 @@ def combine_files(
     """Write a LoRA that stands for a weighted sum of adapters in files.
 
     Args:
-        sources: What `weights.read_adapter` reads, or what it has read, and the weights.
+        sources: Sources that `weights.read_adapter` reads, or files that it has read, each with its weight in the sum.
         destination: Where the adapter goes: a folder, or the name of a `.safetensors` file where the format has those.
-        base: The base model, of which nothing but names and shapes is read. It is needed where the files do not say
-            enough: for other methods than LoRA, for those of an original model, and for names without dots, unless the
-            result may have such names too, as a `.safetensors` file of LyCORIS, which then is the default.
+        base: The base model, of which only names and shapes are read. It is needed where the files do not say enough:
+            for other methods than LoRA, for names of an original model, and for names without dots, unless the result
+            may have such names too, as a `.safetensors` file of LyCORIS, which then is the default.
         how: As of `combine`.
         rank: As of `combine`.
         energy: As of `combine`.
         density: As of `combine`.
         seed: As of `combine`.
         format: As of `Patch.save_pretrained`.
-        progress: Called with the number of layers that are done, and that of all.
+        progress: Called with the number of layers done so far, and the total.
 
     Returns:
-        The ranks, and how far each layer is off the sum that it stands for.
+        The ranks, and the relative error of each layer.
 
     Raises:
         LayerMismatchError: An adapter does not fit the base or the others: the message lists where.
@@ -63,45 +68,35 @@ def combine_files(
         weights.WeightsError: A source cannot be read, or the destination cannot be written.
 
     Example:
-        >>> adapters.combine_files({"style.safetensors": 0.7, "someone/pose-lora": 0.3}, "both", how="svd", rank=16)
+        >>> sources = {"style.safetensors": 0.7, "someone/pose-lora": 0.3}
+        >>> reduction = adapters.combine_files(sources, "both", how="svd", rank=16)
+        >>> max(reduction.errors.values())
     """
+    combination = Combination(how, rank, energy, density, seed)
     given = read_all(sources)
     if not given:
         raise AdapterError("There are no adapters to combine: give some, with their weights.")
     flattened = base is None and all(file.flattened for _, file, _ in given)
     if flattened and Path(destination).suffix == ".safetensors":
         format = format or "lycoris"
-    files, model, components = _placed(given, base, flattened and format == "lycoris")
-    # What a single adapter has whole, beside updates of low rank, stays as it is.
-    whole = {path: layer for path, layer in files[0].layers.items() if layer.method == Copy.key and len(files) == 1}
-    weighted: dict[str, float] = {}
-    for (name, _, weight), file in zip(given, files, strict=True):
-        name = f"{name} again" if name in weighted else name
-        with naming(name):
-            load(model, replace(file, layers={p: x for p, x in file.layers.items() if p not in whole}), name=name)
-        weighted[name] = weight
-    patch = combine(
-        model,
-        weighted,
-        name=f"combined {' and '.join(weighted)}",
-        how=how,
-        rank=rank,
-        energy=energy,
-        density=density,
-        seed=seed,
-        progress=progress,
-    )
-    made = patch.adapter_file()
-    file = replace(
-        made,
-        layers={**made.layers, **whole},
+    found = _by_themselves(given, flattened and format == "lycoris") if base is None else _in_base(given, base)
+    layers: dict[str, weights.LayerWeights] = {}
+    errors: dict[str, float] = {}
+    sums, copied = _weighted_sums(given, found)
+    for number, each in enumerate(sums, start=1):
+        branch, error = combination.of(each)
+        path = f"{found.prefix}{each.target.path}"
+        layers[path], errors[path] = content_of(branch), error
+        if progress is not None:
+            progress(number, len(sums))
+    file = weights.AdapterFile(
+        layers | {f"{found.prefix}{path}": content for path, content in copied.items()},
         base_model=next((file.base_model for _, file, _ in given if file.base_model), str(base) if base else None),
         task=next((file.task for _, file, _ in given if file.task), None),
-        base_structure=None,
-        components=components,
+        components=found.components,
         flattened=flattened,
     )
-    return written(file, destination, format, patch.errors)
+    return write_reduction(file, destination, format, errors)
 
 
 def resize_file(
@@ -117,8 +112,8 @@ def resize_file(
     """Write a LoRA of lower rank that is the nearest to an adapter, at each layer by itself.
 
     Args:
-        source: What `weights.read_adapter` reads, or what it has read. What it has whole, such as modules to save in
-            PEFT's files, is kept.
+        source: A source that `weights.read_adapter` reads, or a file that it has read. Whole copies in it, such as
+            modules to save in PEFT's files, are kept.
         destination: As of `combine_files`, like the rest.
         rank: The largest rank at a layer.
         energy: The share of the energy to keep, the squared Frobenius norm of the update, more than 0 and at most 1:
@@ -132,7 +127,9 @@ def resize_file(
         weights.WeightsError: The source cannot be read, or the destination cannot be written.
 
     Example:
-        >>> adapters.resize_file("style.safetensors", "smaller", energy=0.95)
+        >>> reduction = adapters.resize_file("style.safetensors", "smaller", energy=0.95)
+        >>> reduction.ranks
+        >>> adapters.load(model, reduction.path)
     """
     if rank is None and energy is None:
         raise AdapterError("Say how large the adapter may be: by rank=, or by the energy= that it has to keep.")
@@ -148,42 +145,83 @@ def resize_file(
     )
 
 
-def _placed(
-    given: list[tuple[str, weights.AdapterFile, float]], base: str | PathLike[str] | None, flattened: bool
-) -> tuple[list[weights.AdapterFile], nn.Module, tuple[str, ...]]:
-    """The adapters with the names of one model, layers without values to put them into, and the models' names.
+@dataclass(frozen=True)
+class _Found:
+    """Adapters with the paths of one base, and a skeleton of that.
+
+    Attributes:
+        adapters: The adapters.
+        skeleton: The layers of the base.
+        read: Reads a tensor of the base.
+        components: The names of the models that it is made of.
+        prefix: The component in front of every path that the base does not have, as it is one model.
+    """
+
+    adapters: list[ResolvedAdapter[CheckpointWeight]]
+    skeleton: Skeleton
+    read: Callable[[str], Tensor] | None
+    components: tuple[str, ...]
+    prefix: str = ""
+
+
+def _by_themselves(given: Sequence[Given], flattened: bool) -> _Found:
+    """Adapters with the paths that they have themselves, and the shapes that their tensors show.
 
     Args:
-        given: The adapters, each with what to call it and its weight.
-        base: Their base model, if that is given.
+        given: The adapters.
         flattened: Whether names without dots will do.
     """
-    if base is None:
-        slots: dict[str, Slot] = {}
-        for name, file, _ in given:
-            with naming(name):
-                slots.update(_shown(replace(file, flattened=file.flattened and not flattened)))
-        files = [replace(file, components=(), flattened=False) for _, file, _ in given]
-        components = tuple(dict.fromkeys(part for _, file, _ in given for part in file.components))
-        return files, standins(slots, files), components
-    checkpoint, settings, files = Checkpoint.open(base), read_settings(base), []
+    infos: dict[str, TensorInfo] = {}
     for name, file, _ in given:
         with naming(name):
-            there, _, problems = place(checkpoint, settings, file)
-            refuse(other_base(file), problems)
-            files.append(there)
-    components, front = tuple(checkpoint.parts), ""
+            infos.update(_shown(replace(file, flattened=file.flattened and not flattened)))
+    index = checkpoint_index(infos)
+    adapters = [resolve(index, replace(file, components=(), flattened=False)) for _, file, _ in given]
+    components = tuple(dict.fromkeys(part for _, file, _ in given for part in file.components))
+    return _Found(adapters, Skeleton(infos), None, components)
+
+
+def _in_base(given: Sequence[Given], base: str | PathLike[str]) -> _Found:
+    """Adapters with the paths of a base."""
+    checkpoint = Checkpoint.open(base)
+    adapters: list[ResolvedAdapter[CheckpointWeight]] = []
+    for name, file, _ in given:
+        with naming(name):
+            adapters.append(resolve_all(checkpoint.index, file))
+    components, prefix = tuple(checkpoint.parts), ""
     if "" in components:  # One model, which has no name but may have one in the adapters.
         names = {part for _, file, _ in given for part in file.components or ("",)}
         components = tuple(filter(None, names)) if len(names) == 1 else ()
-        front = "".join(f"{part}." for part in components)
-    slots = {f"{front}{name}": slot for name, slot in checkpoint.slots.items()}
-    files = [replace(file, layers={f"{front}{path}": x for path, x in file.layers.items()}) for file in files]
-    return files, standins(slots, files, lambda name: checkpoint.read(name.removeprefix(front))), components
+        prefix = "".join(f"{part}." for part in components)
+    return _Found(adapters, Skeleton(checkpoint.infos), checkpoint.read, components, prefix)
 
 
-def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:
-    """The weights that a file is for, as far as it shows them; raises an AdapterError where that is not enough."""
+def _weighted_sums(given: Sequence[Given], found: _Found) -> tuple[list[WeightedSum], dict[str, weights.LayerWeights]]:
+    """The weights that any of the adapters changes, with the branches there; and the copies in a single adapter.
+
+    Copies of whole parameters, beside updates of low rank, stay as they are.
+    """
+    sources: dict[Target, list[tuple[Branch, float]]] = {}
+    names: dict[Target, str] = {}
+    copied: dict[str, weights.LayerWeights] = {}
+    for (name, file, weight), layers in zip(given, found.skeleton.targets_of(found.adapters, found.read), strict=True):
+        if len(given) == 1:
+            copied = {target.path: content for target, content, _ in layers if content.method == Copy.key}
+        with naming(name):
+            some = [layer for layer in layers if layer.weight.path not in copied]
+            for target, branch in restore_all(some, file):
+                check_additive(name, target.path, branch.method)
+                sources.setdefault(target, []).append((branch, weight))
+                names.setdefault(target, name)
+    return [WeightedSum.of(target, there, names[target]) for target, there in sources.items()], copied
+
+
+def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, TensorInfo]]:
+    """The names and shapes of the weights that a file is for.
+
+    Raises:
+        AdapterError: The file does not show them.
+    """
     if file.flattened or file.counted or file.interleaved:
         raise AdapterError(
             "It does not have the names of the model's layers: give its base model, or, where only the dots are"
@@ -192,14 +230,14 @@ def _shown(file: weights.AdapterFile) -> Iterator[tuple[str, Slot]]:
     for path, layer in file.layers.items():
         a, b = (next((x for key, x in layer.tensors.items() if key.endswith(end)), None) for end in ("_A", "_B"))
         if layer.method in METHODS and layer.method != Copy.key and not METHODS[layer.method].additive:
-            what = METHODS[layer.method].__name__
-            raise AdapterError(f"What {what} changes at {path} is no update that could be added to another.")
+            method = METHODS[layer.method].__name__
+            raise AdapterError(f"{path} cannot be combined: the update by {method} depends on the weight.")
         if layer.method == Copy.key:
             for name, tensor in layer.tensors.items():
-                yield f"{path.removesuffix(f'.{name}')}.{name}", Slot(tensor.dtype, tuple(tensor.shape), 0, 0)
+                yield f"{path.removesuffix(f'.{name}')}.{name}", TensorInfo(tensor.dtype, tuple(tensor.shape), 0, 0)
         elif layer.method != LoRA.key or a is None or b is None or not 2 <= a.ndim == b.ndim:
-            raise AdapterError(f"What it has for {path} does not show the shape of the weight: give its base model.")
+            raise AdapterError(f"The tensors for {path} do not show the shape of the weight: give its base model.")
         elif "lora_A" in layer.tensors:
-            yield f"{path}.weight", Slot(a.dtype, (len(b), *a.shape[1:]), 0, 0)
+            yield f"{path}.weight", TensorInfo(a.dtype, (len(b), *a.shape[1:]), 0, 0)
         else:
-            yield f"{path}.weight", Slot(a.dtype, (a.shape[1], len(b)), 0, 0)
+            yield f"{path}.weight", TensorInfo(a.dtype, (a.shape[1], len(b)), 0, 0)

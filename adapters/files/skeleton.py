@@ -1,24 +1,28 @@
-"""Layers that stand for those of a checkpoint, of which names and shapes are known. Their zeros take no memory."""
+"""`Skeleton`, the layers of a checkpoint without values: known by names and shapes, of zeros that take no memory."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import weights
+from adapters.files.resolve.path_index import CheckpointWeight
+from adapters.files.resolve.resolved import ResolvedAdapter, ResolvedLayer
 from adapters.layers.kinds import CONVOLUTIONS, TRANSPOSED, Conv1D
-from weights.disk.header import Slot
+from adapters.methods import METHODS
+from adapters.targets.target import Target
+from weights.disk.header import TensorInfo
 
 _EMBEDDING = re.compile(r"(.*_)?embed(ding)?s?(_tokens|_positions|_in|_out)?|wte|wpe|shared")
 _KERNELS = {3: 0, 4: 1, 5: 2}  # Dimensions of the weight, and the place of the class.
 
 
-class Shapes:
-    """The tensors of a checkpoint by their names, and the layers that have them.
+class Skeleton:
+    """The layers of a checkpoint, made from the names and shapes of its tensors.
 
     Most layers hold an output in a row of their weight. Those of GPT-2 and transposed convolutions hold one in a
     column, and the weight alone does not show it. The bias does, which has a number for each output, unless the weight
@@ -26,12 +30,12 @@ class Shapes:
     that of all others, where these agree.
     """
 
-    def __init__(self, slots: Mapping[str, Slot]) -> None:
-        self.slots = slots
-        self._parameters: dict[str, dict[str, Slot]] = {}
-        for name, slot in slots.items():
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self.infos = infos
+        self._parameters: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in infos.items():
             path, _, parameter = name.rpartition(".")
-            self._parameters.setdefault(path, {})[parameter] = slot
+            self._parameters.setdefault(path, {})[parameter] = info
         self._in_columns: dict[tuple[str, int], set[bool]] = {}
         for path in self._parameters:
             shown = self._shown(path)
@@ -40,31 +44,68 @@ class Shapes:
                 self._in_columns.setdefault((_name(path), dims), set()).add(shown)
                 self._in_columns.setdefault(("", dims), set()).add(shown)
 
-    @property
-    def paths(self) -> Sequence[str]:
-        """Those of all modules below the model itself."""
-        return [path for path in self._parameters if path]
+    def model(self) -> nn.Module:
+        """All layers, as children of one module by their dotted paths."""
+        root = nn.Module()
+        for path in self._parameters:
+            if path:
+                root._modules[path] = self.layer(path)
+        return root
 
-    def module(self, path: str) -> str:
-        """The path of the module that has the weight with a path: itself, but for parameters of other names."""
-        return path if path in self._parameters else path.rpartition(".")[0]
+    def targets_of(
+        self, adapters: Sequence[ResolvedAdapter[CheckpointWeight]], read: Callable[[str], Tensor] | None = None
+    ) -> list[list[ResolvedLayer[Target]]]:
+        """The layers of resolved adapters, each with a target of the skeleton in place of the weight.
 
-    def layer(self, path: str, buffers: Collection[str], content: Iterable[weights.LayerWeights]) -> nn.Module:
-        """A layer in the place of a module.
+        Adapters of one weight share the target. Its layer is an embedding if any of them is for one.
+
+        Args:
+            adapters: Adapters that were resolved in the same checkpoint.
+            read: Reads a tensor of the checkpoint by name, for buffers.
+        """
+        contents: dict[str, list[weights.LayerWeights]] = {}
+        buffers: dict[str, set[str]] = {}
+        for adapter in adapters:
+            for weight, content, _ in adapter.layers:
+                contents.setdefault(weight.module, []).append(content)
+                method = METHODS.get(content.method)
+                more = content.tensors.keys() - {weight.parameter} if method and method.files_have_buffers else ()
+                buffers.setdefault(weight.module, set()).update(more)
+        layers = {path: self.layer(path, buffers[path], some) for path, some in contents.items()}
+        for path, layer in layers.items():
+            for name in sorted(buffers[path]):
+                if read is not None and f"{path}.{name}" in self.infos:
+                    layer.register_buffer(name, read(f"{path}.{name}"))
+        known: dict[CheckpointWeight, Target] = {}
+        for adapter in adapters:
+            for weight, *_ in adapter.layers:
+                if weight not in known:
+                    known[weight] = alone(layers[weight.module], weight.parameter, weight.path)
+        return [
+            [ResolvedLayer(known[weight], content, name) for weight, content, name in adapter.layers]
+            for adapter in adapters
+        ]
+
+    def layer(
+        self, path: str, buffers: Collection[str] = (), content: Iterable[weights.LayerWeights] = ()
+    ) -> nn.Module:
+        """A layer for the tensors at a path.
 
         Args:
             path: The path of the module.
-            buffers: Which of its tensors are no parameters. They are left out.
-            content: What there is for its weight, which shows whether that is an embedding.
+            buffers: The names of its tensors that are no parameters, which are left out.
+            content: The adapters of its weight, which show whether that is an embedding.
         """
-        parameters = {name: slot for name, slot in self._parameters[path].items() if name not in buffers}
+        parameters = {name: info for name, info in self._parameters[path].items() if name not in buffers}
         layer = self._made(path, parameters, content)
-        for name, slot in parameters.items():
-            zero = torch.zeros((), dtype=slot.dtype).expand(slot.shape)  # A method may start at a copy of it.
+        for name, info in parameters.items():
+            zero = torch.zeros((), dtype=info.dtype).expand(info.shape)  # A method may start at a copy of it.
             layer._parameters[name] = nn.Parameter(zero, requires_grad=False)
         return layer
 
-    def _made(self, path: str, parameters: Mapping[str, Slot], content: Iterable[weights.LayerWeights]) -> nn.Module:
+    def _made(
+        self, path: str, parameters: Mapping[str, TensorInfo], content: Iterable[weights.LayerWeights]
+    ) -> nn.Module:
         if "weight" not in parameters:
             return nn.Module()
         shape, bias = parameters["weight"].shape, "bias" in parameters
@@ -104,6 +145,11 @@ class Shapes:
             return shown
         dims = len(self._parameters[path]["weight"].shape)
         return (self._in_columns.get((_name(path), dims)) or self._in_columns.get(("", dims))) == {True}
+
+
+def alone(layer: nn.Module, parameter: str, path: str) -> Target:
+    """The target for a weight of a layer that no model has."""
+    return Target(layer, parameter, [path], [], [], None)
 
 
 def _name(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Tensors among the inputs and outputs of a module."""
+"""The first tensor among the inputs or outputs of a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor among what a module takes or gives: itself, or one in a tuple, a list or a mapping."""
+    """The first tensor of the inputs or outputs of a module: a tensor, a tuple, a list or a mapping."""
     if isinstance(values, Tensor):
         return values
     values = values.values() if isinstance(values, Mapping) else values
@@ -18,7 +18,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """What a module gives with another first tensor; the original is not changed."""
+    """Copies of the outputs of a module with another first tensor."""
     if isinstance(values, Tensor):
         return tensor
     first = first_tensor(values)
@@ -30,5 +30,5 @@ def with_first_tensor(values: Any, tensor: Tensor) -> Any:
 
 
 def rebuilt(values: Any, parts: list[Any]) -> Any:
-    """A tuple or a list of the kind of another one."""
+    """A tuple, a named tuple or a list of the class of another one."""
     return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)

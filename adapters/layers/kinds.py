@@ -1,4 +1,4 @@
-"""Kinds of layers: linear, convolutions, transposed, unsupported; and the geometry of what they take and give."""
+"""Kinds of layers: linear, convolutions, transposed, unsupported; and the geometry of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# A recurrent network keeps its weights a second time, in one flat buffer that its kernels read.
+# A recurrent network has its weights a second time, in one flat buffer that its kernels read.
 UNSUPPORTED = (nn.RNNBase, nn.RNNCellBase)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -16,7 +16,7 @@ ATTENTION_PARTS = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 class Conv1D(nn.Module):
-    """The place of transformers' Conv1D in a model of which only the names and the shapes are known."""
+    """A stand-in for transformers' Conv1D in a skeleton."""
 
     def __init__(self, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -32,18 +32,18 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a layer that a state dict has, by name."""
+    """The persistent buffers of a layer by name."""
     left_out = layer._non_persistent_buffers_set
     return {name: buffer for name, buffer in layer._buffers.items() if buffer is not None and name not in left_out}
 
 
 def features_dim(layer: nn.Module) -> int:
-    """The dimension of a layer's output that has the rows of its matrix."""
+    """The dimension of the features in the output of a layer."""
     return -1 - len(layer.kernel_size) if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) else -1
 
 
 def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer multiplies by the transpose of its matrix, one row after the other, for an input of the layer."""
+    """The rows `x` of `x Wᵀ`, with `W` the matrix of the layer, for an input of the layer: `(rows, inputs)`."""
     if not isinstance(layer, CONVOLUTIONS):
         return x.flatten(0, -2)
     dims = len(layer.kernel_size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapters.layers.kinds import CONVOLUTIONS, TRANSPOSED, UNSUPPORTED, is_conv1d
 from adapters.layers.quantized import logical_shape
-from adapters.layers.weight import _is_source, read_weight
+from adapters.layers.weight import is_norm_source, read_weight
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,15 @@ class Matrix:
 
     Attributes:
         shape: `(outputs, inputs)`, or `(experts, outputs, inputs)` for a stack of matrices.
-        layout: How the weight holds it: `"rows"`, one flattened row per output; `"columns"`, its transpose; `"as is"`;
-            `"transposed"`, as a transposed convolution does.
-        kind: What the layer does with it: `"linear"`, `"convolution"`, `"embedding"`, `"stack"` of several matrices,
-            or `"any"` where that is of no interest.
-        groups: Groups of a convolution: as many parts of the rows have other inputs.
+        layout: The layout in the weight: `"rows"`, one flattened row per output; `"columns"`, its transpose; `"as is"`;
+            `"transposed"`, that of a transposed convolution.
+        kind: The use in the layer: `"linear"`, `"convolution"`, `"embedding"`, `"stack"` of several matrices, or
+            `"any"` for a tensor that is taken as it is.
+        groups: Groups of a convolution: each has an equal part of the rows, with inputs of its own.
+
+    Example:
+        >>> Matrix.of(nn.Conv2d(3, 8, 5), "weight").shape
+        (8, 75)
     """
 
     shape: tuple[int, ...]
@@ -34,8 +38,8 @@ class Matrix:
 
     @classmethod
     def whole(cls, layer: nn.Module, parameter: str) -> Matrix | None:
-        """A parameter of any shape as it is, or None where there is none that can be adapted."""
-        if isinstance(layer, UNSUPPORTED) or _is_source(layer, parameter):
+        """A parameter of any shape as it is; None where there is none, or none that can be adapted."""
+        if isinstance(layer, UNSUPPORTED) or is_norm_source(layer, parameter):
             return None
         weight = layer._parameters.get(parameter)
         if weight is None and hasattr(layer, parameter):
@@ -44,7 +48,7 @@ class Matrix:
 
     @classmethod
     def of(cls, layer: nn.Module, parameter: str) -> Matrix | None:
-        """How a layer uses a parameter, or None where that cannot be adapted."""
+        """The matrix of a parameter of a layer, or None where it cannot be adapted."""
         if isinstance(layer, UNSUPPORTED):
             return None
         if parameter != "weight":
@@ -68,7 +72,7 @@ class Matrix:
         return None
 
     def read(self, weight: Tensor) -> Tensor:
-        """The matrix that a weight holds."""
+        """A weight as a matrix, sharing its memory where the layout allows."""
         if self.layout == "columns":
             return weight.T
         if self.layout == "transposed":
@@ -77,7 +81,7 @@ class Matrix:
         return weight if self.layout == "as is" else weight.flatten(1)
 
     def write(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The weight that holds a matrix, of the shape of another weight."""
+        """A matrix as a weight, of the shape of another weight."""
         if self.layout == "columns":
             return matrix.T
         if self.layout == "transposed":
@@ -87,5 +91,5 @@ class Matrix:
         return matrix.view_as(like)
 
 
-# Models have few different ones, and each is asked for several times.
+# A model has few different ones, and asks for each several times.
 _matrix = lru_cache(maxsize=1024)(Matrix)

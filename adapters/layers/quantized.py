@@ -1,4 +1,4 @@
-"""Weights stored as codes, by torchao and by bitsandbytes: what they stand for. Neither package is imported here."""
+"""Weights quantized by torchao and bitsandbytes: shapes, dtypes, dequantization. Neither package is imported here."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from adapters.errors import TargetError
 
 
 def is_quantized(weight: object) -> bool:
-    """Whether a parameter is of a class of torchao or bitsandbytes, which says itself what its codes stand for."""
+    """Whether a parameter is of a class of torchao or bitsandbytes, which knows itself how to dequantize it."""
     return type(weight) is not nn.Parameter and _package(weight) in ("torchao", "bitsandbytes")
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:
-    """Whether a layer is one of bitsandbytes, of which only the forward knows the weight."""
+    """Whether a layer is one of bitsandbytes, whose forward alone can read the weight."""
     return str(getattr(type(layer).forward, "__module__", "")).startswith("bitsandbytes.")
 
 
 def logical_shape(weight: Tensor) -> torch.Size:
-    """The shape of what a weight stands for: bitsandbytes packs numbers of 4 bits in a column of bytes."""
+    """The shape of the dequantized weight: bitsandbytes packs numbers of 4 bits in a column of bytes."""
     state = getattr(weight, "quant_state", None) if is_quantized(weight) else None
     return weight.shape if state is None else torch.Size(state.shape)
 
 
 def compute_dtype(layer: nn.Module, weight: Tensor) -> torch.dtype:
-    """The dtype that a quantised weight is calculated with.
+    """The dtype that a layer computes in with its quantized weight.
 
-    It is that of torchao's tensor; what a Linear4bit is told, or was made of; and single precision for 8 bits of
-    bitsandbytes, which take inputs of any dtype.
+    It is that of torchao's tensor; the `compute_dtype` of a Linear4bit, or the dtype that it was made of; and float32
+    for 8 bits of bitsandbytes, which take inputs of any dtype.
     """
     if weight.is_floating_point():
         return weight.dtype
@@ -41,22 +41,22 @@ def compute_dtype(layer: nn.Module, weight: Tensor) -> torch.dtype:
 
 
 def dequantized(layer: nn.Module, weight: Tensor) -> Tensor:
-    """What a quantised weight of a layer stands for: a plain tensor, which takes no gradients.
+    """The dequantized weight of a layer, a plain tensor without gradients.
 
     Raises:
-        TargetError: The package knows no way back from this kind of codes.
+        TargetError: The package cannot dequantize this kind of tensor.
     """
     weight = weight.detach()
     if _package(weight) == "torchao":
         if type(weight).dequantize is Tensor.dequantize:
             raise TargetError(
-                f"A {type(weight).__name__} of torchao cannot be dequantised, which methods other than those that run"
-                " beside a layer need: choose LoRA, or another form of quantisation."
+                f"A {type(weight).__name__} of torchao cannot be dequantized, which methods other than those that run"
+                " beside a layer need: choose LoRA, or another quantization."
             )
         return cast(Tensor, cast(Any, weight).dequantize())
     source: Any = layer._parameters["weight"]
     codes = weight.as_subclass(Tensor)
-    if codes.is_floating_point():  # Not quantised yet.
+    if codes.is_floating_point():  # Not quantized yet.
         return codes
     state = getattr(source, "quant_state", None)
     if state is None:
@@ -64,16 +64,16 @@ def dequantized(layer: nn.Module, weight: Tensor) -> Tensor:
         return codes * (scales.view(-1, 1) / 127)
     operations: Any = sys.modules["bitsandbytes"].functional
     if getattr(state, "packing_format_for_cpu", False):
-        # Arranged for a kernel, at the first use in evaluation mode. The kernel alone reads it: exactly, from ones.
-        ones = torch.eye(state.shape[1], dtype=torch.bfloat16)
-        matrix = operations.gemv_4bit(ones, codes, state=state).T
+        # Packed at the first use in evaluation mode, for a kernel that alone reads it: exactly, by the identity.
+        identity = torch.eye(state.shape[1], dtype=torch.bfloat16)
+        matrix = operations.gemv_4bit(identity, codes, state=state).T
     else:
         matrix = operations.dequantize_4bit(codes, state)
     return cast(Tensor, matrix).to(compute_dtype(layer, source))
 
 
 class Dense(nn.Linear):
-    """A layer of bitsandbytes with a weight that is not quantised: it too takes inputs of any dtype."""
+    """A layer of bitsandbytes with a dense weight, which also takes inputs of any dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = self.weight.dtype

@@ -26,20 +26,20 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_stored(layer: nn.Module, parameter: str) -> bool:
-    """Whether a weight is a parameter of its layer, be it None, rather than computed from others or from codes."""
+    """Whether a weight is a dense parameter of its layer, be it None, rather than computed from others or quantized."""
     return _is_parameter(layer, parameter) and not is_quantized(layer._parameters[parameter])
 
 
 def _is_parameter(layer: nn.Module, parameter: str) -> bool:
     if parameter not in layer._parameters:
         return False
-    return not (layer._forward_pre_hooks and _norm_hooks(layer, parameter))
+    return not (layer._forward_pre_hooks and norm_hooks(layer, parameter))
 
 
 def read_weight(layer: nn.Module, parameter: str) -> Tensor:
-    """A weight of a layer, computed where it is parametrised or quantised; None for a bias that is not there."""
+    """A weight of a layer, computed or dequantized where it is parametrized or quantized; None for an absent bias."""
     if layer._forward_pre_hooks:
-        for hook in _norm_hooks(layer, parameter).values():
+        for hook in norm_hooks(layer, parameter).values():
             return cast(Tensor, hook.compute_weight(layer))
     stored = layer._parameters.get(parameter)  # Past nn.Module.__getattr__, which is slow.
     if is_quantized(stored):
@@ -47,13 +47,13 @@ def read_weight(layer: nn.Module, parameter: str) -> Tensor:
     return cast(Tensor, getattr(layer, parameter)) if stored is None else stored
 
 
-def _is_source(layer: nn.Module, parameter: str) -> bool:
-    """Whether a parameter is what a hook computes a weight from."""
-    return parameter.endswith(("_g", "_v", "_orig")) and bool(_norm_hooks(layer, parameter.rpartition("_")[0]))
+def is_norm_source(layer: nn.Module, parameter: str) -> bool:
+    """Whether a hook computes a weight of the layer from this parameter."""
+    return parameter.endswith(("_g", "_v", "_orig")) and bool(norm_hooks(layer, parameter.rpartition("_")[0]))
 
 
-def _norm_hooks(layer: nn.Module, parameter: str) -> dict[int, Any]:
-    """The hooks of `torch.nn.utils.weight_norm` and `spectral_norm`, which compute a weight before each call."""
+def norm_hooks(layer: nn.Module, parameter: str) -> dict[int, Any]:
+    """The hooks of `torch.nn.utils.weight_norm` and `spectral_norm` that compute a weight before each call."""
     return {
         key: hook
         for key, hook in layer._forward_pre_hooks.items()

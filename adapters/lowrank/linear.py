@@ -1,7 +1,6 @@
-"""Thin matrices beside a linear layer: `y = x Wᵀ + b + Σ s (x Aᵀ) Bᵀ` in the least time and memory.
+"""A linear layer with low-rank updates beside it: `y = x Wᵀ + b + Σ s (x Aᵀ) Bᵀ`.
 
-What takes time beside the layer itself is not arithmetic, of which there is little, but whatever is as large as an
-output: so none is made besides the output.
+The cost beside the layer itself is memory traffic rather than arithmetic, so products are added to the output in place.
 """
 
 from __future__ import annotations
@@ -12,232 +11,117 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn import functional
+from torch import Tensor
+from torch.nn.functional import linear as _linear
 
 from adapters.activation.mixed_batch import Rows
+from adapters.lowrank.low_rank import LowRank
 
-# Where the product of the two matrices is made first, its cost has to be clearly the lower one.
-_MARGIN = 1.5
-# Tokens of a row from which on sorting the rows takes longer than an adapter for each: in a loop, and in one product.
+# Tokens of a row from which on an update for each row takes less than sorting them: in a loop, and in one product.
 _MANY = (4, 32)
-_FEW = 4096  # Elements of an input; with fewer than that, calls take longer than arithmetic.
-
-# Without a search for them in their modules in each call.
-_linear, _is_grad_enabled, _Parameter = functional.linear, torch.is_grad_enabled, nn.Parameter
-_is_autocast_enabled = torch._C._is_any_autocast_enabled
-_transform_level = torch._C._functorch.maybe_current_level
-
-Pair = tuple[Tensor, Tensor, float, float]
-"""Two matrices whose product is added to a weight: A, `(rank, inputs)`, and B, `(outputs, rank)`; what the product is
-multiplied by; and the probability of dropping each input of A."""
 
 
-def is_ready(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether the ways of this module may be gone: for plain tensors of one real dtype, outside of any transform."""
-    return (
-        type(x) is Tensor
-        and type(weight) is _Parameter
-        and (dtype := x.dtype) is weight.dtype
-        and (bias is None or (type(bias) is _Parameter and bias.dtype is dtype))
-        and dtype.is_floating_point
-        and x.ndim > 1
-        and not _is_autocast_enabled()
-        and _transform_level() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair]) -> Tensor:
-    """The output of a linear layer with some pairs beside it.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: LowRank) -> Tensor:
+    """The output of a linear layer with an update beside it, `(..., outputs)`.
 
     Args:
-        x: The input, `(..., inputs)`.
+        x: The input, `(..., inputs)`, of two dimensions or more.
         weight: `(outputs, inputs)`, in the dtype of the input.
         bias: `(outputs,)`.
-        pairs: One or more, in any dtype: they are converted to that of the input.
+        update: In the dtype of the input.
     """
-    down, up, scale, dropout = pairs[0]
-    dtype = x.dtype
-    if len(pairs) > 1 or down.dtype is not dtype or up.dtype is not dtype:
-        down, up, scale, dropout = joined(pairs, dtype)
-    if dropout:
-        # Made again from the same seed, whether there are gradients or not: checkpointing runs a layer in both ways.
+    tokens = x if x.ndim == 2 else x.flatten(0, -2)  # In two dimensions no view is written to, which autograd copies.
+    output = _linear(tokens, weight, bias)
+    if update.dropout:
+        # Drawn whether there are gradients or not: reentrant checkpointing runs a layer in both ways.
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    if _is_grad_enabled() and (
-        down.requires_grad
-        or up.requires_grad
-        or x.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        return _with_gradients(x, weight, bias, down, up, scale, dropout, seed if dropout else 0)
-    if dropout:
-        return _plus(_linear(x, weight, bias), _linear(_mask(x, dropout, seed).mul_(x), down), up, scale)
-    if x.numel() >= _FEW and _is_merged_cheaper(x, weight):
-        return _linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
-    return _plus(_linear(x, weight, bias), _linear(x, down), up, scale)
+        inner = _dropped_linear(tokens, update.down, update.dropout, seed)
+    else:
+        inner = _linear(tokens, update.down)
+    output = _add_product(output, inner, update.up.t(), update.scale)
+    return output if x.ndim == 2 else output.view(*x.shape[:-1], len(weight))
 
 
 def linear_of_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, pairs: Sequence[Sequence[Pair]]
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, updates: Sequence[LowRank | None]
 ) -> Tensor:
-    """The output of a linear layer for a batch in which each row has pairs of its own, without gradients.
+    """The output of a linear layer for a mixed batch, without gradients.
 
     Args:
         x: The input, `(rows, ..., inputs)`.
         weight: `(outputs, inputs)`, in the dtype of the input.
         bias: `(outputs,)`.
-        rows: Which rows are in one group.
-        pairs: Those of each group, which drop nothing.
+        rows: The groups of rows with one choice.
+        updates: The update of each group, without dropout, or None for the layer alone.
     """
-    dtype, tokens = x.dtype, math.prod(x.shape[1:-1])  # Of each row.
-    joint = [joined(own, dtype) if own else None for own in pairs]
-    together = dtype.itemsize < 4 or x.is_cuda  # Where one product of several matrices takes less than several.
-    add = _add_together if together else _add_each
-    order = rows.order if tokens < _MANY[together] else None
+    tokens = math.prod(x.shape[1:-1])  # Of each row.
+    is_batched = x.dtype.itemsize < 4 or x.is_cuda  # Where a batched product takes less than several.
+    order = rows.order if tokens < _MANY[is_batched] else None
     if order is not None:
         x = x.index_select(0, order.to(x.device))
     if order is rows.order:
-        parts = [(size * tokens, pair) for size, pair in zip(rows.sizes, joint, strict=True)]
+        parts = [(size * tokens, update) for size, update in zip(rows.sizes, updates, strict=True)]
     else:
-        parts = [(tokens, joint[number]) for number in rows.group_of_row.tolist()]
+        parts = [(tokens, updates[number]) for number in rows.group_of_row.tolist()]
     output = _linear(x, weight, bias).contiguous()
-    add(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), parts)
+    # Neighbours of one size, rank and scale go through one batched product.
+    runs = [[*run] for _, run in itertools.groupby(parts, _kind)] if is_batched else [[part] for part in parts]
+    sizes = [sum(size for size, _ in run) for run in runs]
+    inputs, outputs = x.reshape(-1, x.shape[-1]).split(sizes), output.view(-1, output.shape[-1]).split(sizes)
+    for run, some, result in zip(runs, inputs, outputs, strict=True):
+        several = [update for _, update in run if update is not None]
+        if len(several) > 1:
+            down, up = torch.stack([one.down for one in several]), torch.stack([one.up for one in several])
+            some, result = some.unflatten(0, (len(several), -1)), result.unflatten(0, (len(several), -1))
+            _add_product(result, torch.bmm(some, down.mT), up.mT, several[0].scale)
+        elif several:
+            _add_product(result, _linear(some, several[0].down), several[0].up.t(), several[0].scale)
     return output if order is None else output.index_select(0, rows.places.to(x.device))
 
 
-Parts = list[tuple[int, Pair | None]]
-"""For each group of tokens their number, and the pair that they have."""
+def _kind(part: tuple[int, LowRank | None]) -> object:
+    count, update = part
+    return update and (count, update.rank, update.scale)
 
 
-def _add_each(output: Tensor, x: Tensor, parts: Parts) -> None:
-    sizes = [size for size, _ in parts]
-    for (_, pair), some, result in zip(parts, x.split(sizes), output.split(sizes), strict=True):
-        if pair is not None:
-            _plus(result, _linear(some, pair[0]), pair[1], pair[2])
-
-
-def _add_together(output: Tensor, x: Tensor, parts: Parts) -> None:
-    """Groups of one size behind one another go through one product of batches."""
-    runs = [[*run] for _, run in itertools.groupby(parts, _alike)]
-    sizes = [sum(size for size, _ in run) for run in runs]
-    for run, some, result in zip(runs, x.split(sizes), output.split(sizes), strict=True):
-        pairs = [pair for _, pair in run if pair]
-        if len(pairs) > 1:
-            down, up = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
-            some, result = (rows.unflatten(0, (len(pairs), -1)) for rows in (some, result))
-            _add(result, torch.bmm(some, down.mT), up.mT, pairs[0][2])
-        elif pairs:
-            _add_each(result, some, run)
-
-
-def _alike(part: tuple[int, Pair | None]) -> object:
-    """Equal for groups of one size with pairs of one rank and scale."""
-    count, pair = part
-    return pair and (count, len(pair[0]), pair[2])
-
-
-def _add(output: Tensor, small: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Add a product of two matrices, or of two batches of them."""
+def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """A product of two matrices, or of two batches of them, added in place."""
     add = output.addmm_ if output.ndim == 2 else output.baddbmm_
-    return add(small, up) if scale == 1 else add(small, up, alpha=scale)  # Which takes longer to be called.
+    return add(left, right) if scale == 1 else add(left, right, alpha=scale)  # A keyword takes longer.
 
 
-def _plus(output: Tensor, small: Tensor, up: Tensor, scale: float) -> Tensor:
-    """An output, `(..., outputs)`, to which the product with B of what A has made is added, in place if it can be."""
-    if output.ndim == 2:
-        return output.addmm_(small, up.t()) if scale == 1 else output.addmm_(small, up.t(), alpha=scale)
-    output = output.contiguous()
-    _add(output.view(-1, output.shape[-1]), small.flatten(0, -2), up.t(), scale)
-    return output
-
-
-def joined(pairs: Sequence[Pair], dtype: torch.dtype) -> Pair:
-    """One pair, of as much rank as several have together; these drop nothing."""
-    if len(pairs) == 1:
-        down, up, scale, dropout = pair = pairs[0]
-        return pair if down.dtype is dtype and up.dtype is dtype else (down.to(dtype), up.to(dtype), scale, dropout)
-    downs, ups, scales = [pair[0] for pair in pairs], [pair[1] for pair in pairs], [pair[2] for pair in pairs]
-    if any(tensor.dtype is not dtype for tensor in (*downs, *ups)):
-        downs, ups = ([tensor.to(dtype) for tensor in tensors] for tensors in (downs, ups))
-    if any(scale != scales[0] for scale in scales):
-        ups, scales = [up * scale for up, scale in zip(ups, scales, strict=True)], [1.0]
-    return torch.cat(downs), torch.cat(ups, 1), scales[0], 0.0
-
-
-def _is_merged_cheaper(x: Tensor, weight: Tensor) -> bool:
-    """Whether it takes less to make the weight of both together: for many tokens, and where it is exact enough."""
-    outputs, inputs = weight.shape
-    return x.numel() * (inputs + outputs) > _MARGIN * inputs * inputs * outputs and x.dtype.itemsize >= 4
-
-
-class _WithGradients(torch.autograd.Function):
-    """The same with gradients. Kept for them is the input, and of the size of the rank what A makes of it.
-
-    Dropout keeps no mask, but the seed to make it again.
-    """
+class _DroppedLinear(torch.autograd.Function):
+    """`(m ∘ x) Aᵀ` with a dropout mask `m` that backward draws again from its seed, as it is as large as the input."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scale: float,
-        dropout: float,
-        seed: int,
-    ) -> Tensor:
-        dropped = _mask(x, dropout, seed).mul_(x) if dropout else x
-        small = _linear(dropped, down)
-        output = _plus(_linear(x, weight, bias), small, up, scale)
-        ctx.save_for_backward(x, weight, down, up, small)
-        ctx.settings = scale, dropout, seed
-        return output
+    def forward(ctx: Any, x: Tensor, down: Tensor, dropout: float, seed: int) -> Tensor:
+        mask = _mask(x, dropout, seed)
+        ctx.save_for_backward(x, down)
+        ctx.save_for_forward(x, down)
+        ctx.settings = dropout, seed
+        return _linear(mask.mul_(x), down)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, small = ctx.saved_tensors
-        scale, dropout, seed = ctx.settings
-        for_x, for_weight, for_bias, for_down, for_up, *_ = ctx.needs_input_grad
-        shape, mask = x.shape, None
-        if dropout and (for_x or for_down):
-            mask = _mask(x, dropout, seed).flatten(0, -2)
-        if len(shape) > 2:
-            x, small = x.flatten(0, -2), small.flatten(0, -2)
-            grad = grad.reshape(len(x), len(weight))  # It may be a batch of gradients, which torch does not flatten.
-        if _is_grad_enabled():  # Gradients of gradients: what was kept knows nothing of where it came from.
-            small = _linear(x if mask is None else x * mask, down)
-        grads: list[Tensor | None] = [None] * 8
-        if for_x or for_down:
-            inner = _scaled(grad @ up, scale)
-        if for_x:
-            plain = grad @ weight
-            plain = plain.addmm_(inner, down) if mask is None else plain.addcmul_(inner @ down, mask)
-            grads[0] = plain if len(shape) == 2 else plain.view(shape)
-        if for_weight:
-            grads[1] = grad.t() @ x
-        if for_bias:
-            grads[2] = grad.sum(0)
-        if for_down:
-            grads[3] = inner.t() @ (x if mask is None else x * mask)
-        if for_up:
-            grads[4] = grad.t() @ _scaled(small, scale)
-        return tuple(grads)
+        x, down = ctx.saved_tensors
+        mask = _mask(x, *ctx.settings)
+        for_x, for_down = ctx.needs_input_grad[:2]
+        return (grad @ down) * mask if for_x else None, grad.mT @ (x * mask) if for_down else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor | None, down_tangent: Tensor | None, *_: None) -> Tensor | None:
+        x, down = ctx.saved_tensors
+        mask = _mask(x, *ctx.settings)
+        terms = [_linear(x_tangent * mask, down)] if x_tangent is not None else []
+        terms += [_linear(x * mask, down_tangent)] if down_tangent is not None else []
+        return sum(terms[1:], start=terms[0])
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1 else x * scale
+_dropped_linear = cast(Callable[[Tensor, Tensor, float, int], Tensor], _DroppedLinear.apply)
 
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
-    # In one layout, whatever that of the input: what is kept for gradients may come back in another one.
+    # In one layout, whatever that of the input: saved tensors may come back in another one.
     mask = torch.empty_like(x, memory_format=torch.contiguous_format)
     return mask.bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
-
-
-_with_gradients = cast(Callable[..., Tensor], _WithGradients.apply)

@@ -1,4 +1,4 @@
-"""Updates of weights as matrices: their singular values, their sizes, and what two of them have in common."""
+"""Singular-value spectra of updates: norms, ranks, and the subspaces that two updates share."""
 
 from __future__ import annotations
 
@@ -8,36 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters.lowrank.low_rank import LowRank
+
 _EXACT = 1024  # The smaller side up to which all singular values of a full matrix are computed.
-_LEADING = 64  # How many are computed beyond it.
-_DIRECTIONS = 16  # How many directions of an update are compared.
-_ZERO = 1e-6  # Singular values below this share of the largest are taken for rounding errors.
+_LEADING = 64  # The number of leading ones that are computed beyond it.
+_DIRECTIONS = 16  # The number of leading left singular vectors that are compared.
+_ZERO = 1e-6  # Singular values below this share of the largest count as rounding errors.
 
 
-@dataclass(frozen=True)
-class Update:
-    """What is added to a weight, as a matrix or as two factors.
+Update = LowRank | Tensor
+"""An update of a weight: low-rank, or as a matrix `(outputs, inputs)`, with the experts in front for a stack."""
 
-    Attributes:
-        up: `(outputs, rank)`, or the whole matrix if there is no `down`; with the experts in front for a stack.
-        down: `(rank, inputs)`.
-    """
 
-    up: Tensor
-    down: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
-        return tuple(self.up.shape if self.down is None else (*self.up.shape[:-1], self.down.shape[-1]))
-
-    def matrix(self) -> Tensor:
-        """`(outputs, inputs)`, with the experts in front for a stack."""
-        return self.up if self.down is None else self.up @ self.down
-
-    def is_finite(self) -> bool:
-        """Whether there is no NaN and no infinity in it."""
-        return all(bool(part.isfinite().all()) for part in (self.up, self.down) if part is not None)
+def is_finite(update: Update) -> bool:
+    """Whether an update has neither a NaN nor an infinity."""
+    return update.is_finite() if isinstance(update, LowRank) else bool(update.isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -46,10 +31,9 @@ class Spectrum:
 
     Attributes:
         norm: The Frobenius norm.
-        values: Singular values from the largest on. A stack counts as the block-diagonal matrix of its experts.
-        complete: Whether these are all that are not zero, rather than the largest.
-        left: The directions in the space of outputs that belong to the largest, `(outputs, directions)`, with the
-            experts in front for a stack.
+        values: Singular values in descending order. A stack counts as the block-diagonal matrix of its experts.
+        complete: Whether these are all that are not zero, rather than the leading ones.
+        left: The leading left singular vectors, `(outputs, directions)`, with the experts in front for a stack.
     """
 
     norm: float
@@ -59,29 +43,33 @@ class Spectrum:
 
     @classmethod
     def of(cls, update: Update) -> Spectrum:
-        """That of an update; the matrix of two factors is not made.
+        """The spectrum of an update; the matrix of a low-rank one is not made.
 
         With `up = Q R` and `downᵀ = P S`, the singular values are those of the small `R Sᵀ`. Of a large full matrix the
         leading ones are found by a randomised projection (arXiv:0909.4061), always by the same one.
         """
-        if update.down is not None:
+        norm: Tensor | None = None
+        if isinstance(update, LowRank):
             (left, first), (_, second) = torch.linalg.qr(update.up), torch.linalg.qr(update.down.mT)
             small, singular, _ = torch.linalg.svd(first @ second.mT, full_matrices=False)
-            left, complete = left @ small[..., :_DIRECTIONS], True
+            left, singular = left @ small[..., :_DIRECTIONS], singular * abs(update.scale)
+        elif min(update.shape[-2:]) <= _EXACT:
+            left, singular, _ = torch.linalg.svd(update, full_matrices=False)
         else:
-            complete = min(update.up.shape[-2:]) <= _EXACT
-            if complete:
-                left, singular, _ = torch.linalg.svd(update.up, full_matrices=False)
-            else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(0)  # That of other devices is left as it is.
-                    left, singular, _ = torch.svd_lowrank(update.up, q=_LEADING, niter=4)
-            left = left[..., :_DIRECTIONS]
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)  # That of other devices is left as it is.
+                left, singular, _ = torch.svd_lowrank(update, q=_LEADING, niter=4)
+            norm = torch.linalg.vector_norm(update.float())
         values = singular.double().flatten().sort(descending=True).values
-        norm = float(torch.linalg.vector_norm(values if complete else update.up.float()))
         kept = values[values > _ZERO * values[:1]]
         rank = int((singular > _ZERO * singular.amax(-1, keepdim=True)).sum(-1).max())
-        return cls(norm, tuple(kept.tolist()), complete, left[..., :rank])
+        directions = left[..., : min(rank, _DIRECTIONS)]
+        return cls(
+            float(torch.linalg.vector_norm(values) if norm is None else norm),
+            tuple(kept.tolist()),
+            norm is None,
+            directions,
+        )
 
     @property
     def effective_rank(self) -> float | None:
@@ -100,22 +88,23 @@ class Spectrum:
 
 
 def inner(a: Update, b: Update) -> float:
-    """`Σ aᵢⱼ bᵢⱼ`, from the factors of both where they have some."""
-    if a.down is not None and b.down is not None:
+    """The Frobenius inner product `Σ aᵢⱼ bᵢⱼ`; of two low-rank updates, from their factors."""
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
         # tr((U D)ᵀ V E) = Σ (Uᵀ V) ∘ (D Eᵀ)
-        return float(((a.up.mT @ b.up) * (a.down @ b.down.mT)).sum())
-    return float((a.matrix().double() * b.matrix().double()).sum())
+        return a.scale * b.scale * float(((a.up.mT @ b.up) * (a.down @ b.down.mT)).sum())
+    one, other = (update.matrix() if isinstance(update, LowRank) else update for update in (a, b))
+    return float((one.double() * other.double()).sum())
 
 
 def shared_directions(a: Spectrum, b: Spectrum) -> tuple[float, float] | None:
-    """How much of the leading directions that two updates write into is the same.
+    """The similarity of the leading output subspaces of two updates, and its expectation for random ones.
 
-    `‖Aᵀ B‖² / k` for orthonormal bases of the `k` leading left singular vectors of each: 0 for subspaces that are
-    orthogonal to each other, 1 for the same one. That is φ of LoRA's section 7.2 (arXiv:2106.09685) with `i = j = k`,
-    where `k` is the smaller rank, at most 16. Also what it is on average for random subspaces, `k / outputs`.
+    It is `‖Aᵀ B‖² / k` for orthonormal bases of the `k` leading left singular vectors of each: 0 for orthogonal
+    subspaces, 1 for the same one. That is φ of LoRA's section 7.2 (arXiv:2106.09685) with `i = j = k`, where `k` is the
+    smaller rank, at most 16. The expectation is `k / outputs`.
 
     Returns:
-        Both; None where one of them has no direction.
+        Both, or None where one of them is zero.
     """
     k = min(a.left.shape[-1], b.left.shape[-1])
     if not k:

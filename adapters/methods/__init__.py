@@ -1,11 +1,11 @@
-"""The methods: one file each, with the formula, the initialisation and the names of the tensors, found by discovery."""
+"""The methods, found by discovery: a file for each, with its hyperparameters, tensors and formula."""
 
 from typing import Any
 
 from adapters.methods.core.catalogue import Catalogue
 
 METHODS = Catalogue(__name__, __path__)
-"""Every method by the name that files give it."""
+"""Every method by its key in files."""
 
 register = METHODS.register
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: a product of three, of which the middle one says how much each rank counts."""
+"""AdaLoRA: a product of three factors, of which the diagonal middle one weighs each rank."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.methods.core.checks import is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
+from adapters.methods.core.checks import alpha_of, is_integer, need, need_alpha, need_dropout, need_rank, refuse_dropout
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,18 @@ class AdaLoRA(LowRank):
     """Adaptive low-rank adaptation: `adapters.RankAllocator` moves the rank to where it matters during training.
 
     Args:
-        rank: Rows of A and columns of B at the start.
+        rank: Initial rows of A and columns of B.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`, whatever rank is left.
         dropout: For files that have it: it can be kept, but not trained with.
-        kept: Rows of A and columns of B that are left, `rank` when it is None. Files leave out those of no effect.
+        kept: Rows of A and columns of B that are left, `rank` when it is None. Files leave out those without effect.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.AdaLoRA(rank=6), name="style")
+        >>> allocator = adapters.RankAllocator(patch, total_steps=100, target_rank=4)
+        >>> print(patch)
     """
 
     key = "adalora"
@@ -49,19 +55,18 @@ class AdaLoRA(LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (self.rank + 1e-5)  # As the authors and PEFT have it, against a rank of 0.
+        return alpha_of(self) / (self.rank + 1e-5)  # As the authors and PEFT have it, against a rank of 0.
 
     def check_training(self, layer: nn.Module, parameter: str) -> None:
         refuse_dropout(self, layer)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
         rank = self.rank if self.kept is None else self.kept
         return {
-            "lora_A": site.normal(*stack, rank, inputs, std=0.02),
-            "lora_B": site.normal(*stack, outputs, rank, std=0.02),
-            "lora_E": site.zeros(*stack, rank, 1),
+            "lora_A": spec.normal(*stack, rank, inputs, std=0.02),
+            "lora_B": spec.normal(*stack, outputs, rank, std=0.02),
+            "lora_E": spec.zeros(*stack, rank, 1),
         }
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
@@ -71,7 +76,7 @@ class AdaLoRA(LowRank):
         return {name: value for name, value in super().hyperparameters().items() if name != "kept"}
 
     def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
-        """Without the rows of no effect, unless there are no others, as before training."""
+        """AdaLoRA without the rows that have no effect, unless there are no others, as before training."""
         tensors = self.file_tensors(branch)
         has_effect = tensors["lora_E"].squeeze(-1) != 0
         if has_effect.ndim > 1 or has_effect.all() or not has_effect.any():

@@ -1,4 +1,4 @@
-"""BOFT: rotations in blocks, one after the other in the pattern of a butterfly, that mix features across blocks."""
+"""BOFT: successive rotations in blocks, in the pattern of a butterfly, which mix features across blocks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.layers.dtypes import widened
 from adapters.methods.core.checks import is_integer, need
-from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.method import Method
 from adapters.methods.core.rotations import OutputRotation, butterfly, cayley, cut, need_blocks
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,16 @@ class BOFT(Method):
     Args:
         block_size: The size of the blocks, which has to divide the number of inputs; 4 if `blocks` is not given.
         blocks: The number of blocks instead.
-        factors: How many rotations: 1 is OFT, and each further one doubles how far a feature reaches. More than 1 need
-            an even block size, and blocks in a multiple of `2 ** (factors - 1)`.
+        factors: The number of rotations: 1 is OFT, and each further one doubles the reach of a feature. More than 1
+            need an even block size, and blocks in a multiple of `2 ** (factors - 1)`.
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.BOFT(block_size=4, factors=2))
+        >>> patch.merge()
+        >>> patch.save_pretrained("boft")
     """
 
     key = "boft"
@@ -40,15 +46,15 @@ class BOFT(Method):
         need_blocks(self, usual=4)
         need_factors(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        check_butterfly(self, site, *cut(self, site, site.shape[-1]))
+    def check_spec(self, spec: WeightSpec) -> None:
+        check_butterfly(self, spec, *cut(self, spec, spec.shape[-1]))
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        blocks, size = cut(self, site, site.shape[-1])
-        outputs = site.shape[-2]
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        blocks, size = cut(self, spec, spec.shape[-1])
+        outputs = spec.shape[-2]
         return {
-            "boft_R": site.zeros(self.factors, blocks, size, size),
-            "boft_s": site.ones(1, outputs) if site.matrix.kind == "convolution" else site.ones(outputs, 1),
+            "boft_R": spec.zeros(self.factors, blocks, size, size),
+            "boft_s": spec.ones(1, outputs) if spec.matrix.kind == "convolution" else spec.ones(outputs, 1),
         }
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
@@ -61,12 +67,17 @@ class OutputBOFT(OutputRotation):
     """BOFT of the outputs, as LyCORIS has it. For the other arguments see `OutputRotation`.
 
     Args:
-        factors: How many rotations; 0 for as many as the number of blocks allows, so that each output comes to act on
-            each if that is a power of 2. More than 1 need an even block size, and blocks in a multiple of
+        factors: The number of rotations; 0 for as many as the number of blocks allows, so that each output acts on each
+            if that is a power of 2. More than 1 need an even block size, and blocks in a multiple of
             `2 ** (factors - 1)`.
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.OutputBOFT(block_size=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("boft.safetensors", format="lycoris")
     """
 
     key = "output-boft"
@@ -79,9 +90,9 @@ class OutputBOFT(OutputRotation):
         super().__post_init__()
         need_factors(self, least=0)
 
-    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
-        blocks, size = cut(self, site, site.shape[-2])
-        check_butterfly(self, site, blocks, size)
+    def block_shape(self, spec: WeightSpec) -> tuple[int, ...]:
+        blocks, size = cut(self, spec, spec.shape[-2])
+        check_butterfly(self, spec, blocks, size)
         return self.factors or most_factors(blocks, size), blocks, size, size
 
     def turn(self, y: Tensor, rotations: Tensor) -> Tensor:
@@ -98,11 +109,11 @@ def need_factors(method: BOFT | OutputBOFT, least: int = 1) -> None:
     need(is_integer(factors, least), method, f"a number of factors that is an integer of {least} or more", factors)
 
 
-def check_butterfly(method: BOFT | OutputBOFT, site: WeightSpec, blocks: int, size: int) -> None:
-    """Raise a TargetError unless blocks of that size and number allow as many factors as there are to be."""
+def check_butterfly(method: BOFT | OutputBOFT, spec: WeightSpec, blocks: int, size: int) -> None:
+    """Raise a TargetError unless blocks of that size and number allow the number of factors."""
     if method.factors > most_factors(blocks, size):
         raise TargetError(
-            f"{site.path} has {blocks} blocks of {size}, too few or of an odd size for {method.factors} factors: choose"
+            f"{spec.path} has {blocks} blocks of {size}, too few or of an odd size for {method.factors} factors: choose"
             " fewer factors or an even block_size, or exclude it."
         )
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: what a small network makes of the output of a block, or of its input, is added to the output."""
+"""Bottleneck adapters: a small network of the output of a block, or of its input, is added to the output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": fl.SiLU,
     "tanh": fl.Tanh,
 }
-"""What may stand between the two layers, by name."""
+"""The functions between the two layers, by name."""
 
 _CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: fl.Conv1d, 2: fl.Conv2d, 3: fl.Conv3d}
 
@@ -39,7 +39,7 @@ class Bottleneck(Method):
     of the output; or, with `parallel=True`, of the input (arXiv:2110.04366). Of a block that gives several things it
     adapts the first tensor. A convolution has a bottleneck of 1×1 convolutions.
 
-    Which of the published adapters it is, the targets say. After both sublayers, as Houlsby et al. place them:
+    The targets make it one of the published adapters. After both sublayers, as Houlsby et al. place them:
     `["attention.output.dense", "output.dense"]` in BERT, `["o_proj", "down_proj"]` in Llama, and
     `["attn.c_proj", "mlp.c_proj"]` in GPT-2. After the feed-forward sublayer only, as Pfeiffer et al.:
     `"layer.*.output.dense"` with `exclude="attention.output.dense"`, `"down_proj"`, and `"mlp.c_proj"`. Beside that
@@ -49,14 +49,19 @@ class Bottleneck(Method):
     Args:
         size: Features in the middle, by default those of the output divided by `reduction`.
         reduction: See `size`.
-        activation: What is between the two layers, one of `ACTIVATIONS`.
+        activation: The function between the two layers, one of `ACTIVATIONS`.
         parallel: Adapt by the input rather than by the output.
-        scaling: What the function is multiplied by.
+        scaling: The factor of the network's output.
         norm: Begin with a layer normalisation, with weight and bias.
-        features: How many features a block has; by default those of the last layer in it.
+        features: The number of features of a block; by default those of the last layer in it.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.Bottleneck(reduction=4), targets="mlp")
+        >>> patch.scale = 0.5
+        >>> patch.enabled = False
     """
 
     key = "bottleneck"
@@ -81,7 +86,7 @@ class Bottleneck(Method):
         need_number(self, "scaling")
         need_choice(self, "activation", ACTIVATIONS)
 
-    # What it adapts
+    # Where it applies
 
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         runs = type(layer).forward is not nn.Module.forward  # A list of modules does not.
@@ -94,25 +99,25 @@ class Bottleneck(Method):
         features = self.features or (known.shape[0] if known else 0)
         return Matrix((features, features), "as is", "block") if features else None
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         raise TargetError(f"{type(self).__name__} goes after layers or blocks of your choice: name them with targets=.")
 
-    def check_site(self, site: WeightSpec) -> None:
-        if self.parallel and site.matrix.kind in ("convolution", "embedding"):
+    def check_spec(self, spec: WeightSpec) -> None:
+        if self.parallel and spec.matrix.kind in ("convolution", "embedding"):
             raise TargetError(
-                f"{site.path} takes other positions or features than it gives: give it a {type(self).__name__} with"
+                f"{spec.path} takes other positions or features than it gives: give it a {type(self).__name__} with"
                 " parallel=False."
             )
-        if self.norm and _spatial(site.layer):
-            raise TargetError(f"{site.path} gives channels, which norm=True does not normalise: give it norm=False.")
+        if self.norm and _spatial(spec.layer):
+            raise TargetError(f"{spec.path} gives channels, which norm=True does not normalise: give it norm=False.")
 
-    # Its layers
+    # Its tensors and its formula
 
-    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
-        outputs, inputs = site.shape
+    def build(self, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch:
+        outputs, inputs = spec.shape
         size = self.size or max(outputs // self.reduction, 1)
-        spatial = _spatial(site.layer)
-        where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+        spatial = _spatial(spec.layer)
+        where: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return (
@@ -150,7 +155,7 @@ def _checked(branch: Branch, tensor: Tensor | None, features: int, verb: str) ->
 
 
 def _last(module: nn.Module) -> nn.Module | None:
-    """The last linear layer or convolution inside of a module, or the module if it is a layer. Patches do not count."""
+    """The last linear layer or convolution in a module, or the module if it is one; those of patches do not count."""
     if Matrix.of(module, "weight") is not None:
         return module
     inside = base_modules(module)
@@ -159,6 +164,6 @@ def _last(module: nn.Module) -> nn.Module | None:
 
 
 def _spatial(module: nn.Module) -> int:
-    """How many dimensions follow that of the channels in what a module gives."""
+    """The number of dimensions after the channels in the output of a module."""
     last = _last(module)
     return len(last.kernel_size) if isinstance(last, (*CONVOLUTIONS, *TRANSPOSED)) else 0

@@ -12,8 +12,8 @@ from adapters.errors import TargetError
 from adapters.layers.dtypes import widened
 from adapters.methods.core.checks import is_integer, need
 from adapters.methods.core.formulas import MatrixFree
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class C3A(MatrixFree):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.C3A(block_size=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("c3a")
     """
 
     key = "c3a"
@@ -37,17 +42,17 @@ class C3A(MatrixFree):
         size = self.block_size
         need(is_integer(size, 1), self, "a block_size that is an integer of 1 or more", size)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape
         if outputs % self.block_size or inputs % self.block_size:
             raise TargetError(
-                f"{site.path} has {outputs} outputs and {inputs} inputs, which block_size={self.block_size} does not"
+                f"{spec.path} has {outputs} outputs and {inputs} inputs, which block_size={self.block_size} does not"
                 " divide: choose a common divisor, or exclude it."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        outputs, inputs = site.shape
-        return {"c3a_kernel": site.zeros(outputs // self.block_size, inputs // self.block_size, self.block_size)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        outputs, inputs = spec.shape
+        return {"c3a_kernel": spec.zeros(outputs // self.block_size, inputs // self.block_size, self.block_size)}
 
     def delta(self, t: Tensors) -> Tensor:
         places = torch.arange(self.block_size, device=t.c3a_kernel.device)
@@ -55,7 +60,7 @@ class C3A(MatrixFree):
         return blocks.transpose(1, 2).reshape(t.shape) / t.shape[-1]
 
     def product(self, x: Tensor, t: Tensors) -> Tensor:
-        """By Fourier transforms, which make a circulant matrix diagonal; of nothing there is no transform."""
+        """`Δ x` by Fourier transforms, which make a circulant matrix diagonal; an empty input has none."""
         if not x.numel():
             return F.linear(x, self.delta(t))
         kernel = torch.fft.rfft(widened(t.c3a_kernel) / t.shape[-1]).conj()

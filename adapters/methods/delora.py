@@ -8,23 +8,28 @@ from torch import Tensor
 
 from adapters.methods.core.checks import is_number, need, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _LEAST_NORM = 1e-4
-"""What shorter rows and columns are divided by: at the start, those of B are zero."""
+"""The least divisor: the columns of B are zero at first."""
 
 
 @dataclass(frozen=True)
 class DeLoRA(LowRank):
-    """Decoupled low-rank adaptation: how far the weight moves does not depend on the lengths of A and B.
+    """Decoupled low-rank adaptation: the strength of the update does not depend on the norms of A and B.
 
     Args:
         rank: Rows of A and columns of B.
-        boundary: What λ starts at: before the norms of the columns of W come in, the update is no longer than λ.
+        boundary: Initial λ. Before the norms of the columns of W come in, the norm of the update is at most λ.
 
     Raises:
-        AdapterError: The rank is no integer of 1 or more, or the boundary no finite number.
+        AdapterError: The rank is not an integer of 1 or more, or the boundary not a finite number.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DeLoRA(rank=4, boundary=10))
+        >>> patch.merge()
+        >>> patch.save_pretrained("delora")
     """
 
     key = "delora"
@@ -39,16 +44,16 @@ class DeLoRA(LowRank):
         need_rank(self)
         need(is_number(self.boundary), self, "a boundary that is a finite number", self.boundary)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        outputs, inputs = spec.shape
         return {
-            "delora_A": site.uniform(self.rank, inputs),
-            "delora_B": site.zeros(outputs, self.rank),
-            "delora_lambda": site.ones(1) * self.boundary,
+            "delora_A": spec.uniform(self.rank, inputs),
+            "delora_B": spec.zeros(outputs, self.rank),
+            "delora_lambda": spec.ones(1) * self.boundary,
         }
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"delora_w_norm": site.weight.norm(dim=0).to(site.device, site.dtype)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"delora_w_norm": spec.weight.norm(dim=0).to(spec.device, spec.dtype)}
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         lengths = t.delora_A.norm(dim=1).clamp(min=_LEAST_NORM) * t.delora_B.norm(dim=0).clamp(min=_LEAST_NORM)

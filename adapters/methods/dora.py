@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from adapters.layers.matrix import Matrix
 from adapters.methods.core.checks import need, refuse_dropout
-from adapters.methods.core.formulas import decomposed, norms
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.decomposed import WeightDecomposed
+from adapters.methods.core.init import InitName
+from adapters.methods.core.method import Branch
 from adapters.methods.core.spec import WeightSpec
 from adapters.methods.core.tucker import channels
 from adapters.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
-class DoRA(LoRA):
+class DoRA(WeightDecomposed):
     """Weight-decomposed low-rank adaptation.
 
     Args:
@@ -30,13 +28,27 @@ class DoRA(LoRA):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DoRA(rank=4, alpha=8))
+        >>> patch.merge()
+        >>> patch.save_pretrained("dora")
     """
 
     key = "dora"
     paper = "arXiv:2402.09353"
     formula = "m V / ‖V‖ for each row, with V = W + s B A"
-    additive = False
+    kinds = LoRA.kinds
+    plus_lr = LoRA.plus_lr
+    adds = LoRA
+    lengths = "lora_magnitude_vector"
 
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    bias: bool = False
+    init: InitName = "kaiming"
     on_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -46,38 +58,13 @@ class DoRA(LoRA):
     def check_training(self, layer: nn.Module, parameter: str) -> None:
         refuse_dropout(self, layer)
 
-    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
-        branch = super().build(site, shared)
-        branch.matrix = site.matrix
-        *stack, outputs, _ = site.shape
-        count = channels(site) if self.on_inputs else outputs
-        branch.register_parameter("lora_magnitude_vector", nn.Parameter(site.empty(*stack, count)))
-        if not (branch.lora_magnitude_vector.is_meta or site.uninitialized):
-            self.settle(branch, site.weight)
-        return branch
-
-    def starts(self, sites: Sequence[WeightSpec], like: Mapping[str, Tensor]) -> None:
-        """Each weight has lengths of its own."""
-
-    def settle(self, branch: Branch, weight: Tensor) -> None:
-        """The lengths are those that there are at the start."""
-        with torch.no_grad():
-            start = weight + self.delta(branch.values(weight.dtype))
-            lengths = branch.lora_magnitude_vector
-            lengths.copy_(norms(start, lengths.shape[-1] if self.on_inputs else 0))
-
-    def update(self, weight: Tensor, t: Tensors) -> Tensor:
-        return decomposed(weight + self.delta(t), t.lora_magnitude_vector, self.on_inputs)
-
-    def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
-        return Method.change(self, weight, t, scale)
-
-    def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
-        return False
+    def shape_of_lengths(self, spec: WeightSpec) -> tuple[int, ...]:
+        *stack, outputs, _ = spec.shape
+        return (*stack, channels(spec) if self.on_inputs else outputs)
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         tensors = super().file_tensors(branch)
-        if branch.matrix.kind == "convolution":  # As outputs have them, or inputs.
+        if branch.matrix.kind == "convolution":  # The shape of the channels of its outputs, or its inputs.
             ones = (1,) * (tensors["lora_B"].ndim - 2)
-            tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].view(1, -1, *ones)
+            tensors[self.lengths] = tensors[self.lengths].view(1, -1, *ones)
         return tensors

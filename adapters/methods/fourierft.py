@@ -10,25 +10,30 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.methods.core.checks import need_count, need_number, need_seed
 from adapters.methods.core.formulas import Additive
-from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.method import Branch
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
 class FourierFT(Additive):
     """Fine-tuning of Fourier coefficients.
 
-    Which coefficients of an `(outputs, inputs)` update are trained is drawn from the seed, so layers of one shape
-    train the same ones. The spectrum starts at zero, which changes nothing; the paper starts at normally distributed
-    values.
+    The trained coefficients of an `(outputs, inputs)` update are drawn with the seed, so layers of one shape train the
+    same ones. The spectrum is zero at first, which changes nothing; in the paper it is normally distributed.
 
     Args:
-        n_frequency: How many coefficients each layer trains.
+        n_frequency: The number of coefficients that each layer trains.
         scaling: The strength.
-        seed: Where the positions of the coefficients come from.
+        seed: The random seed of the positions of the coefficients.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.FourierFT(n_frequency=100))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("fourierft")
     """
 
     key = "fourierft"
@@ -45,19 +50,19 @@ class FourierFT(Additive):
         need_number(self, "scaling")
         need_seed(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
         if self.n_frequency > outputs * inputs:
             raise TargetError(
-                f"{site.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}: it takes no"
-                f" n_frequency of {self.n_frequency}; give it a smaller one."
+                f"{spec.path} has {outputs * inputs} Fourier coefficients, {outputs} × {inputs}, fewer than"
+                f" n_frequency={self.n_frequency}: give it a smaller one."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"fourierft_spectrum": site.zeros(*site.shape[:-2], self.n_frequency)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"fourierft_spectrum": spec.zeros(*spec.shape[:-2], self.n_frequency)}
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"positions": site.shuffled(self.seed)[: self.n_frequency].to(site.device, copy=True)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"positions": spec.shuffled(self.seed)[: self.n_frequency].to(spec.device, copy=True)}
 
     def delta(self, t: Tensors) -> Tensor:
         spectrum = t.fourierft_spectrum

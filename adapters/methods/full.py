@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from adapters.layers.matrix import Matrix
 from adapters.methods.core.checks import need
 from adapters.methods.core.formulas import Additive
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,12 @@ class Full(Additive):
         bias: Train a change of the bias too, of each layer that has one.
 
     Raises:
-        AdapterError: `bias` is neither True nor False.
+        AdapterError: `bias` is not a boolean.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.Full(bias=True), targets="head")
+        >>> patch.merge()
+        >>> patch.save_pretrained("head.safetensors", format="lycoris")
     """
 
     key = "full"
@@ -36,11 +41,11 @@ class Full(Additive):
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         return Matrix.whole(layer, parameter)
 
-    def chooses(self, parameter: str) -> bool:
+    def selects(self, parameter: str) -> bool:
         return parameter == "weight" or (self.bias and parameter in ("bias", "in_proj_bias"))
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"diff": site.zeros(*site.shape)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"diff": spec.zeros(*spec.shape)}
 
     def delta(self, t: Tensors) -> Tensor:
         return t.diff

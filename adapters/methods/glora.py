@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from adapters.methods.core.checks import need_choice, need_rank
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _A_B = ("lora", "vector", "constant", "none")
 _C = ("lora", "vector", "none")
@@ -25,12 +26,17 @@ class GLoRA(Method):
 
     Args:
         rank: Rank of the products.
-        config_a_b: What A and B are: `"lora"`, `"vector"`, `"constant"` or `"none"`.
-        config_c: What C is: `"lora"`, `"vector"` or `"none"`.
-        config_d_e: What D and E are: `"vector"`, `"constant"` or `"none"`.
+        config_a_b: The kind of A and B: `"lora"`, `"vector"`, `"constant"` or `"none"`.
+        config_c: The kind of C: `"lora"`, `"vector"` or `"none"`.
+        config_d_e: The kind of D and E: `"vector"`, `"constant"` or `"none"`.
 
     Raises:
-        AdapterError: The rank is no integer of 1 or more, or one of the others is none of its choices.
+        AdapterError: The rank is not an integer of 1 or more, or one of the others is none of its choices.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.GLoRA(rank=4, config_c="vector"))
+        >>> patch.merge()
+        >>> patch.save_pretrained("glora")
     """
 
     key = "glora"
@@ -48,20 +54,20 @@ class GLoRA(Method):
         for name, choices in (("config_a_b", _A_B), ("config_c", _C), ("config_d_e", _D_E)):
             need_choice(self, name, choices)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for letter, (form, shape) in self._parts(site.shape, site.has_bias).items():
+        for letter, (form, shape) in self._parts(spec.shape, spec.has_bias).items():
             name = f"glora_{letter}_X"
             if form == "lora":
-                found |= {f"{name}d": site.zeros(shape[0], self.rank), f"{name}u": site.uniform(self.rank, shape[1])}
+                found |= {f"{name}d": spec.zeros(shape[0], self.rank), f"{name}u": spec.uniform(self.rank, shape[1])}
             elif form == "vector":
-                found[name] = site.zeros(shape[0], *(1 for _ in shape[1:]))
+                found[name] = spec.zeros(shape[0], *(1 for _ in shape[1:]))
             elif form == "constant":
-                found[name] = site.zeros(1)
+                found[name] = spec.zeros(1)
         return found
 
     def _parts(self, matrix: tuple[int, ...], has_bias: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What each of A to E is, and its shape in full."""
+        """The kind and the full shape of each of A to E."""
         outputs, inputs = matrix
         c, d_e = (self.config_c, self.config_d_e) if has_bias else ("none", "none")
         return {
@@ -72,8 +78,8 @@ class GLoRA(Method):
             "E": (d_e, (outputs,)),
         }
 
-    def names(self, site: WeightSpec) -> tuple[str, ...]:
-        return (site.parameter, str(site.bias_name)) if site.has_bias else (site.parameter,)
+    def changes(self, spec: WeightSpec) -> tuple[str, ...]:
+        return (spec.parameter, str(spec.bias_name)) if spec.has_bias else (spec.parameter,)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return weight + weight * _part(t, "A") + _part(t, "B")
@@ -86,7 +92,7 @@ class GLoRA(Method):
         return bias + bias * _part(t, "D") + _part(t, "E") + coupled
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
-        """The tensors, and zeros in full for what is `"none"`, as files have them."""
+        """The tensors, and full zeros for those that are `"none"`, as files have them."""
         tensors = super().file_tensors(branch)
         for letter, (form, shape) in self._parts(branch.matrix.shape, len(branch.names) > 1).items():
             if form == "none":

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.errors import TargetError
-from adapters.methods.core.checks import is_integer, need, need_alpha, need_count, need_rank
+from adapters.methods.core.checks import alpha_of, is_integer, need, need_alpha, need_count, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,16 @@ class GraLoRA(LowRank):
     Args:
         rank: The sum of the ranks in a row or a column of blocks. A multiple of `blocks`.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / (rank + hybrid_rank)`.
-        blocks: Into how many parts inputs and outputs are cut. The sides of every weight are multiples of it.
+        blocks: The number of parts of the inputs, and of the outputs, which has to divide both.
         hybrid_rank: The rank of an ordinary LoRA beside the blocks, 0 for none.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.GraLoRA(rank=4, blocks=2))
+        >>> patch.merge()
+        >>> patch.save_pretrained("gralora")
     """
 
     key = "gralora"
@@ -54,26 +59,26 @@ class GraLoRA(LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        return (self.rank if self.alpha is None else self.alpha) / (self.rank + self.hybrid_rank)
+        return alpha_of(self) / (self.rank + self.hybrid_rank)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
         if outputs % self.blocks or inputs % self.blocks:
             raise TargetError(
-                f"{site.path} is {outputs} × {inputs}, not multiples of blocks={self.blocks}: choose a number that"
+                f"{spec.path} is {outputs} × {inputs}, not multiples of blocks={self.blocks}: choose a number that"
                 " divides both, or exclude the layer."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
         width, height = inputs // self.blocks, outputs // self.blocks
         tensors = {
-            "gralora_A": site.uniform(*stack, self.blocks, width, self.rank, bound=width**-0.5),
-            "gralora_B": site.zeros(*stack, self.blocks, self.rank, height),
+            "gralora_A": spec.uniform(*stack, self.blocks, width, self.rank, bound=width**-0.5),
+            "gralora_B": spec.zeros(*stack, self.blocks, self.rank, height),
         }
         if self.hybrid_rank:
-            tensors["gralora_A_general"] = site.uniform(*stack, self.hybrid_rank, inputs, bound=inputs**-0.5)
-            tensors["gralora_B_general"] = site.zeros(*stack, outputs, self.hybrid_rank)
+            tensors["gralora_A_general"] = spec.uniform(*stack, self.hybrid_rank, inputs, bound=inputs**-0.5)
+            tensors["gralora_B_general"] = spec.zeros(*stack, outputs, self.hybrid_rank)
         return tensors
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:

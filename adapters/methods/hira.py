@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapters.methods.core.checks import need_rank
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,12 @@ class HiRA(Method):
         rank: Rows of A and columns of B.
 
     Raises:
-        AdapterError: The rank is no integer of 1 or more.
+        AdapterError: The rank is not an integer of 1 or more.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.HiRA(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("hira")
     """
 
     key = "hira"
@@ -33,13 +39,13 @@ class HiRA(Method):
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
-        if site.matrix.kind == "embedding":
-            return {"hira_A": site.zeros(self.rank, inputs), "hira_B": site.normal(outputs, self.rank)}
-        a, b = site.uniform(*stack, self.rank, inputs, bound=inputs**-0.5), site.zeros(*stack, outputs, self.rank)
-        if site.matrix.kind == "convolution":
-            kernel: tuple[int, ...] = site.layer.kernel_size  # type: ignore[assignment]
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
+        if spec.matrix.kind == "embedding":
+            return {"hira_A": spec.zeros(self.rank, inputs), "hira_B": spec.normal(outputs, self.rank)}
+        a, b = spec.uniform(*stack, self.rank, inputs, bound=inputs**-0.5), spec.zeros(*stack, outputs, self.rank)
+        if spec.matrix.kind == "convolution":
+            kernel: tuple[int, ...] = spec.layer.kernel_size  # type: ignore[assignment]
             return {"hira_A": a.view(self.rank, -1, *kernel), "hira_B": b.view(*b.shape, *(1 for _ in kernel))}
         return {"hira_A": a, "hira_B": b}
 

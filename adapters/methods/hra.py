@@ -13,17 +13,16 @@ from adapters.errors import TargetError
 from adapters.layers.dtypes import widened
 from adapters.methods.core.checks import need_rank
 from adapters.methods.core.formulas import InputTransform
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
 class HRA(InputTransform):
     """Householder reflection adaptation.
 
-    It starts as the identity if the rank is even, with pairs of reflections that undo each other. An odd number of
-    reflections, and any that are orthogonal to each other, cannot be the identity: with an odd rank or `gram_schmidt`
-    they start at random.
+    The initial map is the identity if the rank is even, of pairs of reflections that undo each other. An odd number of
+    reflections, or orthogonal ones, cannot be the identity: with an odd rank or `gram_schmidt` they are random.
 
     Args:
         rank: The number of reflections.
@@ -31,6 +30,11 @@ class HRA(InputTransform):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.HRA(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("hra")
     """
 
     key = "hra"
@@ -43,17 +47,17 @@ class HRA(InputTransform):
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        inputs = site.shape[-1]
+    def check_spec(self, spec: WeightSpec) -> None:
+        inputs = spec.shape[-1]
         if self.gram_schmidt and self.rank > inputs:
             raise TargetError(
-                f"{site.path} has {inputs} inputs, so no {self.rank} vectors are orthogonal to each other: choose a"
+                f"{spec.path} has {inputs} inputs, so no {self.rank} vectors are orthogonal to each other: choose a"
                 f" rank of {inputs} or less, or exclude it."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        inputs, pairs = site.shape[-1], not (self.rank % 2 or self.gram_schmidt)
-        columns = site.uniform(inputs, self.rank // 2 if pairs else self.rank, bound=1 / math.sqrt(inputs))
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        inputs, pairs = spec.shape[-1], not (self.rank % 2 or self.gram_schmidt)
+        columns = spec.uniform(inputs, self.rank // 2 if pairs else self.rank, bound=1 / math.sqrt(inputs))
         return {"hra_u": columns.repeat_interleave(2, dim=1) if pairs else columns}
 
     def map(self, x: Tensor, t: Tensors, transposed: bool) -> Tensor:

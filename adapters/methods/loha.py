@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor
 
-from adapters.methods.core.checks import need_alpha, need_rank
-from adapters.methods.core.decomposed import Decomposed
+from adapters.methods.core.checks import alpha_of, need_alpha, need_rank
+from adapters.methods.core.decomposed import WeightDecomposed
 from adapters.methods.core.formulas import Additive
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 from adapters.methods.core.tucker import channels, has_core, product
 
 
@@ -27,6 +26,11 @@ class LoHa(Additive):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LoHa(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("loha.safetensors", format="lycoris")
     """
 
     key = "loha"
@@ -41,31 +45,44 @@ class LoHa(Additive):
         need_rank(self)
         need_alpha(self)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        outputs, inputs = spec.shape
         rank = self.rank
-        if has_core(site, self.tucker):
-            a, b = (rank, outputs), (rank, channels(site))
-            cores = {name: site.uniform(rank, rank, *site.kernel) for name in ("hada_t1", "hada_t2")}
+        if has_core(spec, self.tucker):
+            a, b = (rank, outputs), (rank, channels(spec))
+            cores = {name: spec.uniform(rank, rank, *spec.kernel) for name in ("hada_t1", "hada_t2")}
         else:
             a, b, cores = (outputs, rank), (rank, inputs), {}
         return {
-            "hada_w1_a": site.uniform(*a),
-            "hada_w1_b": site.uniform(*b),
-            "hada_w2_a": site.uniform(*a),
-            "hada_w2_b": site.zeros(*b),
+            "hada_w1_a": spec.uniform(*a),
+            "hada_w1_b": spec.uniform(*b),
+            "hada_w2_a": spec.uniform(*a),
+            "hada_w2_b": spec.zeros(*b),
             **cores,
         }
 
     def delta(self, t: Tensors) -> Tensor:
         first = product(t.hada_w1_a, t.hada_w1_b, t.get("hada_t1"))
         second = product(t.hada_w2_a, t.hada_w2_b, t.get("hada_t2"))
-        return first * second * (cast(float, self.alpha) / self.rank)
+        return first * second * (alpha_of(self) / self.rank)
 
 
 @dataclass(frozen=True)
-class DoHa(Decomposed, LoHa):
-    """Weight-decomposed LoHa, as LyCORIS has it. For its arguments see `LoHa`."""
+class DoHa(WeightDecomposed):
+    """Weight-decomposed LoHa, as LyCORIS has it. For its arguments see `LoHa` and `WeightDecomposed`.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DoHa(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("doha.safetensors", format="lycoris")
+    """
 
     key = "doha"
+    paper = LoHa.paper
     formula = "m V / ‖V‖ for each row, with V = W + s (A₁ B₁) ∘ (A₂ B₂)"
+    adds = LoHa
+
+    rank: int = 8
+    alpha: float | None = None
+    tucker: bool = False
+    on_inputs: bool = False

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from adapters.errors import TargetError
-from adapters.methods.core.checks import is_integer, need, need_alpha, need_rank
-from adapters.methods.core.decomposed import Decomposed
+from adapters.methods.core.checks import alpha_of, is_integer, need, need_alpha, need_rank
+from adapters.methods.core.decomposed import WeightDecomposed
 from adapters.methods.core.formulas import MatrixFree
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 from adapters.methods.core.tucker import channels, has_core, product
 
 
 @dataclass(frozen=True)
 class LoKr(MatrixFree):
-    """Low-rank Kronecker product: each number of the first factor is the strength of one block of the update.
+    """Low-rank Kronecker product: each entry of the first factor scales one block of the update.
 
     The second factor is itself a product of low rank, unless it is so small that this would not make it smaller.
 
@@ -28,14 +27,19 @@ class LoKr(MatrixFree):
         rank: The rank of the factors that are decomposed.
         alpha: The strength, `rank` when it is None. The update is scaled by `alpha / rank`, whether or not a factor is
             decomposed.
-        factor: How many rows and columns the first factor has: so many where that divides the outputs or the inputs of
-            the weight, else the next smaller divisor; -1 for about as many as the second one. Or exactly
+        factor: The number of rows and columns of the first factor where it divides the outputs or the inputs of the
+            weight, else the next smaller divisor; -1 for about as many as the second factor. Or exactly
             `(rows, columns)`.
         decompose_both: Decompose the first factor too, if that makes it smaller.
         tucker: Give the second factor of a convolution a core for the kernel when it is decomposed.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LoKr(rank=4, factor=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("lokr.safetensors", format="lycoris")
     """
 
     key = "lokr"
@@ -55,48 +59,48 @@ class LoKr(MatrixFree):
         at_hand = self.factor == -1 or all(is_integer(number, 1) for number in numbers)
         need(at_hand, self, "a factor that is -1, an integer of 1 or more, or a tuple of two of these", self.factor)
 
-    def check_site(self, site: WeightSpec) -> None:
-        rows, columns = self._first(site)
-        if site.shape[0] % rows or channels(site) % columns:
+    def check_spec(self, spec: WeightSpec) -> None:
+        rows, columns = self._first(spec)
+        if spec.shape[0] % rows or channels(spec) % columns:
             raise TargetError(
-                f"{site.path} has {site.shape[0]} outputs and {channels(site)} inputs, which {rows} rows and {columns}"
+                f"{spec.path} has {spec.shape[0]} outputs and {channels(spec)} inputs, which {rows} rows and {columns}"
                 f" columns do not divide: give it a {type(self).__name__} with factor=-1."
             )
 
-    def _first(self, site: WeightSpec) -> tuple[int, int]:
+    def _first(self, spec: WeightSpec) -> tuple[int, int]:
         """The shape of the first factor."""
         if isinstance(self.factor, tuple):
             return self.factor
-        return divisor(site.shape[0], self.factor), divisor(channels(site), self.factor)
+        return divisor(spec.shape[0], self.factor), divisor(channels(spec), self.factor)
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        rows, columns = self._first(site)
-        outputs, inputs = site.shape[0] // rows, channels(site) // columns
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        rows, columns = self._first(spec)
+        outputs, inputs = spec.shape[0] // rows, channels(spec) // columns
         rank = self.rank
         if self.decompose_both and rank < max(rows, columns) / 2:
-            first = {"lokr_w1_a": site.zeros(rows, rank), "lokr_w1_b": site.uniform(rank, columns)}
+            first = {"lokr_w1_a": spec.zeros(rows, rank), "lokr_w1_b": spec.uniform(rank, columns)}
         else:
-            first = {"lokr_w1": site.zeros(rows, columns)}
+            first = {"lokr_w1": spec.zeros(rows, columns)}
         if rank >= max(outputs, inputs) / 2:
-            return {**first, "lokr_w2": site.uniform(outputs, inputs, *site.kernel)}
-        if has_core(site, self.tucker):
+            return {**first, "lokr_w2": spec.uniform(outputs, inputs, *spec.kernel)}
+        if has_core(spec, self.tucker):
             return {
                 **first,
-                "lokr_w2_a": site.uniform(rank, outputs),
-                "lokr_w2_b": site.uniform(rank, inputs),
-                "lokr_t2": site.uniform(rank, rank, *site.kernel),
+                "lokr_w2_a": spec.uniform(rank, outputs),
+                "lokr_w2_b": spec.uniform(rank, inputs),
+                "lokr_t2": spec.uniform(rank, rank, *spec.kernel),
             }
         return {
             **first,
-            "lokr_w2_a": site.uniform(outputs, rank),
-            "lokr_w2_b": site.uniform(rank, inputs * math.prod(site.kernel)),
+            "lokr_w2_a": spec.uniform(outputs, rank),
+            "lokr_w2_b": spec.uniform(rank, inputs * math.prod(spec.kernel)),
         }
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         """The two matrices whose Kronecker product is added, the first one scaled."""
         first = t.lokr_w1 if "lokr_w1" in t else t.lokr_w1_a @ t.lokr_w1_b
         second = t.lokr_w2.flatten(1) if "lokr_w2" in t else product(t.lokr_w2_a, t.lokr_w2_b, t.get("lokr_t2"))
-        return first * (cast(float, self.alpha) / self.rank), second
+        return first * (alpha_of(self) / self.rank), second
 
     def delta(self, t: Tensors) -> Tensor:
         return torch.kron(*self.factors(t))
@@ -109,11 +113,26 @@ class LoKr(MatrixFree):
 
 
 @dataclass(frozen=True)
-class DoKr(Decomposed, LoKr):
-    """Weight-decomposed LoKr, as LyCORIS has it. For its arguments see `LoKr`."""
+class DoKr(WeightDecomposed):
+    """Weight-decomposed LoKr, as LyCORIS has it. For its arguments see `LoKr` and `WeightDecomposed`.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DoKr(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("dokr.safetensors", format="lycoris")
+    """
 
     key = "dokr"
+    paper = LoKr.paper
     formula = "m V / ‖V‖ for each row, with V = W + s w₁ ⊗ w₂"
+    adds = LoKr
+
+    rank: int = 8
+    alpha: float | None = None
+    factor: int | tuple[int, int] = -1
+    decompose_both: bool = False
+    tucker: bool = False
+    on_inputs: bool = False
 
 
 def divisor(size: int, factor: int) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.methods.core.checks import need_alpha, need_rank
-from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.checks import alpha_of, need_alpha, need_rank
+from adapters.methods.core.method import Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class LycorisGLoRA(Method):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LycorisGLoRA(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("glora.safetensors", format="lycoris")
     """
 
     key = "lycoris-glora"
@@ -41,17 +47,17 @@ class LycorisGLoRA(Method):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_of(self) / self.rank
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        outputs, inputs = site.shape
-        kernel: tuple[int, ...] = getattr(site.layer, "kernel_size", ()) if site.matrix.kind == "convolution" else ()
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        outputs, inputs = spec.shape
+        kernel: tuple[int, ...] = getattr(spec.layer, "kernel_size", ()) if spec.matrix.kind == "convolution" else ()
         ones, channels = tuple(1 for _ in kernel), inputs // torch.Size(kernel).numel()
         return {
-            "a1": site.uniform(channels, self.rank, *ones),
-            "a2": site.zeros(self.rank, channels, *ones),
-            "b1": site.uniform(outputs, self.rank, *ones),
-            "b2": site.zeros(self.rank, channels, *kernel),
+            "a1": spec.uniform(channels, self.rank, *ones),
+            "a2": spec.zeros(self.rank, channels, *ones),
+            "b1": spec.uniform(outputs, self.rank, *ones),
+            "b2": spec.zeros(self.rank, channels, *kernel),
         }
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

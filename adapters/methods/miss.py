@@ -11,8 +11,9 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 from adapters.errors import TargetError
 from adapters.methods.core.checks import is_integer, need, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.method import Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,16 @@ class MiSS(LowRank):
     """Matrix shard sharing: every run of `rank` inputs has the same update.
 
     Args:
-        rank: How many inputs are in a run.
+        rank: The number of inputs in a run.
         mini_r: Repeat it over runs of this many outputs too, a divisor of their number; 0 for all outputs.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.MiSS(rank=4))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("miss")
     """
 
     key = "miss"
@@ -39,17 +45,17 @@ class MiSS(LowRank):
         mini = self.mini_r
         need(is_integer(mini, 0), self, "a mini_r that is an integer of 0 or more", mini)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape
         if self.rank > inputs or (self.mini_r and outputs % self.mini_r):
             raise TargetError(
-                f"{site.path} has {outputs} outputs and {inputs} inputs, which do not fit rank={self.rank} and"
+                f"{spec.path} has {outputs} outputs and {inputs} inputs, which do not fit rank={self.rank} and"
                 f" mini_r={self.mini_r}: choose a rank of {inputs} or less and a mini_r that divides {outputs}, or"
                 " exclude it."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"miss_block": site.zeros(self.rank, self.mini_r or site.shape[-2])}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"miss_block": spec.zeros(self.rank, self.mini_r or spec.shape[-2])}
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         outputs, inputs = t.shape
@@ -72,6 +78,11 @@ class Bat(Method):
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.Bat(rank=4))
+        >>> patch.merge()
+        >>> patch.save_pretrained("bat")
     """
 
     key = "bat"
@@ -83,16 +94,16 @@ class Bat(Method):
     def __post_init__(self) -> None:
         need_rank(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape
         if outputs % self.rank or inputs % self.rank:
             raise TargetError(
-                f"{site.path} has {outputs} outputs and {inputs} inputs, which rank={self.rank} does not divide: choose"
+                f"{spec.path} has {outputs} outputs and {inputs} inputs, which rank={self.rank} does not divide: choose"
                 " a common divisor, or exclude it."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"miss_block": site.zeros(site.shape[-2] // self.rank, self.rank, self.rank)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"miss_block": spec.zeros(spec.shape[-2] // self.rank, self.rank, self.rank)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         blocks = weight.unflatten(1, (-1, self.rank)).unflatten(0, (-1, self.rank)).transpose(1, 2)

@@ -15,9 +15,10 @@ from adapters.layers.matrix import Matrix
 from adapters.methods.core.arithmetic import Scale, lerp
 from adapters.methods.core.checks import is_integer, is_number, need
 from adapters.methods.core.formulas import InputTransform
-from adapters.methods.core.method import Branch, Tensors
+from adapters.methods.core.method import Branch
 from adapters.methods.core.rotations import OutputRotation, bounded, cayley, cut, need_blocks, rotate, skew
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,21 @@ class OFT(InputTransform):
     Args:
         block_size: The size of the blocks, which has to divide the number of inputs; 32 if `blocks` is not given.
         blocks: The number of blocks instead.
-        coft: Keep each rotation near to the identity: the norm of its Q is at most `eps / √(number of Qs)`.
-        eps: How near.
+        coft: Keep each rotation near the identity: the norm of its Q is at most `eps / √(number of Qs)`.
+        eps: The bound of `coft`.
         block_share: One rotation for all blocks.
         cayley_neumann: Approximate R without a solver, by a few terms of the series of the Cayley transform; it is
             orthogonal only for small Q. As PEFT's files have it, R then turns the other way than without.
-        num_terms: How many terms: 2 for `I + 2 Q`; more for `I + 2 Q + ... + 2 Qⁿ⁻¹ + Qⁿ`, with `n = num_terms - 1`,
-            but at least 3.
+        num_terms: The number of terms: 2 for `I + 2 Q`; more for `I + 2 Q + ... + 2 Qⁿ⁻¹ + Qⁿ`, with
+            `n = num_terms - 1`, but at least 3.
 
     Raises:
         AdapterError: A number is out of its range, or both `block_size` and `blocks` are given.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.OFT(block_size=8))
+        >>> patch.merge()
+        >>> patch.save_pretrained("oft")
     """
 
     key = "oft"
@@ -58,16 +64,16 @@ class OFT(InputTransform):
         terms = self.num_terms
         need(is_integer(terms, 2), self, "a num_terms that is an integer of 2 or more", terms)
 
-    def check_site(self, site: WeightSpec) -> None:
-        cut(self, site, self._features(site))
+    def check_spec(self, spec: WeightSpec) -> None:
+        cut(self, spec, self._features(spec))
 
-    def _features(self, site: WeightSpec) -> int:
-        """How many features are rotated: inputs, but those of an embedding are no features, so what it gives out."""
-        return site.shape[-2] if site.matrix.kind == "embedding" else site.shape[-1]
+    def _features(self, spec: WeightSpec) -> int:
+        """The number of features that are rotated: inputs, or the outputs of an embedding, whose inputs are ids."""
+        return spec.shape[-2] if spec.matrix.kind == "embedding" else spec.shape[-1]
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        blocks, size = cut(self, site, self._features(site))
-        return {"oft_R": site.zeros(1 if self.block_share else blocks, size * (size - 1) // 2)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        blocks, size = cut(self, spec, self._features(spec))
+        return {"oft_R": spec.zeros(1 if self.block_share else blocks, size * (size - 1) // 2)}
 
     def rotations(self, upper: Tensor) -> Tensor:
         """R of each block, from the elements of Q above the diagonal."""
@@ -115,14 +121,20 @@ def neumann(q: Tensor, terms: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DiagOFT(OutputRotation):
-    """OFT of the outputs, as LyCORIS and kohya's scripts have it. For its arguments see `OutputRotation`."""
+    """OFT of the outputs, as LyCORIS and kohya's scripts have it. For its arguments see `OutputRotation`.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.DiagOFT(block_size=8))
+        >>> patch.merge()
+        >>> patch.save_pretrained("oft.safetensors", format="lycoris")
+    """
 
     key = "diag-oft"
     paper = "arXiv:2306.07280"
     formula = "diag(s) Rᵀ W, with R = (I + Q)(I - Q)⁻¹ in blocks, Q = B - Bᵀ"
 
-    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
-        blocks, size = cut(self, site, site.shape[-2], least=1)
+    def block_shape(self, spec: WeightSpec) -> tuple[int, ...]:
+        blocks, size = cut(self, spec, spec.shape[-2], least=1)
         return blocks, size, size
 
     def turn(self, y: Tensor, rotations: Tensor) -> Tensor:

@@ -28,14 +28,19 @@ class PrefixTuning(VirtualTokens):
     window would slide over the prefix. Attention of an encoder takes a cache as well, and gives none.
 
     Args:
-        num_virtual_tokens: How many keys and values, in each head of each layer.
-        projection: Train embeddings of the tokens and a network with as many features in the middle instead, which
-            makes keys and values of them; files hold what it makes. By default these are trained themselves.
-        num_layers: How many layers the model has to have, by default any number. Files say so.
-        num_attention_heads: How many heads of keys and values, by default any number.
+        num_virtual_tokens: The number of keys and values in each head of each layer.
+        projection: Train embeddings of the tokens and a network with this hidden size instead, whose outputs are the
+            keys and values; files hold these. By default the keys and values are trained themselves.
+        num_layers: The number of layers that the model has to have, as files say it; by default any.
+        num_attention_heads: The number of heads of keys and values that it has to have, by default any.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.PrefixTuning(num_virtual_tokens=8))
+        >>> with adapters.use(model, patch.name): ...
+        >>> patch.save_pretrained("prefix")
     """
 
     key = "prefix_tuning"
@@ -60,26 +65,26 @@ class PrefixTuning(VirtualTokens):
         features = getattr(config, "head_dim", None) or config.hidden_size // heads
         return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, features
 
-    def check_site(self, site: WeightSpec) -> None:
-        kinds = {type(layer).__name__ for layer in _new_cache(site.layer).layers}
+    def check_spec(self, spec: WeightSpec) -> None:
+        kinds = {type(layer).__name__ for layer in _new_cache(spec.layer).layers}
         if kinds != {"DynamicLayer"}:
-            raise TargetError(f"{site.path} has no full attention in every layer, which {type(self).__name__} needs.")
-        if any(hasattr(site.layer.config, name) for name in _OWN_SHAPES):
-            raise TargetError(f"{site.path} has keys of a shape of its own, which {type(self).__name__} does not know.")
-        for name, found in zip(("num_layers", "num_attention_heads"), site.shape, strict=False):
+            raise TargetError(f"{spec.path} has no full attention in every layer, which {type(self).__name__} needs.")
+        if any(hasattr(spec.layer.config, name) for name in _OWN_SHAPES):
+            raise TargetError(f"{spec.path} has keys of a shape of its own, which {type(self).__name__} does not know.")
+        for name, found in zip(("num_layers", "num_attention_heads"), spec.shape, strict=False):
             if getattr(self, name) not in (None, found):
-                raise TargetError(f"{site.path} has a {name} of {found}, not {getattr(self, name)}.")
+                raise TargetError(f"{spec.path} has a {name} of {found}, not {getattr(self, name)}.")
 
-    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
-        layers, heads, features = site.shape
+    def build(self, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch:
+        layers, heads, features = spec.shape
         width, made = heads * features, 2 * layers * heads * features
         number = self.num_virtual_tokens
-        where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+        where: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
         branch = Branch()
         if self.projection is None:
-            branch.register_parameter("prompt_embeddings", nn.Parameter(site.normal(number, made)))
+            branch.register_parameter("prompt_embeddings", nn.Parameter(spec.normal(number, made)))
             return branch
-        branch.register_parameter("tokens", nn.Parameter(site.normal(number, width)))
+        branch.register_parameter("tokens", nn.Parameter(spec.normal(number, width)))
         branch.add_module("down", fl.Linear(width, self.projection, **where))
         branch.append(fl.Tanh())
         branch.add_module("up", fl.Linear(self.projection, made, **where))

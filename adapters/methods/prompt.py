@@ -21,16 +21,21 @@ from adapters.methods.core.virtual_tokens import VirtualTokens, caches, mark
 class PromptTuning(VirtualTokens):
     """A trained prompt for a language model of transformers: embeddings in front of those of its tokens.
 
-    The transformer sees a longer text; what it gives for the prompt is cut off, so that logits and labels are those of
+    The transformer sees a longer text; its outputs for the prompt are cut off, so that logits and labels are those of
     the text. A pooled output, such as that of BERT, is of the first position: of the prompt, as in PEFT.
 
     Args:
-        num_virtual_tokens: How many embeddings.
-        text: Ids of the tokens to start as, repeated as often as need be. By default the start is random tokens of the
+        num_virtual_tokens: The number of embeddings.
+        text: Ids of the initial tokens, repeated as often as need be. By default they are random tokens of the
             vocabulary.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.PromptTuning(num_virtual_tokens=8))
+        >>> with adapters.use(model, patch.name): ...
+        >>> patch.save_pretrained("prompt")
     """
 
     key = "prompt_tuning"
@@ -50,18 +55,18 @@ class PromptTuning(VirtualTokens):
         embedding: Any = transformer.get_input_embeddings()  # type: ignore[operator]
         return embedding.num_embeddings, embedding.embedding_dim
 
-    def check_site(self, site: WeightSpec) -> None:
-        if any(token >= site.shape[0] for token in self.text):
-            raise TargetError(f"{site.path} has no tokens beyond {site.shape[0] - 1}: choose others for text=.")
+    def check_spec(self, spec: WeightSpec) -> None:
+        if any(token >= spec.shape[0] for token in self.text):
+            raise TargetError(f"{spec.path} has no tokens beyond {spec.shape[0] - 1}: choose others for text=.")
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        tokens = torch.randint(site.shape[0], (self.num_virtual_tokens,))
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        tokens = torch.randint(spec.shape[0], (self.num_virtual_tokens,))
         if self.text:
             tokens = torch.tensor(self.text).repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
-        embedding: Any = site.layer.get_input_embeddings()  # type: ignore[operator]
+        embedding: Any = spec.layer.get_input_embeddings()  # type: ignore[operator]
         with torch.no_grad():
             start = embedding(tokens.to(embedding.weight.device))
-        return {"prompt_embeddings": start.to(site.device, site.dtype, copy=True)}
+        return {"prompt_embeddings": start.to(spec.device, spec.dtype, copy=True)}
 
     def hyperparameters(self) -> dict[str, Any]:
         return {"num_virtual_tokens": self.num_virtual_tokens}
@@ -90,7 +95,7 @@ class PromptTuning(VirtualTokens):
 
 
 def _without(output: Any, number: int) -> Any:
-    """What a transformer gives without its first positions."""
+    """An output of a transformer without its first positions."""
     output = with_first_tensor(output, cast(Tensor, first_tensor(output))[:, number:])
     if isinstance(output, Mapping):
         if output.get("router_logits") is not None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters.errors import TargetError
-from adapters.methods.core.checks import need, need_alpha, need_rank, need_seed
+from adapters.methods.core.checks import alpha_of, need, need_alpha, need_rank, need_seed
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 from adapters.methods.vera import largest
 
 
@@ -28,12 +28,17 @@ class RandLoRA(LowRank):
     Args:
         rank: The rank of each base. The smaller it is, the more is trained.
         alpha: The strength. The update is scaled by `alpha / rank`.
-        seed: Where the bases come from.
-        sparse: Let two of three values of the bases be zero, and the others 1 or -1 but for a factor.
-        very_sparse: Let all but one of `√n` be zero, with `n` the shorter side of the largest layer.
+        seed: The random seed of the bases.
+        sparse: Make two of three values of the bases zero, and the others 1 or -1, up to a factor.
+        very_sparse: Make all but one of `√n` zero, with `n` the shorter side of the largest layer.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.RandLoRA(rank=8))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("randlora")
     """
 
     key = "randlora"
@@ -55,22 +60,22 @@ class RandLoRA(LowRank):
         for name in ("sparse", "very_sparse"):
             need(isinstance(getattr(self, name), bool), self, f"{name} to be true or false", getattr(self, name))
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, inputs = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, inputs = spec.shape
         short = min(outputs, inputs)
         bases = math.ceil(short / self.rank)
         return {
-            "randlora_lambda": site.zeros(*stack, self.rank, bases),
-            "randlora_gamma": site.ones(*stack, bases, short) / max(bases, short),
+            "randlora_lambda": spec.zeros(*stack, self.rank, bases),
+            "randlora_gamma": spec.ones(*stack, bases, short) / max(bases, short),
         }
 
-    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
-        short, long = sorted(largest(sites))
+    def shared_shapes(self, specs: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
+        short, long = sorted(largest(specs))
         return {"randlora_A": (self.rank, 1, short), "randlora_B": (long, math.ceil(short / self.rank), self.rank)}
 
-    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
+    def shared(self, specs: Sequence[WeightSpec]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        of_a, of_b = self.shared_shapes(sites).values()
+        of_a, of_b = self.shared_shapes(specs).values()
         if self.sparse or self.very_sparse:
             share = 1 / (math.sqrt(of_a[-1]) if self.very_sparse else 3)
             a, b = _signs(of_a, share, generator), _signs(of_b, share, generator)
@@ -80,11 +85,11 @@ class RandLoRA(LowRank):
             b = torch.cat([_uniform((long, 1, self.rank), generator) for _ in range(bases)], dim=1)
         if not all(base.numel() > 1 and base.std() > 0 for base in (a, b)):
             raise TargetError(
-                f"The values of a base of {type(self).__name__} are all the same at rank={self.rank} and"
+                f"The values of a base of {type(self).__name__} are all equal at rank={self.rank} and"
                 f" seed={self.seed}: choose another seed, or a larger rank."
             )
         return {
-            name: (base / base.std()).to(sites[0].device, sites[0].dtype)
+            name: (base / base.std()).to(specs[0].device, specs[0].dtype)
             for name, base in (("randlora_A", a), ("randlora_B", b))
         }
 
@@ -102,7 +107,7 @@ class RandLoRA(LowRank):
     @property
     def scaling(self) -> float:
         """`s` of the formula."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+        return alpha_of(self) / self.rank
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -112,6 +117,6 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _signs(shape: tuple[int, ...], share: float, generator: torch.Generator) -> Tensor:
-    """Zeros, but for a share of values that are as often 1 as -1."""
+    """Zeros, but for a share of values that are 1 or -1 with equal probability."""
     chance = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     return (chance > 1 - share / 2).float() - (chance < share / 2).float()

@@ -10,8 +10,8 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.methods.core.checks import is_integer, need, need_choice
 from adapters.methods.core.formulas import OutputTransform
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """The numbers of angles, and of scales, for each output."""
@@ -22,17 +22,22 @@ class RoAd(OutputTransform):
     """2D rotary adaptation.
 
     Outputs come in groups; in each, the first half is paired with the second, element by element. A pair `(p, q)`
-    becomes `(a cos θ p - b sin φ q, c cos ψ q + d sin ω p)`. What differs of these scales and angles is a question of
-    the variant: nothing for `"road_1"`, a proper rotation; one scale and angle for each new element, `a = b`, `c = d`,
-    for `"road_2"`; all of them for `"road_4"`.
+    becomes `(a cos θ p - b sin φ q, c cos ψ q + d sin ω p)`. The variant says which of these scales and angles are
+    equal: all for `"road_1"`, a proper rotation; those of each new element, `a = b` and `c = d`, for `"road_2"`; none
+    for `"road_4"`.
 
     Args:
         variant: `"road_1"`, `"road_2"` or `"road_4"`.
-        group_size: Outputs in a group: an even number that divides the outputs of every layer, and for a convolution
-            in groups, those of each of its groups.
+        group_size: The number of outputs in a group, which is even and divides the outputs of every layer, and of each
+            group of a grouped convolution.
 
     Raises:
-        AdapterError: There is no such variant, or the group size is odd or no positive integer.
+        AdapterError: There is no such variant, or the group size is not an even positive integer.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.RoAd("road_2", group_size=8))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("road")
     """
 
     key = "road"
@@ -47,18 +52,18 @@ class RoAd(OutputTransform):
         size = self.group_size
         need(is_integer(size, 1) and size % 2 == 0, self, "a group_size that is even and positive", size)
 
-    def check_site(self, site: WeightSpec) -> None:
-        groups = site.matrix.groups  # Outputs of different inputs cannot be mixed in the weight of a convolution.
-        if site.shape[0] // groups % self.group_size:
+    def check_spec(self, spec: WeightSpec) -> None:
+        groups = spec.matrix.groups  # Outputs of different inputs cannot be mixed in the weight of a convolution.
+        if spec.shape[0] // groups % self.group_size:
             of = f" in each of {groups} groups" if groups > 1 else ""
             raise TargetError(
-                f"{site.path} has {site.shape[0] // groups} outputs{of}, which RoAd cannot divide by {self.group_size}:"
-                " give it a group_size that divides them."
+                f"{spec.path} has {spec.shape[0] // groups} outputs{of}, which group_size={self.group_size} does not"
+                " divide: choose a divisor."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        size = int(site.shape[0] * _SIZES[self.variant])
-        return {"road_theta": site.zeros(size), "road_alpha": site.ones(size)}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        size = int(spec.shape[0] * _SIZES[self.variant])
+        return {"road_theta": spec.zeros(size), "road_alpha": spec.ones(size)}
 
     def map(self, y: Tensor, t: Tensors) -> Tensor:
         # Each of shape (groups, 2, half a group): the factors of an element itself, and of the other one of its pair.

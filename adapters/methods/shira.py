@@ -1,4 +1,4 @@
-"""SHiRA: a few entries of the weight are trained, at fixed places."""
+"""SHiRA: a few entries of the weight are trained, at fixed positions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.methods.core.checks import is_integer, need, need_rank, need_seed
 from adapters.methods.core.formulas import Additive
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,18 @@ class SHiRA(Additive):
     """Sparse high-rank adaptation.
 
     Args:
-        rank: How many entries are trained, as many as LoRA of this rank has: `rank · (outputs + inputs)`. The rank of
-            the update is not limited by it.
-        seed: Where the places come from, which are then the same in all layers of one shape. None draws others for
-            each layer, by the seed of `inject`.
+        rank: The number of trained entries is that of LoRA at this rank, `rank · (outputs + inputs)`. The rank of the
+            update is not limited by it.
+        seed: The random seed of the positions, which are then equal in all layers of one shape. None draws others for
+            each layer, with the seed of `inject`.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.SHiRA(rank=2, seed=0))
+        >>> patch.merge()
+        >>> patch.save_pretrained("shira")
     """
 
     key = "shira"
@@ -43,28 +48,28 @@ class SHiRA(Additive):
         if self.seed is not None:
             need_seed(self)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
-        if self._count(site) > outputs * inputs:
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
+        if self._count(spec) > outputs * inputs:
             raise TargetError(
-                f"{site.path} has {outputs * inputs} entries, {outputs} × {inputs}, and rank={self.rank} asks for"
-                f" {self._count(site)}: give it a smaller rank."
+                f"{spec.path} has {outputs * inputs} entries, {outputs} × {inputs}, and rank={self.rank} asks for"
+                f" {self._count(spec)}: give it a smaller rank."
             )
 
-    def check_tensors(self, site: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
-        for places, size in zip(tensors["shira_indices"].long(), site.shape[-2:], strict=True):
+    def check_tensors(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+        for places, size in zip(tensors["shira_indices"].long(), spec.shape[-2:], strict=True):
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
-                raise TargetError(f"shira_indices has places outside of {tuple(site.shape[-2:])}")
+                raise TargetError(f"shira_indices has positions outside of {tuple(spec.shape[-2:])}")
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"shira_weight": site.zeros(*site.shape[:-2], self._count(site))}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"shira_weight": spec.zeros(*spec.shape[:-2], self._count(spec))}
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        inputs, places = site.shape[-1], site.shuffled(self.seed)[: self._count(site)].sort().values
-        return {"shira_indices": torch.stack([places // inputs, places % inputs]).to(site.device, torch.int32)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        inputs, places = spec.shape[-1], spec.shuffled(self.seed)[: self._count(spec)].sort().values
+        return {"shira_indices": torch.stack([places // inputs, places % inputs]).to(spec.device, torch.int32)}
 
-    def _count(self, site: WeightSpec) -> int:
-        return self.rank * sum(site.shape[-2:])
+    def _count(self, spec: WeightSpec) -> int:
+        return self.rank * sum(spec.shape[-2:])
 
     def delta(self, t: Tensors) -> Tensor:
         rows, columns = t.shira_indices.long()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from adapters.errors import TargetError
 from adapters.layers.matrix import Matrix
 from adapters.methods.core.arithmetic import Scale, lerp
 from adapters.methods.core.checks import need
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 _LAYERS = (nn.Embedding, nn.Linear)
 
@@ -25,20 +26,25 @@ _LAYERS = (nn.Embedding, nn.Linear)
 class TrainableTokens(Method):
     """Rows of an embedding, by default of a model's input embeddings, and with them of the head that shares its weight.
 
-    Neither the embedding nor the head is copied to compute it: what was looked up, and what was scored, is replaced for
-    these tokens. A layer with a forward of its own runs with the weight that has the rows in it, however.
+    Neither the embedding nor the head is copied: embeddings that were looked up, and scores, are replaced for these
+    tokens. A layer with a forward of its own, however, runs with a weight that has the rows in it.
 
     Args:
-        tokens: The numbers of the tokens, each once.
+        tokens: The ids of the tokens, each once.
 
     Raises:
-        AdapterError: There are no tokens, one is named twice, or one is no number of 0 or more.
+        AdapterError: There are no tokens, one is named twice, or one is not an integer of 0 or more.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.TrainableTokens(tokens=(3, 7)), targets="embed")
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("tokens")
     """
 
     key = "trainable_tokens"
     paper = "PEFT's trainable tokens"
     formula = "W with row i replaced by E[j], for token number j, which is i"
-    tied_in_files: ClassVar[bool] = True
+    tied_in_files = True
 
     tokens: tuple[int, ...] = ()
 
@@ -56,7 +62,7 @@ class TrainableTokens(Method):
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         return Matrix.whole(layer, parameter) if isinstance(layer, _LAYERS) and parameter == "weight" else None
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         try:
             found = model.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
@@ -67,19 +73,19 @@ class TrainableTokens(Method):
             found = found.target
         return lambda path, module: module is found
 
-    def check_site(self, site: WeightSpec) -> None:
-        rows = site.shape[0]
+    def check_spec(self, spec: WeightSpec) -> None:
+        rows = spec.shape[0]
         if max(self.tokens) >= rows:
             raise TargetError(
-                f"{site.path} has {rows} rows, and none for the token {max(self.tokens)}: resize the embedding first."
+                f"{spec.path} has {rows} rows, and none for the token {max(self.tokens)}: resize the embedding first."
             )
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        rows = site.weight[list(self.tokens)]
-        return {"trainable_tokens_delta": rows.to(site.device, site.dtype)}  # PEFT's name for what is no difference.
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        rows = spec.weight[list(self.tokens)]
+        return {"trainable_tokens_delta": rows.to(spec.device, spec.dtype)}  # PEFT's name, though it is the row itself.
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
-        return {"tokens": torch.tensor(self.tokens, device=site.device)}
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
+        return {"tokens": torch.tensor(self.tokens, device=spec.device)}
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return weight.index_copy(0, t.tokens, t.trainable_tokens_delta)
@@ -100,7 +106,7 @@ class TrainableTokens(Method):
 
     @staticmethod
     def _fixed(branch: Branch, layer: Callable[..., Any], x: Tensor) -> Tensor | float:
-        """What a layer adds to the scores of these tokens whatever its input: its bias, or that of other adapters."""
+        """The constant in the scores of these tokens: the bias of the layer, or of other adapters."""
         fixed = branch.layer.bias if layer is branch.layer else layer(x.new_zeros(x.shape[-1]))
         return 0.0 if fixed is None else cast(Tensor, fixed)[cast(Tensor, branch.tokens)]
 

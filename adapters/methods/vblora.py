@@ -1,4 +1,4 @@
-"""VB-LoRA: the factors are put together of vectors out of one trained bank that all layers share."""
+"""VB-LoRA: the factors are composed of vectors from one trained bank that all layers share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from adapters.errors import TargetError
 from adapters.methods.core.checks import need, need_count, need_rank
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,24 @@ class VBLoRA(LowRank):
     """Low-rank adaptation with a vector bank.
 
     Rows of A and columns of B are cut into pieces. Each piece is a mixture of the `topk` vectors of the bank that have
-    the largest logits, weighted by their softmax. The bank starts at small random values, as a bank of zeros could
-    not learn, so the update is small at the start, at most `rank · 0.02²` in each entry, and not zero.
+    the largest logits, weighted by their softmax. The bank has small random values at first, as a bank of zeros could
+    not learn, so the initial update is small, at most `rank · 0.02²` in each entry, and not zero.
 
     Args:
         rank: Rows of A and columns of B.
-        num_vectors: How many vectors the bank has.
-        vector_length: How long they are. The inputs and the outputs of every layer are multiples of it.
-        topk: How many vectors are mixed for each piece.
-        only_topk: There are no logits, only the numbers of the vectors and their weights, as files have them that
-            were saved for inference. Such an adapter cannot be trained.
+        num_vectors: The number of vectors in the bank.
+        vector_length: Their length, which has to divide the inputs and the outputs of every layer.
+        topk: The number of vectors that are mixed for each piece.
+        only_topk: There are no logits, only the indices of the vectors and their weights, as in files that were saved
+            for inference. Such an adapter cannot be trained.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.VBLoRA(num_vectors=16, vector_length=8))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("vblora")
     """
 
     key = "vblora"
@@ -52,11 +57,11 @@ class VBLoRA(LowRank):
             need_count(self, name)
         need(self.topk <= self.num_vectors, self, f"a topk of at most num_vectors={self.num_vectors}", self.topk)
 
-    def check_site(self, site: WeightSpec) -> None:
-        outputs, inputs = site.shape[-2:]
+    def check_spec(self, spec: WeightSpec) -> None:
+        outputs, inputs = spec.shape[-2:]
         if outputs % self.vector_length or inputs % self.vector_length:
             raise TargetError(
-                f"{site.path} is {outputs} × {inputs}, not multiples of vector_length={self.vector_length}: choose a"
+                f"{spec.path} is {outputs} × {inputs}, not multiples of vector_length={self.vector_length}: choose a"
                 " length that divides both, or exclude the layer."
             )
 
@@ -67,34 +72,34 @@ class VBLoRA(LowRank):
                 " save_only_topk_weights. Save it with all logits to train on."
             )
 
-    def check_tensors(self, site: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name.endswith("_topk_indices") and tensor.numel():
                 least, most = (int(number) for number in tensor.long().aminmax())
                 if least < 0 or most >= self.num_vectors:
-                    raise TargetError(f"{name} has numbers from {least} to {most}, for {self.num_vectors} vectors")
+                    raise TargetError(f"{name} has indices from {least} to {most}, for {self.num_vectors} vectors")
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        shapes = {} if self.only_topk else self._pieces(site)
-        return {name: site.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        shapes = {} if self.only_topk else self._pieces(spec)
+        return {name: spec.normal(*shape, self.num_vectors, std=0.1) for name, shape in shapes.items()}
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
         tensors = {}
-        for name, shape in (self._pieces(site) if self.only_topk else {}).items():
-            tensors[f"{name}_topk_indices"] = site.zeros(*shape, self.topk).to(_integers(self.num_vectors))
-            tensors[f"{name}_topk_weights"] = site.zeros(*shape, self.topk - 1)
+        for name, shape in (self._pieces(spec) if self.only_topk else {}).items():
+            tensors[f"{name}_topk_indices"] = spec.zeros(*shape, self.topk).to(_integers(self.num_vectors))
+            tensors[f"{name}_topk_weights"] = spec.zeros(*shape, self.topk - 1)
         return tensors
 
-    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
+    def shared_shapes(self, specs: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
         return {"vblora_vector_bank": (self.num_vectors, self.vector_length)}
 
-    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
-        shapes = self.shared_shapes(sites)
-        return {name: nn.Parameter(sites[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
+    def shared(self, specs: Sequence[WeightSpec]) -> dict[str, Tensor]:
+        shapes = self.shared_shapes(specs)
+        return {name: nn.Parameter(specs[0].uniform(*shape, bound=0.02)) for name, shape in shapes.items()}
 
-    def _pieces(self, site: WeightSpec) -> dict[str, tuple[int, ...]]:
-        """The logits, and how many pieces each has."""
-        *stack, outputs, inputs = site.shape
+    def _pieces(self, spec: WeightSpec) -> dict[str, tuple[int, ...]]:
+        """The names of the logits, and the shape of the pieces of each."""
+        *stack, outputs, inputs = spec.shape
         return {
             "vblora_logits_A": (*stack, self.rank, inputs // self.vector_length),
             "vblora_logits_B": (*stack, outputs // self.vector_length, self.rank),
@@ -116,6 +121,6 @@ class VBLoRA(LowRank):
 
 
 def _integers(count: int) -> torch.dtype:
-    """The smallest dtype for indices below a count."""
+    """The smallest integer dtype for indices below a count."""
     sizes = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}
     return next((dtype for size, dtype in sizes.items() if count < size), torch.int64)

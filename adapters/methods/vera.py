@@ -11,25 +11,30 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 
 from adapters.methods.core.checks import need_number, need_rank, need_seed
 from adapters.methods.core.formulas import LowRank
-from adapters.methods.core.method import Tensors
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 @dataclass(frozen=True)
 class VeRA(LowRank):
     """Vector-based random matrix adaptation.
 
-    `A` and `B` are as large as the largest layer needs, and each layer uses the first columns of `A` and the first
-    rows of `B`. They are never trained, exist once for all layers, and are the same for the same `rank`, `seed` and
-    layers; files hold them all the same, so that they do not depend on torch's generators.
+    `A` and `B` have the size of the largest layer, and each layer uses the first columns of `A` and the first
+    rows of `B`. They are never trained, exist once for all layers, and are equal for equal `rank`, `seed` and
+    layers; files hold them nevertheless, so that they do not depend on torch's generators.
 
     Args:
         rank: Rows of A and columns of B.
-        seed: Where A and B come from.
-        d_initial: What `d` starts at; `b` starts at zero.
+        seed: The random seed of A and B.
+        d_initial: Initial `d`; `b` is zero at first.
 
     Raises:
         AdapterError: A number is out of its range.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.VeRA(rank=64))
+        >>> print(patch.num_parameters())
+        >>> patch.save_pretrained("vera")
     """
 
     key = "vera"
@@ -47,25 +52,25 @@ class VeRA(LowRank):
         need_seed(self)
         need_number(self, "d_initial")
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        *stack, outputs, _ = site.shape
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        *stack, outputs, _ = spec.shape
         return {
-            "vera_lambda_b": site.zeros(*stack, outputs),
-            "vera_lambda_d": site.zeros(*stack, self.rank).fill_(self.d_initial),
+            "vera_lambda_b": spec.zeros(*stack, outputs),
+            "vera_lambda_d": spec.zeros(*stack, self.rank).fill_(self.d_initial),
         }
 
-    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
-        outputs, inputs = largest(sites)
+    def shared_shapes(self, specs: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
+        outputs, inputs = largest(specs)
         return {"vera_A": (self.rank, inputs), "vera_B": (outputs, self.rank)}
 
-    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
+    def shared(self, specs: Sequence[WeightSpec]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         empty = {
             name: torch.empty(shape, dtype=torch.float32, device="cpu")
-            for name, shape in self.shared_shapes(sites).items()
+            for name, shape in self.shared_shapes(specs).items()
         }
         return {
-            name: nn.init.kaiming_uniform_(tensor, generator=generator).to(sites[0].device, sites[0].dtype)
+            name: nn.init.kaiming_uniform_(tensor, generator=generator).to(specs[0].device, specs[0].dtype)
             for name, tensor in empty.items()
         }
 
@@ -80,11 +85,11 @@ class VeRA(LowRank):
 
 
 def _cut(t: Tensors) -> tuple[Tensor, Tensor]:
-    """B and A of the size of one layer."""
+    """B and A, cut to the size of one layer."""
     outputs, inputs = t.shape[-2:]
     return t.vera_B[:outputs], t.vera_A[:, :inputs]
 
 
-def largest(sites: Sequence[WeightSpec]) -> tuple[int, int]:
-    """The most outputs and the most inputs that any of some weights has."""
-    return max(site.shape[-2] for site in sites), max(site.shape[-1] for site in sites)
+def largest(specs: Sequence[WeightSpec]) -> tuple[int, int]:
+    """The largest number of outputs, and of inputs, of some weights."""
+    return max(spec.shape[-2] for spec in specs), max(spec.shape[-1] for spec in specs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +17,14 @@ from adapters.targets.target import Target
 
 @dataclass
 class Attachment:
-    """Where a branch belongs: a layer, its path and its slots. The layer and what holds it are not kept alive."""
+    """A branch and where it belongs. The layer and what holds it are not kept alive.
+
+    Attributes:
+        path: The path of the layer in the model.
+        branch: The branch.
+        layer: The layer, while the branch is not injected.
+        slots: The slots of the layer, while the branch is not injected.
+    """
 
     path: str
     branch: Branch
@@ -25,13 +32,14 @@ class Attachment:
     slots: WeakSlots
 
     @classmethod
-    def of(cls, layer: Target, branch: Branch) -> Attachment:
-        return cls(layer.paths[0], branch, weakref.ref(layer.module), WeakSlots(layer.slots))
+    def of(cls, target: Target, branch: Branch) -> Attachment:
+        """The attachment of a new branch to a target."""
+        return cls(target.path, branch, weakref.ref(target.module), WeakSlots(target.slots))
 
     @property
     def node(self) -> AdaptedLayer | None:
-        """The node that holds the branch, while it is injected."""
-        return cast("AdaptedLayer | None", self.branch.parent)
+        """The adapted layer that holds the branch, while it is injected."""
+        return self.branch.parent  # type: ignore[return-value]  # A branch has no other parent.
 
     @property
     def target(self) -> nn.Module | None:
@@ -40,8 +48,14 @@ class Attachment:
             return node.base
         return None if self.layer is None else self.layer()
 
+    @property
+    def merged(self) -> bool:
+        """Whether the layer computes the branch in its weights."""
+        node = self.node
+        return node is not None and bool(node.merged) and node.is_merged(self.branch)
+
     def occupied(self) -> tuple[nn.Module, list[Slot]]:
-        """The layer and its slots, checked to be what they were.
+        """The layer and its slots, checked to be those the attachment was made for.
 
         Raises:
             PatchStateError: The layer is no longer there.
@@ -53,28 +67,28 @@ class Attachment:
         for parent, key in slots:
             found = parent._modules.get(key)
             if (found.base if isinstance(found, AdaptedLayer) else found) is not layer:
-                raise PatchStateError(f"{self.path} is not the layer any more that the patch was made for.")
+                raise PatchStateError(f"{self.path} is not the layer that the patch was made for any more.")
         return layer, slots
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "layer": None}
 
     def attach(self, layer: nn.Module, slots: list[Slot], name: str) -> None:
-        """Put the branch beside the layer, in the node that is there or in a new one."""
+        """Add the branch to the adapted layer that is there, or to a new one in these slots."""
         parent, key = slots[0]
         found = parent._modules[key]
         node = found if isinstance(found, AdaptedLayer) else AdaptedLayer(layer)
-        node.hold(name if self.branch.parameter == "weight" else f"{name}_{self.branch.parameter}", self.branch)
+        node.add_branch(name if self.branch.parameter == "weight" else f"{name}_{self.branch.parameter}", self.branch)
         if self.branch.training != layer.training:
             self.branch.train(layer.training)
         if node is not found:
             node._occupy(slots, self.slots)
 
     def detach(self) -> None:
-        """Take the branch out, and the node too when it was the last one."""
+        """Remove the branch, and the adapted layer with it when it was the last one."""
         if (node := self.node) is not None:
             if slots := node.slots:
                 self.layer, self.slots = weakref.ref(node.base), node._outside
-            node.release(self.branch)
+            node.remove_branch(self.branch)
             if slots and not node.branches:
                 node._vacate(slots)

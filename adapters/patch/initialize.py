@@ -1,4 +1,4 @@
-"""`initialize`: LoRA starts that are found from data."""
+"""`initialize`: initialisation of LoRA from data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from adapters.layers.dtypes import widened
 from adapters.layers.kinds import input_rows
 from adapters.layers.weight import is_stored
 from adapters.methods.core.data_init import Inputs
-from adapters.methods.core.init import STARTS, Start
+from adapters.methods.core.decomposed import WeightDecomposed
+from adapters.methods.core.init import INITS, Init
 from adapters.methods.lora import LoRA
 from adapters.patch.attachment import Attachment
+from adapters.patch.merge import is_partly_merged
 from adapters.patch.patch import Patch
 from adapters.runtime.adapted_layer import AdaptedLayer
 
-Evidence = dict[int, Any]
-"""What was seen of a layer, by the id of the branch's A: that of tied layers is one."""
+Statistics = dict[int, Any]
+"""What the initialisation of each branch needs, by the id of its A, which is one for tied layers: the covariance of
+inputs, a gradient, or a quantization error."""
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -39,107 +42,123 @@ def initialize(
     *,
     originals: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Give the branches of LoRA in a patch the start that their `init` finds from data.
+    """Initialize the branches of LoRA in a patch from data, as their `init` says.
 
-    `"eva"`, `"corda"` and `"corda_kpm"` look at the inputs of the layers, `"lora_ga"` at the gradients of a loss, and
-    `"loftq"` at what the weights were before they were quantised. The patch does not act meanwhile, the model is in
-    evaluation mode, and nothing of it is changed: no mode, flag, gradient or hook stays. For inputs, a layer takes
-    the memory of one square matrix; for gradients, that of its weight.
+    `"eva"`, `"corda"` and `"corda_kpm"` use the inputs of the layers, `"lora_ga"` the gradients of a loss, and
+    `"loftq"` the weights from before they were quantized. The patch is not active meanwhile, the model is in evaluation
+    mode, and nothing of it is changed: no mode, flag, gradient or hook stays. For inputs, a layer takes the memory of
+    one square matrix; for gradients, that of its weight.
 
     Args:
-        patch: An injected patch. Where a method starts without data, its branch is left as it is.
-        batches: What to run the model on, once each.
+        patch: An injected patch. Branches that are initialized without data are left as they are.
+        batches: Batches to run the model on, once each.
         run: Runs the model on a batch, by default as `model(**batch)`, `model(*batch)` or `model(batch)`. For
             `"lora_ga"` it returns the loss, or an output that has it as `loss`.
         originals: The original weights by name, such as `weights.open("original.safetensors")`, for `"loftq"`.
 
     Raises:
         PatchStateError: The patch is not injected, or merged.
-        AdapterError: No branch starts from data, data are missing (batches, originals, a loss, finite numbers), or
-            there is one batch instead of several.
-        TargetError: A layer is not reached by the batches, or its rank is too large for the start.
+        AdapterError: No branch is initialized from data, data are missing (batches, originals, a loss, finite numbers),
+            or there is one batch instead of several.
+        TargetError: A layer is not reached by the batches, or its rank is larger than its `init` can find.
         LayerMismatchError: The originals lack a weight, or have it in another shape.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LoRA(rank=2, init="eva"))
+        >>> batches = [torch.randn(16, 8) for _ in range(4)]
+        >>> adapters.initialize(patch, batches)
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise AdapterError("initialize() was given one batch: pass a list of them, or anything that yields them.")
-    if not patch.injected or patch.merged:
-        raise PatchStateError(f"The patch {patch.name!r} has to be injected, and not merged, to be initialised.")
-    places = [place for place in patch.places if _start(place).needs]
-    if not places:
-        known = ", ".join(repr(name) for name, start in STARTS.items() if start.needs)
-        raise AdapterError(f"No branch of the patch {patch.name!r} starts from data: give LoRA an init out of {known}.")
+    if not patch.injected or is_partly_merged(patch):
+        raise PatchStateError(f"The patch {patch.name!r} has to be injected, and not merged, to be initialized.")
+    attachments = [attachment for attachment in patch.attachments if _init(attachment).needs]
+    if not attachments:
+        known = ", ".join(repr(name) for name, start in INITS.items() if start.needs)
+        raise AdapterError(
+            f"No branch of the patch {patch.name!r} is initialized from data: give LoRA an init out of {known}."
+        )
     with activated({patch: 0.0}):
-        evidence = _observe(patch.model, places, batches, run) | _quantising_errors(places, originals)
+        statistics = _observe(patch.model, attachments, batches, run) | _quantization_errors(attachments, originals)
         with torch.no_grad():
-            own = [place for place in places if not place.branch.tied]
-            weights = [_effective(place) for place in own]
-            found = [_fit(place, weight, evidence) for place, weight in zip(own, weights, strict=True)]
-            for place, weight, (down, up) in zip(own, weights, found, strict=True):
-                _start(place).restart(place.branch, down, up)
-                cast(LoRA, place.branch.method).settle(place.branch, weight)
+            own = [attachment for attachment in attachments if not attachment.branch.tied]
+            weights = [_effective(attachment) for attachment in own]
+            found = [_fit(attachment, weight, statistics) for attachment, weight in zip(own, weights, strict=True)]
+            for attachment, weight, (down, up) in zip(own, weights, found, strict=True):
+                _init(attachment).apply_again(attachment.branch, down, up)
+                if isinstance(method := attachment.branch.method, WeightDecomposed):
+                    method.measure(attachment.branch, weight)
 
 
-def _start(place: Attachment) -> Start:
-    method = place.branch.method
-    return STARTS[method.init] if isinstance(method, LoRA) else STARTS["kaiming"]
+def _lora(attachment: Attachment) -> LoRA | None:
+    """The LoRA that a branch computes, by itself or inside of DoRA."""
+    method = attachment.branch.method
+    inner = method.inner if isinstance(method, WeightDecomposed) else method
+    return inner if isinstance(inner, LoRA) else None
 
 
-def _needing(places: Sequence[Attachment], what: str) -> list[Attachment]:
-    return [place for place in places if _start(place).needs == what]
+def _init(attachment: Attachment) -> Init:
+    return INITS["kaiming" if (lora := _lora(attachment)) is None else lora.init]
 
 
-def _key(place: Attachment) -> int:
-    return id(place.branch.tensors()["lora_A"])
+def _needing(attachments: Sequence[Attachment], what: str) -> list[Attachment]:
+    return [attachment for attachment in attachments if _init(attachment).needs == what]
 
 
-def _node(place: Attachment) -> AdaptedLayer:
-    return cast(AdaptedLayer, place.node)
+def _key(attachment: Attachment) -> int:
+    return id(attachment.branch.tensors()["lora_A"])
+
+
+def _node(attachment: Attachment) -> AdaptedLayer:
+    return cast(AdaptedLayer, attachment.node)
 
 
 def _wide(x: Tensor) -> Tensor:
     return widened(x.detach())
 
 
-def _effective(place: Attachment) -> Tensor:
-    """The weight that the branch is applied to, as a matrix."""
-    return place.branch.matrix.read(_wide(cast(Tensor, _node(place).effective(place.branch.parameter))))
+def _effective(attachment: Attachment) -> Tensor:
+    """The weight that the branch is applied to, as a matrix, in at least single precision."""
+    return attachment.branch.matrix.read(
+        _wide(cast(Tensor, _node(attachment).effective_weight(attachment.branch.parameter)))
+    )
 
 
-def _fit(place: Attachment, weight: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
+def _fit(attachment: Attachment, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """A and B for a branch, checked to be of its shapes."""
-    method, seen = cast(LoRA, place.branch.method), evidence.get(_key(place))
+    method, seen = cast(LoRA, _lora(attachment)), statistics.get(_key(attachment))
     try:
         if seen is None:
             raise TargetError("the batches do not reach it: pass others, or exclude it from the patch")
         if not seen.is_finite() if isinstance(seen, Inputs) else not seen.isfinite().all():
-            raise TargetError("what was seen of it is not finite: look for the batch that is not")
-        down, up = cast(Any, _start(place).fit)(weight, seen, method.rank, method.scaling)
+            raise TargetError("its inputs or gradients are not finite: look for the batch that is not")
+        down, up = cast(Any, _init(attachment).fit)(weight, seen, method.rank, method.scaling)
         if down.shape[-2] != method.rank or up.shape[-1] != method.rank:
             raise TargetError(f"a rank of {method.rank} is more than init={method.init!r} can find for this weight")
     except TargetError as problem:
-        raise TargetError(f"{place.path} cannot start: {problem}.") from None
+        raise TargetError(f"{attachment.path} cannot be initialized: {problem}.") from None
     return down, up
 
 
-# What is seen
+# Statistics
 
 
 def _observe(
-    model: nn.Module, places: Sequence[Attachment], batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
-) -> Evidence:
-    """Run the batches, and remember the inputs of some layers and the gradients of others."""
-    inputs, gradients = _needing(places, "inputs"), _needing(places, "gradients")
+    model: nn.Module, attachments: Sequence[Attachment], batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
+) -> Statistics:
+    """Run the batches, and collect the inputs of some layers and the gradients of others."""
+    inputs, gradients = _needing(attachments, "inputs"), _needing(attachments, "gradients")
     if not (inputs or gradients):
         return {}
-    weights = {_key(place): _own_weight(place) for place in gradients}
-    seen: Evidence = {}
+    weights = {_key(attachment): _base_weight(attachment) for attachment in gradients}
+    seen: Statistics = {}
     number = -1
-    with _left_as_it_is(model, weights.values()) as undo, torch.set_grad_enabled(bool(weights)):
+    with _restored(model, weights.values()) as undo, torch.set_grad_enabled(bool(weights)):
         model.eval()
         for weight in weights.values():
             weight.requires_grad_(True)
-        for place in inputs:
-            undo.callback(_watch(place, seen).remove)
+        for attachment in inputs:
+            undo.callback(_watch(attachment, seen).remove)
         for number, batch in enumerate(batches):  # noqa: B007 - it says below whether there was any
             output = run(model, batch)
             if weights:
@@ -147,14 +166,14 @@ def _observe(
                     if gradient is not None:
                         seen[key] = seen.get(key, 0) + _wide(gradient.to_dense())
     if number < 0:
-        raise AdapterError("initialize() was given no batches, which the start needs: pass some to run the model on.")
-    matrices = {_key(place): place.branch.matrix for place in gradients}
+        raise AdapterError("initialize() was given no batches, which init= needs: pass some to run the model on.")
+    matrices = {_key(attachment): attachment.branch.matrix for attachment in gradients}
     return {key: matrices[key].read(value) if key in matrices else value for key, value in seen.items()}
 
 
 @contextlib.contextmanager
-def _left_as_it_is(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[contextlib.ExitStack]:
-    """The modes of all modules, and whether these weights take gradients, are afterwards what they were before."""
+def _restored(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[contextlib.ExitStack]:
+    """Restore the modes of all modules, and whether weights take gradients, after the block."""
     with contextlib.ExitStack() as undo:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
@@ -163,26 +182,28 @@ def _left_as_it_is(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterato
         yield undo
 
 
-def _watch(place: Attachment, seen: Evidence) -> Any:
-    """Remember the inputs of a layer from now on."""
-    key, matrix = _key(place), place.branch.matrix
+def _watch(attachment: Attachment, seen: Statistics) -> Any:
+    """Collect the inputs of a layer from now on."""
+    key, matrix = _key(attachment), attachment.branch.matrix
 
-    def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def collect(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rows = _wide(input_rows(layer, next(iter((*args, *kwargs.values())))))
         if key not in seen:
             seen[key] = Inputs.like(rows.new_empty(matrix.shape))
         seen[key].add(rows)
 
-    return _node(place).base.register_forward_hook(remember, with_kwargs=True)
+    return _node(attachment).base.register_forward_hook(collect, with_kwargs=True)
 
 
-def _own_weight(place: Attachment) -> nn.Parameter:
-    node, parameter = _node(place), place.branch.parameter
-    weight = node.own_weight(parameter)
+def _base_weight(attachment: Attachment) -> nn.Parameter:
+    node, parameter = _node(attachment), attachment.branch.parameter
+    weight = node.base_weight(parameter)
     if not (is_stored(node.base, parameter) and isinstance(weight, nn.Parameter) and weight.is_floating_point()):
-        raise TargetError(f"{place.path} has no weight that takes a gradient: give it a LoRA with another init.")
+        raise TargetError(f"{attachment.path} has no weight that takes a gradient: give it a LoRA with another init.")
     if any(parameter in branch.names for branch, _ in node.merged):
-        raise PatchStateError(f"{place.path} has another patch merged in: unmerge it, to find the gradient of its own.")
+        raise PatchStateError(
+            f"{attachment.path} has another patch merged in: unmerge it, to find the gradient of its own."
+        )
     return weight
 
 
@@ -195,18 +216,18 @@ def _gradients(output: Any, weights: list[nn.Parameter]) -> tuple[Tensor | None,
     return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
-def _quantising_errors(places: Sequence[Attachment], originals: Mapping[str, Tensor] | None) -> Evidence:
-    """The original weights less the present ones."""
-    found: Evidence = {}
-    for place in _needing(places, "originals"):
+def _quantization_errors(attachments: Sequence[Attachment], originals: Mapping[str, Tensor] | None) -> Statistics:
+    """The original weights minus the present ones, as matrices."""
+    found: Statistics = {}
+    for attachment in _needing(attachments, "originals"):
         if originals is None:
-            raise AdapterError("init='loftq' needs the weights from before they were quantised: pass originals=.")
-        branch = place.branch
-        name = place.path if branch.parameter != "weight" else f"{place.path}.weight"
-        own = cast(Tensor, _node(place).own_weight(branch.parameter))
+            raise AdapterError("init='loftq' needs the weights from before they were quantized: pass originals=.")
+        branch = attachment.branch
+        name = attachment.path if branch.parameter != "weight" else f"{attachment.path}.weight"
+        own = cast(Tensor, _node(attachment).base_weight(branch.parameter))
         original = originals.get(name)
         if original is None or original.shape != own.shape:
             shape = "missing" if original is None else f"{tuple(original.shape)} instead of {tuple(own.shape)}"
             raise LayerMismatchError(f"The originals do not fit the model: {name} is {shape}.")
-        found[_key(place)] = branch.matrix.read(_wide(original.to(own.device)) - _wide(own))
+        found[_key(attachment)] = branch.matrix.read(_wide(original.to(own.device)) - _wide(own))
     return found

@@ -1,4 +1,4 @@
-"""`RankAllocator`, which prunes AdaLoRA to a budget of ranks while it is trained."""
+"""`RankAllocator`: pruning of AdaLoRA to a budget of ranks during training."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from adapters.errors import AdapterError
 from adapters.layers.sharded import gather, shard_like
 from adapters.methods.adalora import AdaLoRA
 from adapters.methods.core.checks import is_integer
-from adapters.methods.core.method import Tensors
+from adapters.methods.core.tensors import Tensors
 from adapters.patch.patch import Patch
 
 
 class RankAllocator:
-    """Moves the rank of AdaLoRA to where it matters (arXiv:2303.10512, 3.2 and 3.3).
+    """Rank allocation of AdaLoRA over the layers of a patch (arXiv:2303.10512, 3.2 and 3.3).
 
-    Every rank of every layer has an importance: how sensitive the loss is to its entries, smoothed over the steps,
-    times how uncertain that is. The least important ones of the whole patch are pruned, by zeros in E, until
-    `target_rank` per layer is left; the budget falls with the cube of the steps. What is pruned may come back until
-    the last `final` steps.
+    Every rank of every layer has an importance: the sensitivity of the loss to its entries, smoothed over the steps,
+    times the uncertainty of that. The least important ones of the whole patch are pruned, by zeros in E, until
+    `target_rank` per layer is left; the budget falls with the cube of the steps. A pruned rank may come back until the
+    last `final` steps.
 
     Example:
-        >>> allocator = adapters.RankAllocator(patch, total_steps=1000, target_rank=4, warmup=100, final=300)
-        >>> for number, batch in enumerate(batches):
-        ...     loss = compute(model, batch) + 0.5 * allocator.orthogonality()
+        >>> patch = adapters.inject(model, adapters.AdaLoRA(rank=4))
+        >>> optimizer = torch.optim.AdamW(patch.parameters())
+        >>> allocator = adapters.RankAllocator(patch, total_steps=10, target_rank=2)
+        >>> for step in range(10):
+        ...     loss = model(x).square().mean() + 0.5 * allocator.orthogonality()
         ...     loss.backward()
         ...     optimizer.step()
-        ...     allocator.step(number)
+        ...     allocator.step(step)
         ...     optimizer.zero_grad()
 
     Args:
         patch: A patch with branches of `AdaLoRA`.
-        total_steps: How many steps there will be.
-        target_rank: What is left in the end, for a layer on average.
+        total_steps: Number of training steps.
+        target_rank: Final rank of a layer, on average.
         warmup: Steps at the start without pruning.
         final: Steps at the end with the ranks that are left then.
         interval: Steps from one pruning to the next.
-        beta1: How slowly the sensitivity changes, between 0 and 1.
-        beta2: How slowly the uncertainty changes, between 0 and 1.
+        beta1: Smoothing of the sensitivity, between 0 and 1.
+        beta2: Smoothing of the uncertainty, between 0 and 1.
 
     Raises:
         AdapterError: The patch has no AdaLoRA, or a number is out of its range.
@@ -57,8 +59,8 @@ class RankAllocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        patch.settle_parts()
-        branches = [place.branch for place in patch.places if not place.branch.tied]
+        patch.reshard()
+        branches = [attachment.branch for attachment in patch.attachments if not attachment.branch.tied]
         self._triplets = [Tensors(b.tensors(), b.matrix) for b in branches if isinstance(b.method, AdaLoRA)]
         if not self._triplets:
             raise AdapterError(f"The patch {patch.name!r} has no AdaLoRA, which is what RankAllocator prunes.")
@@ -76,13 +78,13 @@ class RankAllocator:
         self.initial_budget = sum(t.lora_E.numel() for t in self._triplets)
         self.target_budget = min(target_rank * len(self._triplets), self.initial_budget)
         entries = [tensor for t in self._triplets for tensor in t.values()]
-        # Whole, where several processes have the patch in parts: so all find the same importance.
+        # Gathered, where the patch is sharded: so all processes find the same importance.
         self._sensitivity = {id(tensor): torch.zeros_like(gather(tensor)) for tensor in entries}
         self._uncertainty = {id(tensor): torch.zeros_like(gather(tensor)) for tensor in entries}
         self._pruned: list[Tensor] = []
 
     def budget(self, number: int) -> int:
-        """How many ranks may be left after a step, in the whole patch."""
+        """The number of ranks left after a step, in the whole patch."""
         if number <= self.warmup:
             return self.initial_budget
         last = self.total_steps - self.final
@@ -94,7 +96,7 @@ class RankAllocator:
         """Prune, if it is time: to be called in every step, from 0 on, while there are gradients.
 
         Args:
-            number: Of the step.
+            number: The number of the step.
 
         Raises:
             AdapterError: There are no gradients: it was called before `backward`, or after they were cleared.
@@ -110,13 +112,13 @@ class RankAllocator:
             t.lora_E.masked_fill_(shard_like(pruned, t.lora_E), 0.0)
 
     def orthogonality(self) -> Tensor:
-        """How far A and B are from orthogonal rows and columns, on average: to be added to the loss, with a factor."""
+        """Mean distance of A from orthogonal rows and of B from orthogonal columns, to be added to the loss."""
         return torch.stack(
             [_gram_error(rows) for t in self._triplets for rows in (gather(t.lora_A), gather(t.lora_B).mT)]
         ).mean()
 
     def _observe(self) -> None:
-        """Learn from the gradients of a step."""
+        """Update sensitivity and uncertainty by the gradients of a step."""
         beta1, beta2 = self.betas
         entries = [tensor for t in self._triplets for tensor in t.values()]
         if all(tensor.grad is None for tensor in entries):
@@ -128,7 +130,7 @@ class RankAllocator:
             self._uncertainty[id(tensor)].lerp_((seen - smooth).abs(), 1 - beta2)
 
     def _least_important(self, count: int) -> list[Tensor]:
-        """For each E, which of its entries are among that many of the least important ones."""
+        """For each E, a mask of its entries that are among the `count` least important ones of the patch."""
         scores = list(self._importance())
         order = torch.cat([score.flatten().cpu() for score in scores]).argsort()
         pruned = torch.zeros(len(order), dtype=torch.bool)
@@ -137,7 +139,7 @@ class RankAllocator:
         return [part.view_as(score).to(score.device) for part, score in zip(parts, scores, strict=True)]
 
     def _importance(self) -> Iterator[Tensor]:
-        """Of each rank: that of its entry of E and the means of those of its row of A and its column of B."""
+        """Importance of each rank: of its entry of E, plus the means over its row of A and its column of B."""
         for t in self._triplets:
             a, b, e = (
                 self._sensitivity[id(tensor)] * self._uncertainty[id(tensor)]

@@ -1,4 +1,4 @@
-"""All-or-nothing changes."""
+"""Transactions: where every change of a model registers how it is undone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
+def transaction() -> Iterator[contextlib.ExitStack]:
+    """Roll back the block if it raises: callbacks that were registered in it run, the last one first.
+
+    A callback is registered before the change that it undoes, so that no interrupt comes between the two; so it has
+    to be harmless where that change has not been made yet.
+    """
+    with contextlib.ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+@contextlib.contextmanager
 def without_collections() -> Iterator[None]:
-    """In this block Python does not look for cycles: what it would look through are the many objects made here."""
+    """Pause the garbage collector, which would go through the many objects that the block makes."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -17,11 +29,3 @@ def without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def _all_or_nothing() -> Iterator[contextlib.ExitStack]:
-    """Callbacks registered in this block are run, the last one first, when it raises."""
-    with contextlib.ExitStack() as undo:
-        yield undo
-        undo.pop_all()

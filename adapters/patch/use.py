@@ -1,4 +1,4 @@
-"""Which patches act, and how strongly, in the current thread or async task."""
+"""`use`: the patches that are active, and how strongly, in the current thread or async task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from adapters.activation.context import activated
 from adapters.activation.mixed_batch import Rows
 from adapters.activation.switch import Switch, finite
 from adapters.errors import AdapterError
-from adapters.patch.patch import Patch, named, patches
+from adapters.patch.patch import Patch, patches
+from adapters.patch.registry import named
 from adapters.targets.models import Model
 
 RowChoice = str | Mapping[str, float] | Sequence[str] | None
@@ -17,20 +18,27 @@ RowChoice = str | Mapping[str, float] | Sequence[str] | None
 
 @contextlib.contextmanager
 def use(model: Model, *names: str | Mapping[str, float], rows: Sequence[RowChoice] | None = None) -> Iterator[None]:
-    """In this block, and in this thread or async task only, let just these patches of a model act.
+    """Make just these patches of a model active, in the block, and in this thread or async task only.
 
     Args:
         model: The patched model, or pipeline.
         names: Names of patches, which act at their own scale, or one mapping of names to scales. Without names, and
-            without `rows`, no patch acts: the model is the base model.
-        rows: One choice for each row of the batch instead: a name, several names, a mapping, or None for the base.
-            The rows are those of each layer's input, so the layers that are adapted must be given the batch in the
-            first dimension, or one row for all. A layer given anything else raises a `RowsError`, unless that happens
-            to have as many rows: leave layers of relative positions, and separate experts, out of such patches.
+            without `rows`, no patch is active: the model is the base model.
+        rows: A mixed batch instead: for each row a name, several names, a mapping, or None for the base. The rows are
+            those of each layer's input, so the layers that are adapted must be given the batch in the first dimension,
+            or one row for all. A layer given anything else raises a `RowsError`, unless that happens to have as many
+            rows: leave layers of relative positions, and separate experts, out of such patches.
 
     Raises:
         PatchNameError: The model has no patch of that name.
         AdapterError: Both names and rows are given, there are no rows, or a choice is no name, or a scale no number.
+
+    Example:
+        >>> patch = adapters.inject(model, adapters.LoRA(rank=4), name="style")
+        >>> with adapters.use(model, {"style": 0.5}):
+        ...     y = model(x)
+        >>> with adapters.use(model, rows=["style", None]):
+        ...     y = model(x)  # a batch of 2
     """
     choices = choices_of(names, rows)
     with activated(resolved(choices, patches(model), rows is not None)):
@@ -42,7 +50,7 @@ Choice = Mapping[str, float | None]
 
 
 def choices_of(names: Sequence[RowChoice], rows: Sequence[RowChoice] | None) -> list[Choice]:
-    """The arguments of `use` in one form: the choice of each row, or those that the whole batch has together.
+    """The arguments of `use` in one form: a choice for each row, or those that the whole batch has together.
 
     Raises:
         AdapterError: Both names and rows are given, there are no rows, or a choice is no name, or a scale no number.
@@ -68,10 +76,10 @@ def _choice(choice: RowChoice) -> Choice:
 
 
 def resolved(choices: Iterable[Choice], known: Mapping[str, Patch], by_row: bool) -> dict[Switch, float | Rows]:
-    """What to choose for each of some patches, so that of them just those in the choices act.
+    """The activation of known patches in which just those in the choices are active.
 
     Raises:
-        PatchNameError: A name is none of theirs.
+        PatchNameError: No patch has one of the names.
     """
     weights = [_weights(choice, known) for choice in choices]
     if by_row:

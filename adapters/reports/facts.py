@@ -10,12 +10,12 @@ from weights.adapter_file import Hyperparameter
 
 @dataclass(frozen=True)
 class Fit:
-    """What of an adapter would load into a base.
+    """The layers of an adapter that would load into a base, and those that would not.
 
     Attributes:
         loads: The paths of the layers that would.
-        refused: What would not, each in a sentence.
-        unchecked: The paths for which names and shapes do not tell, only the model itself.
+        refused: The mismatches, a sentence for each.
+        unchecked: The paths of layers that only the model itself shows to load, as names and shapes do not tell.
     """
 
     loads: tuple[str, ...]
@@ -25,21 +25,21 @@ class Fit:
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter does to one weight, at scale 1.
+    """The update of one weight by an adapter, at scale 1.
 
     Attributes:
         path: Its path in the base; or where there is none, in the first file that has it with dots.
         method: The key of the method.
-        hyperparameters: Those of the method.
-        parameters: How many numbers the file has for it.
-        shape: Of the matrix, `(outputs, inputs)`, with the experts in front for a stack.
+        hyperparameters: The hyperparameters of the method.
+        parameters: The number of its parameters in the file.
+        shape: The shape of the matrix, `(outputs, inputs)`, with the experts in front for a stack.
         norm: The Frobenius norm of the update, `‖D‖`.
-        weight_norm: That of the weight in the base, `‖W‖`.
+        weight_norm: The norm of the weight in the base, `‖W‖`.
         relative: `‖D‖ / ‖W‖`.
-        singular_values: Those of the update from the largest on; of a large full matrix the first 64.
+        singular_values: The singular values of the update in descending order; of a large full matrix the first 64.
         effective_rank: `exp` of the entropy of the singular values by their sum (Roy and Vetterli, 2007).
         stable_rank: `‖D‖² / σ₁²` (Rudelson and Vershynin, 2007).
-        note: Why there are no numbers, where there are none.
+        note: The reason why there are no numbers, where there are none.
     """
 
     path: str
@@ -58,20 +58,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What one adapter is and does.
+    """The facts on one adapter.
 
     Attributes:
-        name: What it is called in the report.
-        source: Where it is from.
+        name: Its name in the report.
+        source: The file, folder or repository.
         format: The name of its format.
         base_model: The base model that it says it is for.
         task: The task that it says it is for.
-        parameters: How many numbers it has, with those that layers share once.
-        bytes: How much memory these take.
-        dtypes: How many there are of each type.
-        metadata: What it says of itself.
-        layers: Its layers, in the order of their names and the numbers in these.
-        fit: What of it would load, where there is a base.
+        parameters: The number of its parameters, with those that layers share once.
+        bytes: Their size in memory.
+        dtypes: The number of parameters of each dtype.
+        metadata: The metadata of the file.
+        layers: Its layers, in natural order of their paths.
+        fit: The layers that would load, where there is a base.
     """
 
     name: str
@@ -89,14 +89,14 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class LayerOverlap:
-    """What two adapters have in common at one weight.
+    """The overlap of two adapters at one weight.
 
     Attributes:
         path: Its path.
         cosine: `⟨D₁, D₂⟩ / (‖D₁‖ ‖D₂‖)`, from -1 for opposite updates to 1 for the same ones.
-        subspace: How much of the leading directions that they write into is the same, from 0 to 1: φ of LoRA's section
-            7.2 (arXiv:2106.09685), for at most 16 left singular vectors.
-        chance: What that is on average for random directions.
+        subspace: The similarity of the subspaces of their leading left singular vectors, at most 16, from 0 to 1: φ of
+            section 7.2 of LoRA's paper (arXiv:2106.09685).
+        chance: Its mean for random subspaces.
     """
 
     path: str
@@ -107,12 +107,12 @@ class LayerOverlap:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two adapters have in common.
+    """The overlap of two adapters.
 
     Attributes:
         a: The name of the first.
         b: The name of the second.
-        cosine: That of all their updates, taken as one vector each; None where one of them is zero.
+        cosine: The cosine of all their updates, taken as one vector each; None where one of them is zero.
         layers: The weights that both change.
     """
 
@@ -124,13 +124,13 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Facts:
-    """What adapters are and do.
+    """The facts on adapters.
 
     Attributes:
-        base: Where the base model is from, if there is one.
+        base: The source of the base model, if there is one.
         adapters: One entry for each adapter.
         overlaps: One entry for each pair of adapters.
-        untouched: The shapes of those matrices in the base that none of them changes, by the paths of their layers.
+        untouched: The shapes of the matrices in the base that no adapter changes, by the paths of their layers.
     """
 
     base: str | None

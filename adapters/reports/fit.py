@@ -1,11 +1,11 @@
-"""What of an adapter fits a checkpoint, of which only names and shapes are known, and the branches that it makes there.
+"""The fit of an adapter to a checkpoint, of which only names and shapes are known, and its branches there.
 
-Without a checkpoint, the branches are made beside layers of the shapes that the tensors of the adapter have.
+Without a checkpoint, the branches are made for layers of the shapes that the tensors of the adapter have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -15,14 +15,18 @@ from torch import Tensor, nn
 import weights
 from adapters.errors import AdapterError
 from adapters.files.checkpoint import Checkpoint
-from adapters.files.load import misfits, read
-from adapters.files.resolve.placing import place, standins
+from adapters.files.entries import entries_of, shared_mismatches
+from adapters.files.resolve.resolved import ResolvedLayer, resolve
+from adapters.files.restore import restore
+from adapters.files.skeleton import Skeleton, alone
 from adapters.layers.kinds import CONVOLUTIONS
+from adapters.lowrank.low_rank import LowRank
 from adapters.lowrank.spectra import Update
 from adapters.methods import METHODS
-from adapters.methods.core.formulas import LowRank
+from adapters.methods.core import formulas
 from adapters.methods.core.method import Branch
 from adapters.reports.facts import Fit
+from adapters.targets.target import Target
 
 _ONLY_THE_MODEL = "only the model itself shows whether it loads"
 _ABSENT = "the base has no layer of this name"
@@ -31,13 +35,13 @@ _NEEDS_BASE = "its update is known only with the base model"
 
 @dataclass(frozen=True)
 class Fitted:
-    """An adapter beside layers that have shapes and no values.
+    """The branches of an adapter at layers that have shapes and no values.
 
     Attributes:
         file: The adapter, with the paths of the base where that has the layers.
-        branches: What there is for a weight and the name of that in the base, by the path of the layer.
-        notes: Why there is no branch for a layer, by its path.
-        fit: What would load, where there is a base.
+        branches: The name of the weight in the base, and the branch, by the path of the layer.
+        notes: The reason why there is no branch for a layer, by its path.
+        fit: The layers that would load, where there is a base.
     """
 
     file: weights.AdapterFile
@@ -46,47 +50,48 @@ class Fitted:
     fit: Fit | None = None
 
 
-def fit(file: weights.AdapterFile, checkpoint: Checkpoint, settings: Mapping[str, Mapping[str, Any]]) -> Fitted:
-    """Put an adapter beside the layers of a checkpoint as far as they fit, and say what does not."""
+def fit(file: weights.AdapterFile, checkpoint: Checkpoint) -> Fitted:
+    """Fit an adapter to a checkpoint, as far as its layers do."""
     if file.counted:  # It has numbers for layers.
-        alone = beside_own_shapes(file)
-        return replace(alone, fit=Fit((), (), tuple(file.layers)))
+        return replace(fit_alone(file), fit=Fit((), (), tuple(file.layers)))
     try:
-        file, absent, refused = place(checkpoint, settings, file)
+        resolved = resolve(checkpoint.index, file)
     except AdapterError as problem:
-        alone = beside_own_shapes(file)
-        return replace(alone, fit=Fit((), (str(problem),), ()))
-    unchecked = {path: _ONLY_THE_MODEL for path, layer in file.layers.items() if not path or _is_beside(layer)}
-    checked = {path: layer for path, layer in file.layers.items() if path not in unchecked}
-    model = standins(checkpoint.slots, [replace(file, layers=checked)], checkpoint.read)
-    branches, wrong = _branches(model, replace(file, layers=checked))
-    refused += [f"{path}: {problem}" for path, problem in wrong.items()]
+        return replace(fit_alone(file), fit=Fit((), (str(problem),), ()))
+    prompts = [layer.weight.path for layer in resolved.layers if not _changes_weight(layer.content)]
+    unchecked = dict.fromkeys(([] if resolved.whole_model is None else [""]) + prompts, _ONLY_THE_MODEL)
+    checked = [layer for layer in resolved.layers if layer.weight.path not in unchecked]
+    (layers,) = Skeleton(checkpoint.infos).targets_of([replace(resolved, layers=checked)], checkpoint.read)
+    branches, wrong = _branches(layers, file)
+    refused = [*resolved.mismatches, *(f"{path}: {problem}" for path, problem in wrong.items())]
     refused += [f"{name} is for no layer" for name in file.others]
-    notes = {**unchecked, **wrong, **dict.fromkeys(absent, _ABSENT)}
-    file = replace(file, layers={**file.layers, **absent})
-    return Fitted(file, branches, notes, Fit((*branches,), (*refused,), (*unchecked,)))
+    contents = {layer.weight.path: layer.content for layer in resolved.layers}
+    if resolved.whole_model is not None:
+        contents = {"": resolved.whole_model, **contents}
+    notes = {**unchecked, **wrong, **dict.fromkeys(resolved.missing, _ABSENT)}
+    renamed = replace(file, layers={**contents, **resolved.missing}, components=(), flattened=False)
+    return Fitted(renamed, branches, notes, Fit((*branches,), (*refused,), (*unchecked,)))
 
 
-def beside_own_shapes(file: weights.AdapterFile) -> Fitted:
-    """Put an adapter beside layers of the shapes that its tensors have, where these show them."""
-    model = nn.Module()
-    for path, layer in file.layers.items():
-        if path and (standin := _standin(layer)) is not None:
-            model._modules[path] = standin
-    notes = {path: _NEEDS_BASE for path in file.layers if path not in model._modules}
-    layers = {path: layer for path, layer in file.layers.items() if path not in notes}
-    plain = replace(
-        file, layers=layers, flattened=False, components=(), counted={}, aliases={}, interleaved=frozenset()
-    )
-    branches, wrong = _branches(model, plain)
+def fit_alone(file: weights.AdapterFile) -> Fitted:
+    """Fit an adapter to layers of the shapes that its tensors have, where these show them."""
+    layers: list[ResolvedLayer[Target]] = []
+    notes: dict[str, str] = {}
+    for path, content in file.layers.items():
+        layer = _layer_of(content) if path else None
+        if layer is None:
+            notes[path] = _NEEDS_BASE
+        else:
+            layers.append(ResolvedLayer(alone(layer, "weight", path), content, path))
+    branches, wrong = _branches(layers, file)
     return Fitted(file, branches, {**notes, **wrong})
 
 
 def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
-    """What a branch adds to a weight at scale 1; None where that depends on a weight which is not given."""
+    """The update of a weight by a branch at scale 1; None where it depends on a weight which is not given."""
     method, matrix = branch.method, branch.matrix
-    if isinstance(method, LowRank) and type(method).change is LowRank.change:
-        return Update(*method.factors(branch.values(torch.float64)))
+    if method.is_low_rank:
+        return LowRank(*cast(formulas.LowRank, method).factors(branch.values(torch.float64)))
     if method.additive:
         zero = torch.zeros(matrix.shape)
         update = method.change(zero, branch.values(zero.dtype), 1.0)
@@ -96,34 +101,30 @@ def update_of(branch: Branch, weight: Tensor | None) -> Update | None:
     else:
         return None
     # A method that takes weights as they are takes those of convolutions too.
-    return Update(update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update)
+    return update.flatten(1) if matrix.kind == "any" and update.ndim > 2 else update
 
 
-def _branches(model: nn.Module, file: weights.AdapterFile) -> tuple[dict[str, tuple[str, Branch]], dict[str, str]]:
-    """The branches of those layers that fit a model, and what is wrong with the others, by their paths."""
-    wrong = {path: "; ".join(problems) for path, problems in misfits(model, file).items()}
-    layers = {path: layer for path, layer in file.layers.items() if path not in wrong}
-    if not layers:
-        return {}, wrong
-    try:
-        patch = read(model, replace(file, layers=layers, others={}), "fitted")
-    except AdapterError as problem:  # With what layers have in common.
-        return {}, {**wrong, **dict.fromkeys(layers, str(problem))}
-    names = {id(module): name for name, module in model.named_children()}
+def _branches(
+    layers: Sequence[ResolvedLayer[Target]], file: weights.AdapterFile
+) -> tuple[dict[str, tuple[str, Branch]], dict[str, str]]:
+    """The branches of the layers that fit, each with the name of its weight, and the mismatches of the others."""
+    entries, different = entries_of(layers, trainable=False)
+    wrong = {path: "; ".join(problems) for path, problems in different.items()}
+    if shared := shared_mismatches(entries, file, partial=False):
+        return {}, {**wrong, **{entry.target.path: "; ".join(shared) for entry in entries}}
     return {
-        place.path: (f"{names[id(place.target)]}.{place.branch.parameter}", place.branch)
-        for place in patch.places
-        if place.path in layers
+        target.path: (f"{target.path}.weight" if target.parameter == "weight" else target.path, branch)
+        for target, branch in restore(entries, file)
     }, wrong
 
 
-def _is_beside(layer: weights.LayerWeights) -> bool:
-    """Whether a method is no change of a weight."""
-    return layer.method in METHODS and not METHODS[layer.method].mergeable
+def _changes_weight(layer: weights.LayerWeights) -> bool:
+    """Whether a method is a change of a weight."""
+    return layer.method not in METHODS or METHODS[layer.method].mergeable
 
 
-def _standin(layer: weights.LayerWeights) -> nn.Module | None:
-    """A layer of the shape that the update of its weight has, where that depends on nothing else."""
+def _layer_of(layer: weights.LayerWeights) -> nn.Module | None:
+    """A layer of the shape of the update, where the tensors show it."""
     method, tensors = METHODS.get(layer.method), layer.tensors
     if method is None or not method.additive:
         return None
@@ -148,7 +149,7 @@ def _standin(layer: weights.LayerWeights) -> nn.Module | None:
 
 
 def _product(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a factor, which may be a product itself; nothing for what is none."""
+    """The shape of a factor, which may be a product itself; `()` where the tensors do not show it."""
     if name in tensors:
         return tuple(tensors[name].shape) if tensors[name].ndim > 1 else ()
     if f"{name}_a" in tensors and f"{name}_b" in tensors and "lokr_t2" not in tensors:

@@ -1,4 +1,4 @@
-"""`report`: where adapters act, how strongly, in how many directions, what they have in common, and what would load."""
+"""`report`: the update of each layer, its norm and singular-value spectrum, the overlap of adapters, and their fit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ import weights
 from adapters.errors import AdapterError
 from adapters.files.checkpoint import Checkpoint
 from adapters.files.load import last_part
-from adapters.files.resolve.matching import flat
+from adapters.files.resolve.path_index import flat
 from adapters.layers.dtypes import widened
-from adapters.lowrank.spectra import Spectrum, Update, inner, shared_directions
+from adapters.lowrank.low_rank import LowRank
+from adapters.lowrank.spectra import Spectrum, Update, inner, is_finite, shared_directions
 from adapters.patch.patch import Patch
 from adapters.reports.facts import AdapterReport, Facts, Layer, LayerOverlap, Overlap
-from adapters.reports.fit import Fitted, beside_own_shapes, fit, update_of
+from adapters.reports.fit import Fitted, fit, fit_alone, update_of
 from adapters.reports.html import fragment, page
 from weights.disk.atomic import write_files
 from weights.hub.layer_tree import natural
-from weights.tensors.open import read_settings
 
 Source = str | PathLike[str] | weights.AdapterFile | Patch
 
 
 @dataclass(frozen=True)
 class Report(Facts):
-    """What adapters are and do: what `report` returns. A notebook shows it."""
+    """The facts on adapters that `report` returns. A notebook shows it.
+
+    Example:
+        >>> found = adapters.report("someone/style-lora", base="someone/model")
+        >>> found.adapters[0].layers[0].relative
+        >>> found.save("report.html")
+    """
 
     def to_html(self) -> str:
-        """The report as one page that needs nothing else. The same report gives the same text.
+        """The report as one page that needs nothing else. Equal reports give equal pages.
 
         Raises:
             AdapterError: The library that draws the charts is not installed.
@@ -67,33 +73,34 @@ def report(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Measure an adapter, or several and what they have in common.
+    """Measure an adapter, or several and their overlap.
 
     Updates are measured as matrices of outputs by inputs, at scale 1, and one weight at a time: of the base, one tensor
-    is in memory. Products of low rank are never made in full. Without a base, this is done for LoRA, LoHa and LoKr, of
-    which the files show the shapes.
+    is in memory. Products of low rank are never made in full. Without a base, only LoRA, LoHa and LoKr are measured,
+    whose files show the shapes.
 
     Args:
-        sources: What `weights.read_adapter` reads, what it has read, or a patch; one or several.
+        sources: Sources that `weights.read_adapter` reads, files that it has read, or patches; one or several.
         base: The model that they are for, as a safetensors file, a folder of transformers or diffusers, also of a whole
             pipeline, or a place on the Hub. Only tensors that an adapter changes are read.
-        progress: Called with the number of weights that are done, and that of all.
+        progress: Called with the number of weights done so far, and the total.
 
     Raises:
         AdapterError: There is nothing to report on.
         weights.WeightsError: A source cannot be read.
 
     Example:
-        >>> adapters.report(["someone/style-lora", "pose.safetensors"], base="someone/model").save("report.html")
+        >>> found = adapters.report(["someone/style-lora", "pose.safetensors"], base="someone/model")
+        >>> found.overlaps[0].cosine
+        >>> found.save("report.html")
     """
     alone = isinstance(sources, (str, PathLike, weights.AdapterFile, Patch))
     given: Sequence[Source] = [sources] if alone else sources  # type: ignore[list-item, assignment]
     if not given:
         raise AdapterError("There is nothing to report on: give an adapter, or several.")
     checkpoint = None if base is None else Checkpoint.open(base)
-    settings = {} if base is None else read_settings(base)
     files = [_read(source) for source in given]
-    fitted = [beside_own_shapes(file) if checkpoint is None else fit(file, checkpoint, settings) for file in files]
+    fitted = [fit_alone(file) if checkpoint is None else fit(file, checkpoint) for file in files]
     names = _names(given)
     pairs = {(a, b): _Pair() for a, b in combinations(range(len(given)), 2)}
     layers: list[list[Layer]] = [[] for _ in given]
@@ -126,14 +133,14 @@ def _read(source: Source) -> weights.AdapterFile:
 
 
 def _where(source: Source) -> str:
-    """Where an adapter is from, or the name of a patch."""
+    """The source of an adapter, or the name of a patch."""
     if isinstance(source, Patch):
         return source.name
     return "" if isinstance(source, weights.AdapterFile) else str(source)
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """What adapters are called: the last part of where they are from, or all of it where others end so too."""
+    """The names of adapters: the last part of the source, or all of it where others end so too."""
     full = [_where(source) or "adapter" for source in sources]
     short = [last_part(name) for name in full]
     names = [last if short.count(last) == 1 else whole for last, whole in zip(short, full, strict=True)]
@@ -145,9 +152,9 @@ def _names(sources: Sequence[Source]) -> list[str]:
 
 
 def _common(fitted: Sequence[Fitted]) -> dict[str, dict[int, str]]:
-    """By the path of a weight that says most, the path of it in each adapter, by the number of that."""
+    """The path of each weight in every adapter by the number of the adapter, by the path with the most dots."""
     flattened = any(one.file.flattened for one in fitted)
-    bare = any(not one.file.components for one in fitted)  # One that does not say for which model it is.
+    bare = any(not one.file.components for one in fitted)  # One that does not name its model.
     common: dict[str, dict[int, str]] = {}
     for number, one in enumerate(fitted):
         for path in one.file.layers:
@@ -182,9 +189,9 @@ def _facts(
 def _untouched(checkpoint: Checkpoint, fitted: Iterable[Fitted]) -> dict[str, tuple[int, ...]]:
     touched = {path for one in fitted for path in one.file.layers}
     shapes = {
-        name.removesuffix(".weight"): slot.shape
-        for name, slot in checkpoint.slots.items()
-        if name.endswith(".weight") and len(slot.shape) > 1
+        name.removesuffix(".weight"): info.shape
+        for name, info in checkpoint.infos.items()
+        if name.endswith(".weight") and len(info.shape) > 1
     }
     return {path: shapes[path] for path in sorted(shapes, key=natural) if path not in touched}
 
@@ -196,15 +203,15 @@ _Weight = Callable[[str], tuple[Tensor | None, float | None]]
 
 
 def _weight_of(checkpoint: Checkpoint | None) -> _Weight:
-    """Gives a weight of the base in at least single precision, and its norm: nothing where there is none, or codes.
+    """A reader of weights of the base, in at least single precision, with their norms; None for codes and absent ones.
 
-    The last one is kept, as several adapters may change it.
+    The last weight is kept, as several adapters may change it.
     """
     last: tuple[str | None, Tensor | None, float | None] = (None, None, None)
 
     def weight_of(name: str) -> tuple[Tensor | None, float | None]:
         nonlocal last
-        if checkpoint is None or name not in checkpoint.slots or not checkpoint.slots[name].dtype.is_floating_point:
+        if checkpoint is None or name not in checkpoint.infos or not checkpoint.infos[name].dtype.is_floating_point:
             return None, None
         if last[0] != name:
             last = (None, None, None)  # So that there is only one at a time.
@@ -216,7 +223,7 @@ def _weight_of(checkpoint: Checkpoint | None) -> _Weight:
 
 
 def _measure(fitted: Fitted, path: str, weight_of: _Weight) -> tuple[Layer, tuple[Update, Spectrum] | None]:
-    """What an adapter does to a weight, and the update itself where there is one."""
+    """The facts on one layer, and its update and spectrum where there are any."""
     content = fitted.file.layers[path]
     count = sum(tensor.numel() for tensor in content.tensors.values())
     layer = Layer(path, content.method, dict(content.hyperparameters), count, note=fitted.notes.get(path, ""))
@@ -228,10 +235,10 @@ def _measure(fitted: Fitted, path: str, weight_of: _Weight) -> tuple[Layer, tupl
     layer = replace(layer, shape=branch.matrix.shape if update is None else update.shape, weight_norm=size)
     if update is None:
         return replace(layer, note="its update depends on the weight, of which the base has no numbers"), None
-    if not update.is_finite():
+    if not is_finite(update):
         return replace(layer, note="it has NaN or infinity"), None
-    if len(update.shape) < 2:
-        norm = float(torch.linalg.vector_norm(update.up.double()))
+    if not isinstance(update, LowRank) and update.ndim < 2:
+        norm = float(torch.linalg.vector_norm(update.double()))
         return replace(layer, norm=norm, relative=norm / size if size else None), None
     spectrum = Spectrum.of(update)
     layer = replace(
@@ -246,7 +253,7 @@ def _measure(fitted: Fitted, path: str, weight_of: _Weight) -> tuple[Layer, tupl
 
 
 class _Pair:
-    """What two adapters have in common, summed up weight by weight."""
+    """The overlap of two adapters, summed up weight by weight."""
 
     def __init__(self) -> None:
         self.product = self.first = self.second = 0.0  # ⟨D₁, D₂⟩ and the squares of ‖D₁‖ and ‖D₂‖, of all weights.

@@ -1,4 +1,4 @@
-"""Nodes in a compiled model: what is chosen is looked up whenever the graph runs, so that no choice needs a new one."""
+"""Nodes in a compiled model: the activation is looked up whenever a graph runs, so that no choice needs a new one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from adapters.errors import RowsError
 from adapters.methods.core.method import Active, Branch
 
 
-class Node(Protocol):
-    """An adapted layer, as far as graphs ask for it."""
+class Branched(Protocol):
+    """A node, as far as graphs ask for it."""
 
     @property
     def branches(self) -> Sequence[Branch]: ...
@@ -24,17 +24,17 @@ class Node(Protocol):
     @property
     def path(self) -> str: ...
 
-    def chosen(self) -> Active | Rows: ...
+    def active_branches(self) -> Active | Rows: ...
 
 
-_nodes: WeakValueDictionary[int, Node] = WeakValueDictionary()
-_numbers: list[tuple[int, Tensor]] = []  # Those to give next, made many at a time, which is quicker.
+_nodes: WeakValueDictionary[int, Branched] = WeakValueDictionary()
+_numbers: list[tuple[int, Tensor]] = []  # The next ones, made many at a time, which is quicker.
 _blocks = itertools.count()
 _BLOCK = 1024
 
 
-def number_of(node: Node) -> Tensor:
-    """A new number for a node, by which graphs know it: an input of theirs, so that equal blocks share one graph."""
+def number_of(node: Branched) -> Tensor:
+    """A new key of a node in compiled graphs: an input of theirs, so that equal blocks share one graph."""
     while True:
         try:
             number, tensor = _numbers.pop()  # One thread gets it.
@@ -46,29 +46,29 @@ def number_of(node: Node) -> Tensor:
             return tensor
 
 
-# What is looked up is not what a captured CUDA graph could repeat.
+# A captured CUDA graph could not repeat the look-up.
 @torch.library.custom_op("adapters::strengths", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def strengths(x: Tensor, node: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """How strongly each branch of a node acts on each row of a batch, at the moment, in this thread or task.
+    """The strength of each branch of a node for each row of a batch, at the moment, in this thread or task.
 
     Args:
-        x: The input of the layer, of which the number of rows counts.
-        node: The number of the node.
-        count: How many branches it has.
+        x: The input of the layer, which has a row for each sample.
+        node: The key of the node.
+        count: The number of its branches.
         dtype: The dtype of the result.
 
     Returns:
         `(rows, branches)`.
 
     Raises:
-        RowsError: There is a choice for each row, and the input has another number of them.
+        RowsError: The batch is mixed, and the input has another number of rows.
     """
     here = _nodes[int(node)]
-    branches, chosen, rows = here.branches, here.chosen(), x.shape[0]
+    branches, chosen, rows = here.branches, here.active_branches(), x.shape[0]
     if isinstance(chosen, Rows):
         if chosen.count != rows:
             raise RowsError(
-                f"rows= names {chosen.count} rows, but a compiled layer was given a batch of {rows}: name each.",
+                f"rows= has {chosen.count} entries for a batch of {rows}, in a compiled layer: give one for each row.",
                 here.path,
             )
         each = [[weights.get(branch.switch, 0.0) for branch in branches] for weights, _ in chosen.groups]

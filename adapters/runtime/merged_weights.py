@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -10,55 +10,38 @@ from torch import Tensor, nn
 
 from adapters.layers.dtypes import widened
 from adapters.layers.sharded import gather, shard_like
-from adapters.lowrank.accumulate import _MATRIX_UNIT, Product, add
-from adapters.methods.core.formulas import LowRank
+from adapters.lowrank import accumulate
+from adapters.lowrank.low_rank import LowRank
+from adapters.methods.core import formulas
 from adapters.methods.core.method import Active, Branch
 
 
 def is_low_rank(branch: Branch, parameter: str) -> bool:
-    """Whether all that becomes of a parameter is that the product of two factors is added to it."""
-    method = branch.method
-    own = isinstance(method, LowRank) and type(method).change is LowRank.change
-    return own and branch.parameter == parameter and branch.matrix.layout != "transposed"
+    """Whether a branch adds the product of two factors to a parameter, and changes it in no other way."""
+    return branch.method.is_low_rank and branch.parameter == parameter and branch.matrix.layout != "transposed"
 
 
-def products_of(active: Active, weight: Tensor) -> list[Product]:
-    """What such branches add to a weight like this one, in at least single precision."""
+def updates_of(active: Active, weight: Tensor) -> list[LowRank]:
+    """The updates by such branches of a weight like this one, in at least single precision."""
     dtype = widened(weight[:0]).dtype
-    products: list[Product] = []
+    updates: list[LowRank] = []
     for branch, scale in active:
-        up, down = cast(LowRank, branch.method).factors(branch.values(dtype))
-        products.append((down.mT, up.mT, scale) if branch.matrix.layout == "columns" else (up, down, scale))
-    in_one = _MATRIX_UNIT and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
-    return [_in_bfloat16(products)] if in_one else products
-
-
-def _in_bfloat16(products: Sequence[Product]) -> Product:
-    """The same as one product in bfloat16, for processors that multiply that in hardware and add up in float32.
-
-    Each number becomes a sum of three, which together have the 24 bits of float32, and of their nine products those
-    three are left out that are below its precision.
-    """
-    ups, downs, scales = zip(*products, strict=True)
-    a, b, c = _thirds(torch.cat([up * scale for up, scale in zip(ups, scales, strict=True)], -1))
-    d, e, f = _thirds(torch.cat(downs, -2))
-    return torch.cat((a, a, a, b, b, c), -1), torch.cat((d, e, f, d, e, d), -2), 1.0
-
-
-def _thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    first = x.bfloat16()
-    second = (x - first).bfloat16()
-    return first, second, (x - first - second).bfloat16()
+        up, down = cast(formulas.LowRank, branch.method).factors(branch.values(dtype))
+        if branch.matrix.layout == "columns":
+            up, down = down.mT, up.mT
+        updates.append(LowRank(up, down, scale))
+    in_one = accumulate.MATRIX_UNIT and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+    return [accumulate.in_bfloat16(updates)] if in_one else updates
 
 
 Made = dict[object, "nn.Parameter | None"]
-"""Weights with branches folded in, by what they were made of."""
+"""Merged copies of weights, by the weights and the branches that they were made of."""
 
 
 def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
-    """What weights become by some branches, in their own dtypes, computed in at least single precision.
+    """Weights with branches merged into them, in their own dtypes, computed in at least single precision.
 
-    Those in parts are made whole for it, as no formula of a method has to know of parts, and are parted again.
+    Sharded ones are gathered for it, so that no formula has to know of shards, and the outcome is sharded alike.
     """
     touched = dict.fromkeys(name for branch, _ in active for name in branch.names)
     wide = {name: None if (weight := own[name]) is None else widened(gather(weight)) for name in touched}
@@ -74,18 +57,19 @@ def adapted_weights(own: Mapping[str, Tensor | None], active: Active) -> dict[st
     return weights
 
 
-def _merged(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
-    """The same in new tensors: where that can be done in place, to the bit what it makes of weights in place."""
+def merged_copies(own: Mapping[str, Tensor | None], active: Active) -> dict[str, Tensor | None]:
+    """Merged copies of the weights, bit-identical to merging in place where that can be done."""
     merged: dict[str, Tensor | None] = {}
     for name, weight in own.items():
-        added = [item for item in active if name in item[0].names]
-        plain = type(weight) in (Tensor, nn.Parameter) and all(is_low_rank(branch, name) for branch, _ in added)
+        changing = [item for item in active if name in item[0].names]
+        plain = type(weight) in (Tensor, nn.Parameter) and all(is_low_rank(branch, name) for branch, _ in changing)
         if weight is None or not plain or not weight.is_floating_point():
             return adapted_weights(own, active)
         merged[name] = result = weight.detach().clone(memory_format=torch.contiguous_format)
-        add(result, products_of(added, weight))
+        accumulate.add(result, updates_of(changing, weight))
     return merged
 
 
-def _parameter(value: Tensor | None, like: Tensor | None) -> nn.Parameter | None:
+def as_parameter(value: Tensor | None, like: Tensor | None) -> nn.Parameter | None:
+    """A weight as a parameter that requires gradients if another one does."""
     return None if value is None else nn.Parameter(value.contiguous(), like is not None and like.requires_grad)

@@ -1,4 +1,4 @@
-"""Placeholders for weights that no single tensor can stand for."""
+"""Placeholders for the weight of a layer where no tensor has the values that it computes with."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from adapters.errors import AdapterError, RowsError, TargetError
 
 
 class NoWeight(Tensor):
-    """The weight of a layer whose adapters are no change of weights: it has a shape and a dtype, but no values.
+    """The weight of a layer with adapters that cannot be merged: it has a shape and a dtype, but no values.
 
-    Torch's fused kernels step aside for tensors of a class of its own, and call the layer instead.
+    Torch's fused kernels are skipped for subclasses of Tensor, and the layer is called instead.
     """
 
     @classmethod
     def error(cls) -> AdapterError:
-        """What to raise when the values are asked for."""
-        return TargetError("A layer that is read by its weight cannot have an adapter that is no change of weights.")
+        """The error for an access to the values."""
+        return TargetError("A layer that is read by its weight cannot have an adapter that cannot be merged.")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -28,7 +28,7 @@ class NoWeight(Tensor):
 
 
 class RowWeight(NoWeight):
-    """The weight of a layer while rows have weights of their own."""
+    """The weight of a layer during a mixed batch."""
 
     @classmethod
     def error(cls) -> AdapterError:

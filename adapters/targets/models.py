@@ -1,4 +1,4 @@
-"""Several models that a patch goes into together: a pipeline of diffusers, or a table of models by name."""
+"""Several models that a patch goes into together: a pipeline of diffusers, or a dict of models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapters.errors import AdapterError
 
 @runtime_checkable
 class Pipeline(Protocol):
-    """What diffusers' pipelines have: their parts by name, of which those that are modules are taken."""
+    """A pipeline as diffusers has it, with components by name, of which those that are modules get adapters."""
 
     @property
     def components(self) -> Mapping[str, object]: ...
@@ -23,10 +23,10 @@ Model = nn.Module | Mapping[str, nn.Module] | Pipeline
 
 
 class Models(nn.Module):
-    """The models of a pipeline or a table as children of one module, which itself is never run.
+    """The models of a pipeline or a dict as children of one module, which itself is never run.
 
     Attributes:
-        name_or_path: Where the pipeline came from, if it says so.
+        name_or_path: The name that the pipeline was loaded by, if it says so.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], name_or_path: str | None) -> None:
@@ -37,14 +37,14 @@ class Models(nn.Module):
 
 
 # A patch keeps the one it is in alive, and that its models, so that no `id` in a key is that of something else.
-_known: WeakValueDictionary[tuple[tuple[str, int], ...], Models] = WeakValueDictionary()
+_together: WeakValueDictionary[tuple[tuple[str, int], ...], Models] = WeakValueDictionary()
 
 
 def as_module(model: Model) -> nn.Module:
-    """The model itself, or one module for all models of a pipeline or a table, the same each time.
+    """The model itself, or one module for all models of a pipeline or a dict, the same each time.
 
     Raises:
-        AdapterError: It is none of these.
+        AdapterError: The model is none of these.
     """
     if isinstance(model, nn.Module):
         return model
@@ -53,18 +53,18 @@ def as_module(model: Model) -> nn.Module:
     if not modules or (isinstance(model, Mapping) and len(modules) < len(model)):
         raise AdapterError(
             f"A {type(model).__name__} is no model: adapters go into a torch.nn.Module, a pipeline of diffusers, or a"
-            " table of modules by name."
+            " dict of modules."
         )
     key = tuple((name, id(part)) for name, part in modules.items())
-    found = _known.get(key)
+    found = _together.get(key)
     if found is None:
         name_or_path = getattr(model, "name_or_path", None)
-        _known[key] = found = Models(modules, name_or_path if isinstance(name_or_path, str) else None)
+        _together[key] = found = Models(modules, name_or_path if isinstance(name_or_path, str) else None)
     return found
 
 
 def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules below which a model has its layers, each with what their paths begin with."""
+    """The components of a model, each with the prefix of the paths in it; without one for a model by itself."""
     if not isinstance(model, Models):
         yield "", model
         return
@@ -74,7 +74,7 @@ def roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def component_of(model: nn.Module) -> str:
-    """What a model of diffusers is called in its pipelines; empty for other models."""
+    """The name of a diffusers model in its pipelines; empty for other models."""
     kind = type(model)
     if not kind.__module__.startswith("diffusers."):
         return ""

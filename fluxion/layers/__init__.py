@@ -1,20 +1,9 @@
-"""Everything models are composed of: the tree, its combinators and the layers."""
+"""Layers, and every other public name of the tree and its combinators."""
 
-from fluxion.chain import (
-    Chain,
-    Concatenate,
-    Distribute,
-    Lambda,
-    Matmul,
-    Parallel,
-    Passthrough,
-    Residual,
-    SetContext,
-    Sum,
-    UseContext,
-    structural_copy,
-)
+from fluxion.chain import Chain
+from fluxion.combinators import Concatenate, Distribute, Matmul, Parallel, Passthrough, Residual, Sum
 from fluxion.context import Context, ContextProvider, Contexts
+from fluxion.copying import structural_copy
 from fluxion.errors import ChainError, ChainTypeError, ChainValueError, ChildNotFoundError, ContextError
 from fluxion.layers.activations import (
     GLU,
@@ -61,7 +50,9 @@ from fluxion.layers.norm import (
 from fluxion.layers.padding import PixelShuffle, PixelUnshuffle, ReflectionPad2d, ZeroPad2d
 from fluxion.layers.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool1d, MaxPool2d
 from fluxion.layers.sampling import Downsample, Interpolate, Upsample
-from fluxion.module import ContextModule, Module, WeightedModule
+from fluxion.leaves import Lambda, SetContext, UseContext
+from fluxion.links import ContextModule
+from fluxion.module import Module, WeightedModule
 from fluxion.walk import walk
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Activations: element-wise functions and the softmax."""
+"""Activations: element-wise functions, gated units and the softmax."""
 
 from __future__ import annotations
 
@@ -13,39 +13,69 @@ from fluxion.module import Module
 
 
 class Activation(Module):
-    """Base of the activations."""
+    """Base of the activations.
+
+    Example:
+        >>> [type(layer).__name__ for layer in fl.Chain(fl.Linear(2, 2), fl.ReLU(), fl.Tanh()).layers(fl.Activation)]
+        ['ReLU', 'Tanh']
+    """
 
 
 class ReLU(Activation):
-    """`max(x, 0)`."""
+    """Rectified linear unit: `max(x, 0)`, element-wise.
+
+    Example:
+        >>> fl.ReLU()(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(x)
 
 
 class SiLU(Activation):
-    """`x * sigmoid(x)` (arXiv:1702.03118)."""
+    """Sigmoid linear unit: `x * sigmoid(x)`, element-wise (arXiv:1702.03118).
+
+    Example:
+        >>> fl.SiLU()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7311])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.silu(x)
 
 
 class Sigmoid(Activation):
-    """`1 / (1 + exp(-x))`."""
+    """Logistic function: `1 / (1 + exp(-x))`, element-wise.
+
+    Example:
+        >>> fl.Sigmoid()(torch.tensor([0.0, 1.0]))
+        tensor([0.5000, 0.7311])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
 
 class Tanh(Activation):
-    """The hyperbolic tangent."""
+    """Hyperbolic tangent, element-wise.
+
+    Example:
+        >>> fl.Tanh()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7616])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
 
 class GeLUApproximation(Enum):
-    """How `GeLU` computes the normal distribution: exactly, by tanh, or by a sigmoid."""
+    """Formula that `GeLU` computes the normal distribution function with: exact, by tanh, or by a sigmoid.
+
+    Example:
+        >>> fl.GeLU(fl.GeLUApproximation.TANH)(torch.tensor([1.0]))
+        tensor([0.8412])
+    """
 
     NONE = "none"
     TANH = "tanh"
@@ -53,7 +83,12 @@ class GeLUApproximation(Enum):
 
 
 class GeLU(Activation):
-    """`x` times the normal distribution function of `x` (arXiv:1606.08415), or an approximation from there."""
+    """Gaussian error linear unit: `x` times the normal distribution function of `x`, element-wise (arXiv:1606.08415).
+
+    Example:
+        >>> fl.GeLU()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.8413])
+    """
 
     def __init__(self, approximation: GeLUApproximation = GeLUApproximation.NONE) -> None:
         super().__init__()
@@ -66,9 +101,16 @@ class GeLU(Activation):
 
 
 class GLU(Activation):
-    """The first half of the last dimension times the activation of the second half (arXiv:2002.05202).
+    """Gated linear unit: the first half of the last dimension times the activation of the second (arXiv:2002.05202).
 
     Shapes: `(..., 2 * n)` to `(..., n)`.
+
+    Raises:
+        ChainValueError: The last dimension is odd.
+
+    Example:
+        >>> fl.GLU(fl.ReLU())(torch.tensor([2.0, 3.0, -1.0, 4.0]))
+        tensor([ 0., 12.])
     """
 
     def __init__(self, activation: Activation) -> None:
@@ -86,7 +128,12 @@ class GLU(Activation):
 
 
 class Softmax(Activation):
-    """`exp(x)` divided by its sum along `dim`."""
+    """Softmax: `exp(x)` divided by its sum along `dim`.
+
+    Example:
+        >>> fl.Softmax()(torch.zeros(1, 4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()

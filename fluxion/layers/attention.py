@@ -1,4 +1,4 @@
-"""Attention, from arXiv:1706.03762."""
+"""Multi-head attention (arXiv:1706.03762)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fluxion.chain import Chain, Distribute, Parallel, SetContext, UseContext
+from fluxion.chain import Chain
+from fluxion.combinators import Distribute, Parallel
 from fluxion.context import Contexts
 from fluxion.errors import ChainValueError
 from fluxion.layers.basics import Identity
 from fluxion.layers.linear import Linear
+from fluxion.leaves import SetContext, UseContext
 from fluxion.module import Module
 
 
 class ScaledDotProductAttention(Module):
-    """`softmax(q kᵀ / √d) v` for each head.
+    """Scaled dot-product attention: `softmax(q kᵀ / √d) v` for each head, of width `d`.
 
     Shapes: query `(batch, queries, dim)`, key and value `(batch, keys, dim)`; output `(batch, queries, dim)`.
+
+    Raises:
+        ChainValueError: An input has another shape, or `num_heads` does not divide `dim`.
+
+    Example:
+        >>> q, k, v = torch.ones(1, 4, 8), torch.ones(1, 6, 8), torch.ones(1, 6, 8)
+        >>> fl.ScaledDotProductAttention(num_heads=2)(q, k, v).shape
+        torch.Size([1, 4, 8])
     """
 
     def __init__(
@@ -31,10 +41,10 @@ class ScaledDotProductAttention(Module):
     ) -> None:
         """
         Args:
-            num_heads: How many heads `dim` is divided into.
+            num_heads: Number of heads that `dim` is divided into.
             is_causal: Query `i` sees keys `0..i` only.
-            is_optimized: Use torch's fused kernels rather than the formula written out.
-            slice_size: Take this many queries at a time, to use less memory.
+            is_optimized: Use torch's fused kernels instead of the explicit formula.
+            slice_size: Number of queries to compute at a time, to use less memory.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -79,10 +89,18 @@ class ScaledDotProductAttention(Module):
 
 
 class Attention(Chain):
-    """Multi-head attention.
+    """Multi-head attention, with projections of query, key, value and output.
 
     Shapes: query `(batch, queries, embedding_dim)`, key `(batch, keys, key_embedding_dim)`, value
     `(batch, keys, value_embedding_dim)`; output `(batch, queries, embedding_dim)`.
+
+    Raises:
+        ChainValueError: `num_heads` does not divide the inner dimension.
+
+    Example:
+        >>> attention = fl.Attention(embedding_dim=8, num_heads=2, key_embedding_dim=6, value_embedding_dim=6)
+        >>> attention(torch.ones(1, 4, 8), torch.ones(1, 5, 6), torch.ones(1, 5, 6)).shape
+        torch.Size([1, 4, 8])
     """
 
     def __init__(
@@ -119,7 +137,14 @@ class Attention(Chain):
 
 
 class SelfAttention(Attention):
-    """Multi-head attention of a sequence to itself: `(batch, length, embedding_dim)` to the same."""
+    """Multi-head attention of a sequence to itself.
+
+    Shapes: `(batch, length, embedding_dim)` in and out.
+
+    Example:
+        >>> fl.SelfAttention(embedding_dim=8, num_heads=2)(torch.ones(1, 4, 8)).shape
+        torch.Size([1, 4, 8])
+    """
 
     def __init__(
         self,
@@ -146,7 +171,14 @@ class SelfAttention(Attention):
 
 
 class SelfAttention2d(SelfAttention):
-    """Multi-head attention of the pixels of a picture to each other: `(batch, channels, height, width)` to the same."""
+    """Multi-head attention of the pixels of an image to each other.
+
+    Shapes: `(batch, channels, height, width)` in and out.
+
+    Example:
+        >>> fl.SelfAttention2d(channels=8, num_heads=2)(torch.ones(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     def __init__(
         self,
@@ -176,7 +208,7 @@ class SelfAttention2d(SelfAttention):
 
 
 class _PixelsToSequence(SetContext):
-    """`(batch, channels, height, width)` to `(batch, height * width, channels)`; the size goes to the context."""
+    """Flattens `(batch, channels, height, width)` to `(batch, height * width, channels)`, and stores the size."""
 
     def __init__(self) -> None:
         super().__init__("reshape", "size")
@@ -187,7 +219,7 @@ class _PixelsToSequence(SetContext):
 
 
 class _SequenceToPixels(UseContext):
-    """`(batch, height * width, channels)` back to `(batch, channels, height, width)`."""
+    """Unflattens `(batch, height * width, channels)` to `(batch, channels, height, width)`."""
 
     def __init__(self) -> None:
         super().__init__("reshape", "size")

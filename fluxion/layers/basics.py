@@ -1,4 +1,4 @@
-"""Layers that reshape, select and scale."""
+"""Layers that reshape, select and scale, and a learned tensor."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from fluxion.module import Module, WeightedModule
 
 
 class Identity(Module):
-    """Returns its input."""
+    """Identity: returns its input.
+
+    Example:
+        >>> fl.Parallel(fl.Identity(), fl.Multiply(2.0))(3)
+        (3, 6.0)
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class GetArg(Module):
-    """Returns one of its inputs."""
+    """Selection of one of several inputs, by index.
+
+    Example:
+        >>> fl.Chain(fl.Parallel(fl.Identity(), fl.Multiply(2.0)), fl.GetArg(1))(3)
+        6.0
+    """
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -27,7 +37,12 @@ class GetArg(Module):
 
 
 class Flatten(Module):
-    """`torch.flatten` between two dimensions."""
+    """`torch.flatten` from `start_dim` to `end_dim`, both included.
+
+    Example:
+        >>> fl.Flatten(start_dim=1)(torch.ones(2, 3, 4)).shape
+        torch.Size([2, 12])
+    """
 
     def __init__(self, start_dim: int = 0, end_dim: int = -1) -> None:
         super().__init__()
@@ -39,7 +54,12 @@ class Flatten(Module):
 
 
 class Unflatten(Module):
-    """`torch.unflatten` of one dimension, into the sizes given as second input."""
+    """`torch.unflatten` of one dimension, into the sizes given as second input.
+
+    Example:
+        >>> fl.Unflatten(dim=1)(torch.ones(2, 12), (3, 4)).shape
+        torch.Size([2, 3, 4])
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -50,7 +70,14 @@ class Unflatten(Module):
 
 
 class Reshape(Module):
-    """`torch.reshape` of all dimensions but the first, the batch."""
+    """`torch.reshape` of all dimensions but the first, the batch.
+
+    Shapes: `(batch, ...)` to `(batch, *shape)`.
+
+    Example:
+        >>> fl.Reshape(4, 3)(torch.ones(2, 12)).shape
+        torch.Size([2, 4, 3])
+    """
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -61,7 +88,12 @@ class Reshape(Module):
 
 
 class Transpose(Module):
-    """`torch.transpose` of two dimensions."""
+    """`torch.transpose` of two dimensions.
+
+    Example:
+        >>> fl.Transpose(1, 2)(torch.ones(2, 3, 4)).shape
+        torch.Size([2, 4, 3])
+    """
 
     def __init__(self, dim0: int, dim1: int) -> None:
         super().__init__()
@@ -73,7 +105,12 @@ class Transpose(Module):
 
 
 class Permute(Module):
-    """`torch.permute` of the dimensions."""
+    """`torch.permute` of the dimensions.
+
+    Example:
+        >>> fl.Permute(2, 0, 1)(torch.ones(2, 3, 4)).shape
+        torch.Size([4, 2, 3])
+    """
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -84,7 +121,12 @@ class Permute(Module):
 
 
 class Slicing(Module):
-    """`x[start:end:step]` along one dimension; `end=None` is the end of the dimension."""
+    """Slice `start:end:step` of one dimension; `end=None` is its end.
+
+    Example:
+        >>> fl.Slicing(dim=1, start=1)(torch.tensor([[1, 2, 3]]))
+        tensor([[2, 3]])
+    """
 
     def __init__(self, dim: int = 0, start: int = 0, end: int | None = None, step: int = 1) -> None:
         super().__init__()
@@ -100,7 +142,12 @@ class Slicing(Module):
 
 
 class Squeeze(Module):
-    """`torch.squeeze` of one dimension."""
+    """`torch.squeeze` of one dimension.
+
+    Example:
+        >>> fl.Squeeze(1)(torch.ones(2, 1, 3)).shape
+        torch.Size([2, 3])
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -111,7 +158,12 @@ class Squeeze(Module):
 
 
 class Unsqueeze(Module):
-    """`torch.unsqueeze` at one dimension."""
+    """`torch.unsqueeze` at one dimension.
+
+    Example:
+        >>> fl.Unsqueeze(1)(torch.ones(2, 3)).shape
+        torch.Size([2, 1, 3])
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -122,21 +174,36 @@ class Unsqueeze(Module):
 
 
 class Sin(Module):
-    """`torch.sin`."""
+    """Sine, element-wise, of radians.
+
+    Example:
+        >>> fl.Concatenate(fl.Sin(), fl.Cos())(torch.zeros(2))
+        tensor([0., 0., 1., 1.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(x)
 
 
 class Cos(Module):
-    """`torch.cos`."""
+    """Cosine, element-wise, of radians.
+
+    Example:
+        >>> fl.Cos()(torch.zeros(2))
+        tensor([1., 1.])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cos(x)
 
 
 class Multiply(Module):
-    """`scale * x + bias`."""
+    """Affine function of every element: `scale * x + bias`.
+
+    Example:
+        >>> fl.Multiply(scale=2.0, bias=1.0)(torch.tensor([3.0]))
+        tensor([7.])
+    """
 
     def __init__(self, scale: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
@@ -148,7 +215,14 @@ class Multiply(Module):
 
 
 class Parameter(WeightedModule):
-    """A learned tensor of shape `dims`, returned with the batch size of the input in front: `(batch, *dims)`."""
+    """Learned tensor, expanded to the batch size of the input.
+
+    Shapes: `(batch, ...)` to `(batch, *dims)`.
+
+    Example:
+        >>> fl.Parameter(77, 8)(torch.ones(2, 3)).shape
+        torch.Size([2, 77, 8])
+    """
 
     def __init__(
         self,
@@ -166,7 +240,7 @@ class Parameter(WeightedModule):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the tensor is learned."""
+        """True when the tensor is learned."""
         return self.weight.requires_grad
 
     @requires_grad.setter
@@ -175,7 +249,12 @@ class Parameter(WeightedModule):
 
 
 class Dropout(nn.Dropout, Module):
-    """`torch.nn.Dropout`."""
+    """`torch.nn.Dropout`: in training mode, zeroes elements with a probability and scales the rest up.
+
+    Example:
+        >>> fl.Dropout(0.1).eval()(torch.ones(3))
+        tensor([1., 1., 1.])
+    """
 
     def __init__(self, probability: float = 0.5, inplace: bool = False) -> None:
         super().__init__(p=probability, inplace=inplace)

@@ -15,7 +15,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class Convolution(WeightedModule):
-    """Base of the convolutions: torch's constructor, in the order of arguments that chains use."""
+    """Base of the convolutions: torch's constructor, with arguments in the order that chains use."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Convolution(WeightedModule):
 
 
 class TransposedConvolution(WeightedModule):
-    """Base of the transposed convolutions."""
+    """Base of the transposed convolutions: torch's constructor, with `use_bias` for `bias`."""
 
     def __init__(
         self,
@@ -83,24 +83,54 @@ class TransposedConvolution(WeightedModule):
 
 
 class Conv1d(Convolution, nn.Conv1d):
-    """`torch.nn.Conv1d` of `(batch, in_channels, length)`."""
+    """`torch.nn.Conv1d` of `(batch, in_channels, length)`.
+
+    Example:
+        >>> fl.Conv1d(3, 8, kernel_size=3, padding=1)(torch.ones(1, 3, 16)).shape
+        torch.Size([1, 8, 16])
+    """
 
 
 class Conv2d(Convolution, nn.Conv2d):
-    """`torch.nn.Conv2d` of `(batch, in_channels, height, width)`."""
+    """`torch.nn.Conv2d` of `(batch, in_channels, height, width)`.
+
+    Example:
+        >>> fl.Conv2d(3, 8, kernel_size=3, stride=2, padding=1)(torch.ones(1, 3, 16, 16)).shape
+        torch.Size([1, 8, 8, 8])
+    """
 
 
 class Conv3d(Convolution, nn.Conv3d):
-    """`torch.nn.Conv3d` of `(batch, in_channels, depth, height, width)`."""
+    """`torch.nn.Conv3d` of `(batch, in_channels, depth, height, width)`.
+
+    Example:
+        >>> fl.Conv3d(3, 8, kernel_size=3)(torch.ones(1, 3, 4, 16, 16)).shape
+        torch.Size([1, 8, 2, 14, 14])
+    """
 
 
 class ConvTranspose1d(TransposedConvolution, nn.ConvTranspose1d):
-    """`torch.nn.ConvTranspose1d` of `(batch, in_channels, length)`."""
+    """`torch.nn.ConvTranspose1d` of `(batch, in_channels, length)`.
+
+    Example:
+        >>> fl.ConvTranspose1d(3, 8, kernel_size=2, stride=2)(torch.ones(1, 3, 16)).shape
+        torch.Size([1, 8, 32])
+    """
 
 
 class ConvTranspose2d(TransposedConvolution, nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` of `(batch, in_channels, height, width)`."""
+    """`torch.nn.ConvTranspose2d` of `(batch, in_channels, height, width)`.
+
+    Example:
+        >>> fl.ConvTranspose2d(3, 8, kernel_size=2, stride=2)(torch.ones(1, 3, 16, 16)).shape
+        torch.Size([1, 8, 32, 32])
+    """
 
 
 class ConvTranspose3d(TransposedConvolution, nn.ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` of `(batch, in_channels, depth, height, width)`."""
+    """`torch.nn.ConvTranspose3d` of `(batch, in_channels, depth, height, width)`.
+
+    Example:
+        >>> fl.ConvTranspose3d(3, 8, kernel_size=2, stride=2)(torch.ones(1, 3, 4, 16, 16)).shape
+        torch.Size([1, 8, 8, 32, 32])
+    """

@@ -1,17 +1,30 @@
-"""Converting inputs to what the parent works in."""
+"""Conversion of inputs to the device and dtype of the parent."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fluxion.errors import ChainValueError
-from fluxion.module import ContextModule
+from fluxion.links import ContextModule
 
 
 class Converter(ContextModule):
-    """Its inputs, moved to the device and cast to the dtype of the parent's first parameter."""
+    """Conversion of its inputs to the device and dtype of the parent's first parameter.
+
+    Raises:
+        ChainValueError: The parent has no parameter, or there is no parent.
+
+    Example:
+        >>> fl.Chain(fl.Converter(), fl.Linear(2, 2, dtype=torch.float64))(torch.ones(1, 2)).dtype
+        torch.float64
+    """
 
     def __init__(self, set_device: bool = True, set_dtype: bool = True) -> None:
+        """
+        Args:
+            set_device: Move the inputs to the device.
+            set_dtype: Cast the inputs to the dtype.
+        """
         super().__init__()
         self.set_device = set_device
         self.set_dtype = set_dtype

@@ -1,4 +1,4 @@
-"""Layers indexed by integers."""
+"""Embedding of integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from fluxion.module import WeightedModule
 
 
 class Embedding(nn.Embedding, WeightedModule):
-    """`torch.nn.Embedding`: integers `(...)` to rows `(..., embedding_dim)`."""
+    """`torch.nn.Embedding`: integers `(...)` to rows of the weight `(..., embedding_dim)`.
+
+    Example:
+        >>> fl.Embedding(num_embeddings=100, embedding_dim=8)(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 8])
+    """
 
     def __init__(
         self,

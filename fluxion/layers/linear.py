@@ -1,4 +1,4 @@
-"""Layers made of matrix products."""
+"""Linear layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from fluxion.module import WeightedModule
 
 
 class Linear(nn.Linear, WeightedModule):
-    """`torch.nn.Linear`: `(..., in_features)` to `(..., out_features)`."""
+    """`torch.nn.Linear`: `(..., in_features)` to `(..., out_features)`.
+
+    Example:
+        >>> fl.Linear(in_features=4, out_features=2)(torch.ones(8, 4)).shape
+        torch.Size([8, 2])
+    """
 
     def __init__(
         self,
@@ -27,7 +32,13 @@ class Linear(nn.Linear, WeightedModule):
 
 
 class MultiLinear(Chain):
-    """`num_layers` Linears with a ReLU between them: `(..., input_dim)` to `(..., output_dim)`."""
+    """Perceptron of `num_layers` Linears with a ReLU between them: `(..., input_dim)` to `(..., output_dim)`.
+
+    Example:
+        >>> model = fl.MultiLinear(input_dim=4, output_dim=2, inner_dim=16, num_layers=3)
+        >>> len(model), model(torch.ones(8, 4)).shape
+        (5, torch.Size([8, 2]))
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Normalisations."""
+"""Normalisation layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from fluxion.module import Module, WeightedModule
 
 
 class LayerNorm(nn.LayerNorm, WeightedModule):
-    """`torch.nn.LayerNorm` over the last dimensions, with weight and bias."""
+    """`torch.nn.LayerNorm` over the last dimensions, with weight and bias (arXiv:1607.06450).
+
+    Example:
+        >>> fl.LayerNorm(2)(torch.tensor([[1.0, 3.0]])).round(decimals=2)
+        tensor([[-1., 1.]], grad_fn=<RoundBackward1>)
+    """
 
     weight: nn.Parameter
 
@@ -24,7 +29,12 @@ class LayerNorm(nn.LayerNorm, WeightedModule):
 
 
 class RMSNorm(nn.RMSNorm, WeightedModule):
-    """`torch.nn.RMSNorm` over the last dimensions, with weight (arXiv:1910.07467)."""
+    """`torch.nn.RMSNorm` over the last dimensions, with weight (arXiv:1910.07467).
+
+    Example:
+        >>> fl.RMSNorm(2)(torch.tensor([[3.0, 3.0]])).round(decimals=2)
+        tensor([[1., 1.]], grad_fn=<RoundBackward1>)
+    """
 
     weight: nn.Parameter
 
@@ -39,7 +49,12 @@ class RMSNorm(nn.RMSNorm, WeightedModule):
 
 
 class GroupNorm(nn.GroupNorm, WeightedModule):
-    """`torch.nn.GroupNorm` of `(batch, channels, ...)`, with weight and bias."""
+    """`torch.nn.GroupNorm` of `(batch, channels, ...)`, with weight and bias (arXiv:1803.08494).
+
+    Example:
+        >>> fl.GroupNorm(channels=8, num_groups=2)(torch.ones(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     weight: nn.Parameter
 
@@ -56,7 +71,12 @@ class GroupNorm(nn.GroupNorm, WeightedModule):
 
 
 class BatchNorm1d(nn.BatchNorm1d, WeightedModule):
-    """`torch.nn.BatchNorm1d` of `(batch, channels)` or `(batch, channels, length)`."""
+    """`torch.nn.BatchNorm1d` of `(batch, channels)` or `(batch, channels, length)` (arXiv:1502.03167).
+
+    Example:
+        >>> fl.BatchNorm1d(8)(torch.ones(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     weight: nn.Parameter
 
@@ -72,7 +92,12 @@ class BatchNorm1d(nn.BatchNorm1d, WeightedModule):
 
 
 class BatchNorm2d(nn.BatchNorm2d, WeightedModule):
-    """`torch.nn.BatchNorm2d` of `(batch, channels, height, width)`."""
+    """`torch.nn.BatchNorm2d` of `(batch, channels, height, width)` (arXiv:1502.03167).
+
+    Example:
+        >>> fl.BatchNorm2d(8)(torch.ones(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     weight: nn.Parameter
 
@@ -88,7 +113,12 @@ class BatchNorm2d(nn.BatchNorm2d, WeightedModule):
 
 
 class LayerNorm2d(WeightedModule):
-    """Layer normalisation over the channels of `(batch, channels, height, width)`."""
+    """Layer normalisation over the channels of `(batch, channels, height, width)`, with weight and bias.
+
+    Example:
+        >>> fl.LayerNorm2d(8)(torch.ones(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     def __init__(
         self,
@@ -110,7 +140,12 @@ class LayerNorm2d(WeightedModule):
 
 
 class InstanceNorm2d(nn.InstanceNorm2d, Module):
-    """`torch.nn.InstanceNorm2d` of `(batch, channels, height, width)`, without weights."""
+    """`torch.nn.InstanceNorm2d` of `(batch, channels, height, width)`, without weights (arXiv:1607.08022).
+
+    Example:
+        >>> fl.InstanceNorm2d(8)(torch.ones(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+    """
 
     def __init__(
         self,

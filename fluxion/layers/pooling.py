@@ -1,4 +1,4 @@
-"""Pooling."""
+"""Pooling layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from fluxion.module import Module
 
 
 class MaxPool1d(nn.MaxPool1d, Module):
-    """`torch.nn.MaxPool1d`: `(batch, channels, length)` to a shorter length."""
+    """`torch.nn.MaxPool1d`: `(batch, channels, length)` to a shorter length.
+
+    Example:
+        >>> fl.MaxPool1d(2)(torch.tensor([[[1.0, 2.0, 4.0, 3.0]]]))
+        tensor([[[2., 4.]]])
+    """
 
     def __init__(
         self,
@@ -23,7 +28,12 @@ class MaxPool1d(nn.MaxPool1d, Module):
 
 
 class MaxPool2d(nn.MaxPool2d, Module):
-    """`torch.nn.MaxPool2d`: `(batch, channels, height, width)` to a smaller height and width."""
+    """`torch.nn.MaxPool2d`: `(batch, channels, height, width)` to a smaller height and width.
+
+    Example:
+        >>> fl.MaxPool2d(2)(torch.ones(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 4, 4])
+    """
 
     def __init__(
         self,
@@ -38,7 +48,12 @@ class MaxPool2d(nn.MaxPool2d, Module):
 
 
 class AvgPool2d(nn.AvgPool2d, Module):
-    """`torch.nn.AvgPool2d`: `(batch, channels, height, width)` to a smaller height and width."""
+    """`torch.nn.AvgPool2d`: `(batch, channels, height, width)` to a smaller height and width.
+
+    Example:
+        >>> fl.AvgPool2d(2)(torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]]))
+        tensor([[[[3.]]]])
+    """
 
     def __init__(
         self,
@@ -50,7 +65,12 @@ class AvgPool2d(nn.AvgPool2d, Module):
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d, Module):
-    """`torch.nn.AdaptiveAvgPool2d`: `(batch, channels, height, width)` to `(batch, channels, *output_size)`."""
+    """`torch.nn.AdaptiveAvgPool2d`: `(batch, channels, height, width)` to `(batch, channels, *output_size)`.
+
+    Example:
+        >>> fl.AdaptiveAvgPool2d((1, 2))(torch.ones(1, 3, 7, 9)).shape
+        torch.Size([1, 3, 1, 2])
+    """
 
     def __init__(self, output_size: int | tuple[int, int]) -> None:
         super().__init__(output_size)

@@ -1,4 +1,4 @@
-"""Changing the resolution."""
+"""Changes of resolution."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional
 
-from fluxion.chain import Chain, Parallel, SetContext, UseContext
+from fluxion.chain import Chain
+from fluxion.combinators import Parallel
 from fluxion.layers.basics import Identity
 from fluxion.layers.conv import Conv2d
 from fluxion.layers.padding import ZeroPad2d
+from fluxion.leaves import SetContext, UseContext
 from fluxion.module import Module
 
 
 class Interpolate(Module):
-    """`torch.nn.functional.interpolate` of `(batch, channels, ...)` to the size given as second input."""
+    """`torch.nn.functional.interpolate` of `(batch, channels, ...)` to the size given as second input, in pixels.
+
+    Example:
+        >>> fl.Interpolate(mode="bilinear")(torch.ones(1, 3, 4, 4), (8, 6)).shape
+        torch.Size([1, 3, 8, 6])
+    """
 
     def __init__(self, mode: str = "nearest", antialias: bool = False) -> None:
         super().__init__()
@@ -28,10 +35,14 @@ class Interpolate(Module):
 
 
 class Downsample(Chain):
-    """A convolution of stride `scale_factor`: `(batch, channels, height, width)` to a smaller height and width.
+    """Convolution of stride `scale_factor`: `(batch, channels, height, width)` to a smaller height and width.
 
     With `register_shape` the size of the input is pushed to the list in the context `"sampling"`, entry `"shapes"`,
     for an `Upsample` to pop: an ancestor provides that list.
+
+    Example:
+        >>> fl.Downsample(channels=4, scale_factor=2, register_shape=False)(torch.ones(1, 4, 8, 8)).shape
+        torch.Size([1, 4, 4, 4])
     """
 
     def __init__(
@@ -61,6 +72,10 @@ class Upsample(Chain):
 
     The new size is `upsample_factor` times the old one, or when that is None, the size that the matching `Downsample`
     pushed to the context.
+
+    Example:
+        >>> fl.Upsample(channels=4, upsample_factor=2)(torch.ones(1, 4, 8, 8)).shape
+        torch.Size([1, 4, 16, 16])
     """
 
     def __init__(

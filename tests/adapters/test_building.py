@@ -105,7 +105,9 @@ def test_the_same_seed_gives_the_same_branches() -> None:
 def test_the_order_is_that_of_the_sites() -> None:
     """Though weights of one kind are made together."""
     made = model()
-    places = [place.path for place in adapters.inject(made, LoRA(rank=2), targets=[str(n) for n in range(4)]).places]
+    places = [
+        place.path for place in adapters.inject(made, LoRA(rank=2), targets=[str(n) for n in range(4)]).attachments
+    ]
     assert places == ["0", "1", "2", "3"]
     for number in range(4):
         branch = made[number].branches[0]  # type: ignore[index]

@@ -36,3 +36,22 @@ def test_a_key_is_that_of_one_method() -> None:
     with pytest.raises(adapters.AdapterError, match="'lora' is that of LoRA: choose another"):
         adapters.register(Other)
     assert METHODS["lora"] is adapters.register(adapters.LoRA) is adapters.LoRA
+
+
+def test_a_method_that_is_declared_again_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def declare() -> type[adapters.Method]:
+        @dataclass(frozen=True)
+        class Again(adapters.Method):
+            key = "again"
+
+        return Again
+
+    monkeypatch.setattr(METHODS, "_methods", dict(METHODS))
+    adapters.register(declare())
+    again = adapters.register(declare())
+    assert METHODS["again"] is again
+
+
+def test_a_method_without_a_key_is_refused() -> None:
+    with pytest.raises(adapters.AdapterError, match='Method has no key: give it one, as in key = "mine"'):
+        adapters.register(adapters.Method)

@@ -461,7 +461,7 @@ def test_any_method_that_adds_can_be_combined(how: str) -> None:
         ({"style": 1.0}, {"how": "dare", "density": 0.0}, AdapterError, "more than 0 and at most 1, not 0.0"),
         ({"style": 1.0}, {"how": "magnitude", "density": 1.5}, AdapterError, "not 1.5"),
         ({"style": 1.0}, {"how": "magnitude", "density": math.nan}, AdapterError, "not nan"),
-        ({"style": 1.0, "stretch": 1.0}, {}, AdapterError, "'stretch' cannot be combined: at zoo.linear, what Stretch"),
+        ({"style": 1.0, "stretch": 1.0}, {}, AdapterError, "'stretch' cannot be combined: at zoo.linear, Stretch"),
         ({"style": 1.0, "broken": 1.0}, {}, AdapterError, "at zoo.conv is not finite"),
         ({"broken": 1.0}, {"how": "svd", "rank": 1}, AdapterError, "at zoo.conv is not finite"),
         ({"broken": 1.0}, {"how": "ties", "density": 0.5}, AdapterError, "at zoo.conv is not finite"),

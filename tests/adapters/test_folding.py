@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters import LoRA
-from adapters.methods.core.method import Tensors
+from adapters.methods.core.tensors import Tensors
 
 
 class Net(nn.Module):

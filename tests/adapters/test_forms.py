@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import adapters
-from adapters import C3A, IA3, DeLoRA, GraLoRA, LoKr, LoRA, Method, MiSS, Patch, RoAd, VeRA
+from adapters import C3A, HRA, IA3, DeLoRA, GraLoRA, LoKr, LoRA, Method, MiSS, Patch, RoAd, VeRA
 from adapters.methods.core.formulas import InputTransform, LowRank, MatrixFree, OutputTransform
 from tests.adapters.models import perturb
 
 METHODS: dict[str, Method] = {
     "output, ia3": IA3(),
     "output, road": RoAd("road_4", group_size=4),
-    "input": IA3(feedforward=True),
+    "input, ia3": IA3(feedforward=True),
+    "input, hra": HRA(rank=4),
     "matrix-free, c3a": C3A(block_size=4),
     "matrix-free, lokr": LoKr(rank=1),
     "low rank": DeLoRA(rank=3, boundary=2),
@@ -49,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
 
 def exact(patch: Patch, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output and the gradients of the sum of its squares, by the weights and in double precision."""
-    (place,) = patch.places
+    (place,) = patch.attachments
     branch = copy.deepcopy(place.branch).double()
     layer = copy.deepcopy(place.target).double()
     own = {name: getattr(layer, name).detach() for name in branch.names}
@@ -66,7 +67,7 @@ def near(found: Tensor, expected: Tensor, roundings: float) -> None:
 
 def test_the_methods_have_these_forms() -> None:
     assert isinstance(METHODS["output, road"], OutputTransform)
-    assert isinstance(METHODS["input"], InputTransform)
+    assert isinstance(METHODS["input, hra"], InputTransform)
     assert isinstance(METHODS["low rank"], LowRank)
     assert isinstance(METHODS["matrix-free, c3a"], MatrixFree)
 
@@ -77,7 +78,7 @@ def test_products_are_those_of_the_update(method: MatrixFree, rows: tuple[int, .
     model = nn.Sequential(nn.Linear(12, 24)).double()
     patch = adapters.inject(model, method)
     perturb(patch)
-    tensors, x = patch.places[0].branch.values(), torch.randn(*rows, 12, dtype=torch.float64)
+    tensors, x = patch.attachments[0].branch.values(), torch.randn(*rows, 12, dtype=torch.float64)
     torch.testing.assert_close(method.product(x, tensors), x @ method.delta(tensors).T, rtol=1e-9, atol=1e-12)
 
 

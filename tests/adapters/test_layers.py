@@ -228,7 +228,7 @@ def test_gradients_are_finite_differences(kind: tuple[str, nn.Module, Tensor, An
         factor = torch.randn_like(model(x))
         found = torch.autograd.grad((model(x) * factor).sum(), parameters)
         (branch,) = model[0].branches
-        looked_up = nn.functional.embedding(x, branch.change({"weight": model[0].own_weight("weight")}, 1.0)["weight"])
+        looked_up = nn.functional.embedding(x, branch.change({"weight": model[0].base_weight("weight")}, 1.0)["weight"])
         expected = torch.autograd.grad((looked_up * factor).sum(), parameters)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         return

@@ -286,7 +286,7 @@ def test_what_reads_a_node_is_not_disturbed_by_branches_that_come_and_go() -> No
     between = iter(model[0])
     assert next(between) is model[0].base
     second.eject()
-    branches = [patch.places[0].branch for patch in (first, second)]
+    branches = [patch.attachments[0].branch for patch in (first, second)]
     assert [*before] == branches[:1] and [*between] == branches and model[0].branches == branches[:1]
 
 
@@ -495,9 +495,27 @@ def test_a_patch_that_left_cannot_be_injected(shelf: Shelf) -> None:
         patch.inject()
 
 
+def test_a_patch_that_left_says_so(shelf: Shelf, tmp_path: Path) -> None:
+    case = build(MODEL)
+    with Library(case.model, shelf.sources, budget=10_000) as library, library.use("a0"):
+        patch = adapters.patches(case.model)["a0"]
+    assert not patch.injected and not patch.merged
+    assert repr(patch) == "<Patch 'a0', evicted: its tensors are freed>"
+    assert str(patch).splitlines() == ["Patch 'a0': evicted, scale 1, disabled", "  evicted: its tensors are freed"]
+    assert "evicted" in patch._repr_html_()
+    calls: list[Callable[[], object]] = [
+        *(patch.inject, patch.eject, patch.merge, patch.unmerge, patch.merge_and_eject, patch.adapter_file),
+        *(lambda: patch.load_state_dict({}), lambda: patch.save_pretrained(tmp_path / "out")),
+    ]
+    for call in calls:
+        with pytest.raises(PatchStateError, match=r"The patch 'a0' was evicted, .* load it again"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, None])
 def test_a_budget_is_a_number_of_bytes(budget: object) -> None:
-    with pytest.raises(AdapterError, match="budget= has to be a number of bytes"):
+    with pytest.raises(AdapterError, match="budget= has to be a positive number of bytes"):
         Library(nn.Sequential(nn.Linear(2, 2)), budget=budget)  # type: ignore[arg-type]
 
 

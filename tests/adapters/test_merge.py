@@ -44,7 +44,7 @@ def test_merged_convolutions_compute_the_same(
     with torch.no_grad():
         expected = model(x)
         patch.merge()
-        assert not torch.equal(layer.weight, model[0].own_weight("weight"))
+        assert not torch.equal(layer.weight, model[0].base_weight("weight"))
         torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
         patch.unmerge()
         assert torch.equal(model(x), expected)
@@ -248,14 +248,14 @@ def test_a_failing_merge_changes_nothing(call: str, monkeypatch: pytest.MonkeyPa
         patch.merge()
     before, merged = snapshot(case.model), patch.merged
     output = case()
-    folded, calls = adapters.AdaptedLayer.folded, iter(range(100))
+    merged_copies, calls = adapters.AdaptedLayer.merged_copies, iter(range(100))
 
     def failing(*args: object) -> nn.Parameter:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("simulated")
-        return folded(*args)
+        return merged_copies(*args)
 
-    monkeypatch.setattr(adapters.AdaptedLayer, "folded", staticmethod(failing))
+    monkeypatch.setattr(adapters.AdaptedLayer, "merged_copies", staticmethod(failing))
     with pytest.raises(torch.OutOfMemoryError):
         getattr(patch, call)()
     monkeypatch.undo()

@@ -196,7 +196,10 @@ def test_each_row_of_a_batch_has_its_own_adapters(case: Case) -> None:
 def test_rows_must_fit_the_batch() -> None:
     case = build("plain")
     adapters.inject(case.model, LORA)
-    with adapters.use(case.model, rows=["default"] * 3), pytest.raises(AdapterError, match=r"3 rows.* batch of 4"):
+    with (
+        adapters.use(case.model, rows=["default"] * 3),
+        pytest.raises(AdapterError, match="3 entries for a batch of 4"),
+    ):
         case()
     with pytest.raises(AdapterError, match="not both"), adapters.use(case.model, "default", rows=["default"]):
         pass
@@ -510,14 +513,14 @@ def test_a_patch_cannot_go_back_where_its_layers_are_gone() -> None:
 def test_a_failing_injection_changes_nothing(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build("bert")
     before = snapshot(case.model)
-    hold, calls = adapters.AdaptedLayer.hold, iter(range(100))
+    add_branch, calls = adapters.AdaptedLayer.add_branch, iter(range(100))
 
     def failing(self: adapters.AdaptedLayer, name: str, branch: Any) -> None:
         if next(calls) == fails_at:
             raise MemoryError("simulated")
-        hold(self, name, branch)
+        add_branch(self, name, branch)
 
-    monkeypatch.setattr(adapters.AdaptedLayer, "hold", failing)
+    monkeypatch.setattr(adapters.AdaptedLayer, "add_branch", failing)
     with pytest.raises(MemoryError):
         adapters.inject(case.model, LORA)
     assert snapshot(case.model) == before
@@ -616,3 +619,123 @@ def test_what_does_not_fit_is_listed_in_order() -> None:
         patch.load_state_dict({"b": torch.ones(1), "a": torch.ones(1)})
     expected = [*(f"missing {name}" for name in names), "unexpected b"]
     assert str(caught.value).partition(": ")[2] == "; ".join(expected) + "; and 1 more."
+
+
+def partly_merged() -> tuple[Case, adapters.Patch]:
+    """A patch that is merged at the second of its layers only."""
+    case = build("plain")
+    patch = adapters.inject(case.model, LORA)
+    perturb(patch)
+    attachment = patch.attachments[1]
+    attachment.node.merge([(attachment.branch, 1.0)])
+    return case, patch
+
+
+def test_a_patch_that_is_merged_in_part_is_not_merged() -> None:
+    _, patch = partly_merged()
+    assert not patch.merged
+    assert str(patch).startswith("Patch 'default': injected, merged in part, scale 1")
+    patch.merge()
+    assert patch.merged and all(attachment.merged for attachment in patch.attachments)
+    with pytest.raises(PatchStateError, match="merged already"):
+        patch.merge()
+
+
+def test_a_patch_that_is_merged_in_part_can_be_unmerged() -> None:
+    _, patch = partly_merged()
+    patch.unmerge()
+    assert not any(attachment.merged for attachment in patch.attachments)
+    with pytest.raises(PatchStateError, match="is not merged"):
+        patch.unmerge()
+
+
+@pytest.mark.parametrize("leave", ["eject", "merge_and_eject"])
+def test_a_patch_that_is_merged_in_part_leaves_as_any_other(leave: str) -> None:
+    case, patch = partly_merged()
+    expected = case() if leave == "merge_and_eject" else build("plain")()
+    getattr(patch, leave)()
+    torch.testing.assert_close(case(), expected)
+    assert not any(isinstance(module, adapters.AdaptedLayer) for module in case.model.modules())
+
+
+def test_new_values_are_merged_where_the_old_ones_were() -> None:
+    case, patch = partly_merged()
+    patch.scale = 0.5
+    values = {name: torch.randn_like(tensor) for name, tensor in patch.state_dict().items()}
+    patch.load_state_dict(values)
+    assert [attachment.merged for attachment in patch.attachments] == [False, True, False, False]
+    changed = case()
+    patch.unmerge()
+    torch.testing.assert_close(case(), changed)
+    assert all(torch.equal(tensor, values[name]) for name, tensor in patch.state_dict().items())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_values_that_cannot_be_replaced_are_what_they_were(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build("plain")
+    patch = adapters.inject(case.model, LORA)
+    perturb(patch)
+    if merged:
+        patch.merge()
+    before = {key: value.clone() for key, value in patch.state_dict().items()}
+    outputs = case()
+    calls = iter(range(100))
+
+    def failing(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return tensor
+
+    monkeypatch.setattr("adapters.patch.parameters.shard_like", failing)
+    with pytest.raises(KeyboardInterrupt):
+        patch.load_state_dict({key: torch.zeros_like(value) for key, value in before.items()})
+    assert patch.merged == merged
+    assert all(torch.equal(value, before[key]) for key, value in patch.state_dict().items())
+    assert torch.equal(case(), outputs)
+
+
+def test_the_notebook_view_is_escaped() -> None:
+    model = nn.ModuleDict({"<img src=x>": nn.Linear(4, 4)})
+    patch = adapters.inject(model, LORA, name="<b>&\x1b[31m\u202e")
+    view = patch._repr_html_()
+    assert view.startswith("<details") and view.endswith("</details>")
+    assert "&lt;b&gt;&amp;" in view and "&lt;img src=x&gt;" in view
+    assert "<b>" not in view and "<img" not in view and "\x1b" not in view and "\u202e" not in view
+
+
+def test_the_notebook_view_of_many_layers_is_short() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
+    view = adapters.inject(model, LoRA(rank=1))._repr_html_()
+    assert "... and 102 lines more" in view and len(view.splitlines()) < 210
+
+
+@pytest.mark.parametrize(
+    ("options", "mended"),
+    [
+        ({"target_modules": ["q", "v"]}, r"inject\(model, LoRA\(rank=2, alpha=4\), targets=\['q', 'v'\]\)"),
+        ({"modules_to_save": ["head"]}, r"inject\(model, \{'head': Copy\(\), '\*\*': LoRA\(rank=2, alpha=4\)\}\)"),
+        ({"exclude_modules": "stem"}, r"inject\(model, .*, exclude='stem'\)"),
+        ({"adapter_name": "style"}, r"inject\(model, .*, name='style'\)"),
+        ({"r": 8}, r"inject\(model, LoRA\(rank=8\)\)"),
+        ({"lora_alpha": 8}, r"inject\(model, LoRA\(alpha=8\)\)"),
+    ],
+)
+def test_habits_of_other_libraries_get_the_mended_call(options: dict[str, Any], mended: str) -> None:
+    case = build("plain")
+    before = snapshot(case.model)
+    with pytest.raises(AdapterError, match=f"inject\\(\\) has no {next(iter(options))}=: write {mended} instead"):
+        adapters.inject(case.model, LORA, **options)
+    assert snapshot(case.model) == before
+
+
+def test_the_mended_call_for_modules_to_save_runs() -> None:
+    case = build("plain")
+    patch = adapters.inject(case.model, {"head": adapters.Copy(), "**": LORA})
+    assert {str(attachment.branch.method) for attachment in patch.attachments if "head" in attachment.path} == {
+        "Copy()"
+    }
+
+
+def test_other_unknown_arguments_are_those_of_python() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        adapters.inject(build("plain").model, LORA, colour="red")

@@ -1,4 +1,4 @@
-"""Patches in several models at once: a pipeline of diffusers, a table of modules."""
+"""Patches in several models at once: a pipeline of diffusers, a dict of modules."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_patch_copied_with_all_of_its_models_is_in_all() -> None:
     patch.merge()
     changed = outputs(copied)
     for call in (patch.eject, patch.merge_and_eject, patch.adapter_file):
-        with pytest.raises(PatchStateError, match="with the pipeline or the table"):
+        with pytest.raises(PatchStateError, match="with the pipeline or the dict"):
             call()
     assert patch.merged
     assert all(torch.equal(out, changed[name]) for name, out in outputs(copied).items())

@@ -12,6 +12,7 @@ import adapters
 from adapters import LoRA
 from adapters.lowrank import accumulate as products
 from adapters.lowrank.accumulate import add
+from adapters.lowrank.low_rank import LowRank
 
 LAYERS = {"linear": nn.Linear(160, 96), "embedding": nn.Embedding(96, 160), "convolution": nn.Conv2d(32, 96, 3)}
 
@@ -19,8 +20,8 @@ LAYERS = {"linear": nn.Linear(160, 96), "embedding": nn.Embedding(96, 160), "con
 @pytest.fixture(autouse=True, params=[False, True], ids=["in float32", "in bfloat16"])
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether bfloat16 is taken to be multiplied in hardware. Where it is not, the same comes out, only later."""
-    monkeypatch.setattr(products, "_MATRIX_UNIT", request.param)
-    monkeypatch.setattr(products, "_AT_ONCE", 1 << 12)  # These weights are small, and are to be in several parts.
+    monkeypatch.setattr(products, "MATRIX_UNIT", request.param)
+    monkeypatch.setattr(products, "_BLOCK", 1 << 12)  # These weights are small, and are to be in several parts.
 
 
 def assert_rounded_once(found: Tensor, exact: Tensor, terms: Tensor | float = 20.0) -> None:
@@ -55,12 +56,13 @@ def test_merging(kind: str, dtype: torch.dtype, ranks: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 33])
 def test_stacks_and_parts_of_them(rank: int) -> None:
     weight = torch.randn(4, 96, 160).bfloat16()
-    factors = [(torch.randn(4, 96, rank), torch.randn(4, rank, 160), scale) for scale in (0.3, -1.7)]
+    updates = [LowRank(torch.randn(4, 96, rank), torch.randn(4, rank, 160), scale) for scale in (0.3, -1.7)]
     exact, terms = weight.double(), weight.double().abs()
-    for up, down, scale in factors:
-        exact = exact + scale * up.double() @ down.double()
-        terms = terms + abs(scale) * up.double().abs() @ down.double().abs()
-    made = [products._in_bfloat16(factors)] if products._MATRIX_UNIT else factors
+    for update in updates:
+        up, down, scale = update.up.double(), update.down.double(), update.scale
+        exact = exact + scale * up @ down
+        terms = terms + abs(scale) * up.abs() @ down.abs()
+    made = [products.in_bfloat16(updates)] if products.MATRIX_UNIT else updates
     add(weight[:1], made)
     add(weight[1:], made, first=1)
     assert_rounded_once(weight, exact, terms)

@@ -20,7 +20,7 @@ import adapters
 from adapters import LoRA, Method, PatchStateError, TargetError
 from adapters.layers.quantized import is_quantized
 from adapters.layers.weight import read_weight
-from adapters.targets.target import structure
+from adapters.targets.target import fingerprint
 from tests.adapters.models import perturb
 
 SIZES = (64, 128, 64)
@@ -121,7 +121,7 @@ def _raw(tensor: Any) -> object:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantised_layers_are_found_and_adapted_beside(scheme: str) -> None:
+def test_quantized_layers_are_found_and_adapted_beside(scheme: str) -> None:
     model, x = _quantized(scheme)
     with torch.no_grad():
         first = model[0](x)
@@ -159,7 +159,7 @@ IN_WEIGHT = [
 
 @pytest.mark.parametrize("method", IN_WEIGHT, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_methods_see_the_dequantised_weight(scheme: str, method: Method) -> None:
+def test_methods_see_the_dequantized_weight(scheme: str, method: Method) -> None:
     model, x = _quantized(scheme)
     plain = _dequantized(model)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_folding_in_for_good_is_refused(scheme: str) -> None:
     model, _ = _quantized(scheme)
     state = _bytes(model)
     patch = adapters.inject(model, LoRA(rank=4))
-    with pytest.raises(PatchStateError, match=r"0 is quantised.*merge into the model it was made of"):
+    with pytest.raises(PatchStateError, match=r"0 is quantized.*merge into the original model"):
         patch.merge_and_eject()
     assert patch.injected and not patch.merged
     patch.eject()
@@ -229,7 +229,7 @@ def test_folding_in_for_good_is_refused(scheme: str) -> None:
 
 @pytest.mark.parametrize("method", [LoRA(rank=4), adapters.DoRA(rank=4), adapters.LoHa(rank=4)], ids=str)
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ROUNDS_INPUTS] + ["bnb int8"])
-def test_gradients_are_those_of_the_dequantised_model(scheme: str, method: Method) -> None:
+def test_gradients_are_those_of_the_dequantized_model(scheme: str, method: Method) -> None:
     model, x = _quantized(scheme)
     plain = _dequantized(model)
     found = []
@@ -279,9 +279,9 @@ def test_patches_are_saved_and_loaded(scheme: str, tmp_path: Path) -> None:
             loaded = adapters.load(model, path)
             assert torch.equal(model(x), expected)
             loaded.eject()
-        # The names and shapes are those of the model that is not quantised.
+        # The names and shapes are those of the model that is not quantized.
         dense = _dense()
-        assert structure(model) == structure(dense)
+        assert fingerprint(model) == fingerprint(dense)
         assert [*adapters.load(dense, tmp_path / "own").targets] == ["0", "2"]
 
 
@@ -349,11 +349,11 @@ def test_codes_without_a_way_back() -> None:
     model[0].weight = nn.Parameter(weight, requires_grad=False)
     own = model[0].weight
     patch = adapters.inject(model, LoRA(rank=4), "0")
-    with pytest.raises(TargetError, match="Int4Tensor of torchao cannot be dequantised"):
+    with pytest.raises(TargetError, match="Int4Tensor of torchao cannot be dequantized"):
         patch.merge()
     assert not patch.merged
     patch.eject()
-    with pytest.raises(TargetError, match=r"Int4Tensor of torchao cannot be dequantised.*choose LoRA"):
+    with pytest.raises(TargetError, match=r"Int4Tensor of torchao cannot be dequantized.*choose LoRA"):
         adapters.inject(model, adapters.DoRA(rank=4), "0")
     assert type(model[0]) is nn.Linear and model[0].weight is own
 
@@ -435,7 +435,7 @@ def test_models_of_transformers(saved_model: Path, kind: str, method: Method, tm
         before = model(TOKENS).logits
     state = _bytes(model)
     patch = adapters.inject(model, method)
-    assert len(patch.targets) == 15  # The embedding is not quantised.
+    assert len(patch.targets) == 15  # The embedding is not quantized.
     assert {parameter.dtype for parameter in patch.parameters()} == {torch.float32}
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-2, atol=1e-2)

@@ -143,7 +143,7 @@ def test_stacks_of_two_methods_merge_to_what_they_compute(
     patches[1].scale = scale
     expected = net(x).detach()
     assume(expected.abs().max() < 1e6)
-    mergeable = [patch for patch in patches if all(place.branch.names for place in patch.places)]
+    mergeable = [patch for patch in patches if all(place.branch.names for place in patch.attachments)]
     for order in (mergeable, mergeable[::-1]):
         for patch in order:
             patch.merge()
@@ -165,13 +165,13 @@ def test_patterns_give_layers_their_own_numbers_and_files_keep_them(
     net, x = case
     twin = copy.deepcopy(net)
     patch = inject(net, {nn.Linear: first, (lambda _, module: not isinstance(module, nn.Sequential)): second}, "a")
-    for place in patch.places:
-        linear = isinstance(place.target, nn.Linear) and first.chooses(place.branch.parameter)
+    for place in patch.attachments:
+        linear = isinstance(place.target, nn.Linear) and first.selects(place.branch.parameter)
         assert place.branch.method == (first if linear else second)
     perturb(patch, 1)
     with tempfile.TemporaryDirectory() as folder:
         patch.save_pretrained(folder, format="fluxion")
         loaded = adapters.load(twin, folder)
     close(twin(x), net(x))
-    assert {place.path for place in loaded.places} == {place.path for place in patch.places}
+    assert {place.path for place in loaded.attachments} == {place.path for place in patch.attachments}
     assert Path(folder).name == loaded.name

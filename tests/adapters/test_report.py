@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +251,15 @@ def test_nothing_to_report_on() -> None:
 
 
 # The page
+
+
+def test_pages_are_all_that_needs_jinja2() -> None:
+    code = (
+        "import sys, adapters; adapters.inject, adapters.load, adapters.merge_files;"
+        " assert 'jinja2' not in sys.modules; import adapters.reports.facts, adapters.reports.fit;"
+        " assert 'jinja2' not in sys.modules; adapters.report; assert 'jinja2' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(adapters.__file__).parents[1])
 
 
 @pytest.fixture

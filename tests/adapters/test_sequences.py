@@ -35,7 +35,7 @@ def folded(name: str, active: list[tuple[Patch, float]]) -> torch.Tensor:
     case = build(name)
     for patch, scale in active:
         state = patch.state_dict()
-        alphas = {place.path: place.branch.method.alpha for place in patch.places}
+        alphas = {place.path: place.branch.method.alpha for place in patch.attachments}
         for path in patch.targets:
             down, up = (state[f"{path}.lora_{letter}.weight"].flatten(1) for letter in "AB")
             parameters = dict(case.model.named_parameters(remove_duplicate=False))

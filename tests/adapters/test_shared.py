@@ -62,7 +62,7 @@ def patch(model: Net, key: str) -> Patch:
 
 def common(patch: Patch, key: str) -> dict[str, Tensor]:
     """The shared tensors, checked to be one object in all branches."""
-    branches = [place.branch for place in patch.places]
+    branches = [place.branch for place in patch.attachments]
     found = {name: branches[0]._parameters[name] for name in CONSTANT[key] | TRAINED[key]}
     assert len(branches) == 5 and found
     for branch in branches:
@@ -110,7 +110,10 @@ def test_memory_does_not_grow_with_the_layers(key: str) -> None:
         patch = adapters.inject(model, METHODS[key])
         model.double()
         tensors = [
-            t for place in patch.places for name, t in place.branch.tensors().items() if name in place.branch.common
+            t
+            for place in patch.attachments
+            for name, t in place.branch.tensors().items()
+            if name in place.branch.common
         ]
         sizes.append(sum({t.data_ptr(): t.nbytes for t in tensors}.values()))
         assert len(tensors) == count * len({id(t) for t in tensors})
@@ -279,7 +282,7 @@ def test_each_set_of_hyperparameters_has_its_own(key: str, tmp_path: Path) -> No
     other = {"vera": VeRA(rank=5), "randlora": RandLoRA(rank=2), "vblora": VBLoRA(num_vectors=9, vector_length=1)}[key]
     model = Net().double()
     patch = adapters.inject(model, {"first": METHODS[key], "wide": METHODS[key], "narrow": other})
-    first, wide, narrow = (place.branch for place in patch.places)
+    first, wide, narrow = (place.branch for place in patch.attachments)
     for name in first.common:
         assert getattr(first, name) is getattr(wide, name) is not getattr(narrow, name)
         assert getattr(first, name).shape != getattr(narrow, name).shape

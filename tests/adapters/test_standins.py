@@ -10,13 +10,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weights
-from adapters.files.skeleton import Shapes
+from adapters.files.resolve.path_index import checkpoint_index
+from adapters.files.skeleton import Skeleton
 from adapters.layers.kinds import Conv1D, is_conv1d
-from weights.disk.header import Slot
+from weights.disk.header import TensorInfo
 
 
-def shapes(model: nn.Module) -> Shapes:
-    return Shapes({name: Slot(t.dtype, tuple(t.shape), 0, 0) for name, t in model.state_dict().items()})
+def shapes(model: nn.Module) -> Skeleton:
+    return Skeleton({name: TensorInfo(t.dtype, tuple(t.shape), 0, 0) for name, t in model.state_dict().items()})
 
 
 def lora(a: tuple[int, ...], name: str = "lora_A") -> list[weights.LayerWeights]:
@@ -74,16 +75,17 @@ def test_squares_are_as_those_of_the_same_name_and_else_as_all_others() -> None:
 
 
 def test_no_memory_is_taken() -> None:
-    slot = Slot(torch.float32, (10**6, 10**6), 0, 0)
-    layer = Shapes({"a.weight": slot}).layer("a", (), [])
-    assert layer.weight.shape == slot.shape
+    info = TensorInfo(torch.float32, (10**6, 10**6), 0, 0)
+    layer = Skeleton({"a.weight": info}).layer("a", (), [])
+    assert layer.weight.shape == info.shape
     assert layer.weight.untyped_storage().nbytes() == 4
 
 
 def test_parameters_of_other_names_and_buffers() -> None:
     model = nn.MultiheadAttention(4, 2)
     known = shapes(nn.ModuleDict({"attention": model, "norm": nn.BatchNorm1d(4)}))
-    assert known.module("attention.in_proj_weight") == "attention"
+    (weight,) = checkpoint_index(known.infos).by_path(flattened=False)["attention.in_proj_weight"]
+    assert (weight.module, weight.parameter, weight.rows) == ("attention", "in_proj_weight", 12)
     assert known.layer("attention", (), []).in_proj_weight.shape == (12, 4)
     norm = known.layer("norm", {"running_mean", "running_var", "num_batches_tracked"}, [])
     assert {name for name, _ in norm.named_parameters()} == {"weight", "bias"}

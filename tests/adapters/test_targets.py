@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +17,8 @@ import adapters
 import fluxion as fl
 from adapters import BitFit, Copy, Full, LoRA, Method, NormTuning, TargetError, TrainableTokens
 from adapters.methods import METHODS
+from adapters.targets.pattern import glob
+from adapters.targets.selection import select
 from tests.adapters.models import build, snapshot
 from tests.weights.fuzz import SECONDS, bounded
 
@@ -106,6 +108,7 @@ def test_patterns(targets: object, exclude: object, expected: list[str]) -> None
         (nn.Conv3d, None, "matches no layer; the paths are such as 'attn"),
         (r"(q|v)_proj", None, r"if it is a regular expression, pass re\.compile\("),
         (".*_proj", None, r"if it is a regular expression, pass re\.compile\("),
+        ("all-linear", None, r"'all-linear' matches no layer; .* leave targets= out or pass targets=torch\.nn\.Linear"),
     ],
 )
 def test_patterns_that_are_of_no_use(targets: object, exclude: object, message: str) -> None:
@@ -136,28 +139,12 @@ def means(pattern: str, path: str) -> bool:
     return rest(0, 0)
 
 
-class Both(nn.Linear):
-    """A layer that is in a tree of others, and one to adapt."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__(1, 1)
-        for name in ("a", "b", "ab", "ba") if depth else ():
-            self.add_module(name, Both(depth - 1))
-
-
-@settings(max_examples=200)
-@given(st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join))
-def test_globs_mean_what_is_said(pattern: str) -> None:
-    """Each of them on every path of a tree of three levels."""
-    assume("*" in pattern)
-    with torch.device("meta"):
-        model = Both(3)
-    expected = [path for path, _ in model.named_modules() if path and means(pattern, path)]
-    try:
-        found = list(adapters.inject(model, LoRA(rank=1), pattern).targets)
-    except TargetError:
-        found = []
-    assert sorted(found) == sorted(expected)
+@settings(max_examples=2000)
+@given(
+    st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join), st.text("ab.", max_size=10)
+)
+def test_globs_mean_what_is_said(pattern: str, path: str) -> None:
+    assert bool(glob(pattern).fullmatch(path)) == means(pattern, path)
 
 
 @pytest.mark.parametrize("part", ["**a", "*a", "**.", "**.a", "*", "**a*", "a**.*a"])
@@ -174,7 +161,7 @@ def test_no_glob_takes_forever(part: str) -> None:
 def test_the_first_pattern_that_can_adapt_a_layer_counts() -> None:
     model = Net()
     patch = adapters.inject(model, {"layers.0.**": LoRA(rank=1), "q_proj": LoRA(rank=2), "norm": NormTuning()})
-    methods = {place.path: place.branch.method for place in patch.places}
+    methods = {place.path: place.branch.method for place in patch.attachments}
     assert methods["layers.0.q_proj"] == LoRA(rank=1)
     assert methods["layers.1.q_proj"] == LoRA(rank=2)
     assert methods["layers.0.norm"] == NormTuning()
@@ -248,7 +235,7 @@ def test_what_methods_choose(method: Method, targets: object, exclude: object, e
     model = Parts()
     before = snapshot(model)
     patch = adapters.inject(model, method, targets=targets, exclude=exclude)
-    assert [place.path for place in patch.places] == expected
+    assert [place.path for place in patch.attachments] == expected
     patch.eject()
     assert snapshot(model) == before
 
@@ -297,7 +284,7 @@ def test_layers_of_one_parameter_come_together_where_a_method_sees_them_alike() 
     ]
     for method, target, exclude, expected in alike:
         patch = adapters.inject(model, method, target, exclude)
-        assert [place.path for place in patch.places] == expected
+        assert [place.path for place in patch.attachments] == expected
         assert len(list(patch.parameters())) == 1 + (method == LoRA(rank=1))
         patch.eject()
 
@@ -376,3 +363,20 @@ def test_methods_check_their_numbers() -> None:
 def test_what_cannot_be_injected_is_said(model: nn.Module, method: object, targets: object, message: str) -> None:
     with pytest.raises(adapters.AdapterError, match=message):
         adapters.inject(model, method, targets)
+
+
+def test_a_selection_prints_what_is_chosen() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    selection = select(model, {"embed": Full(), "norm": NormTuning()}, None)
+    assert len(selection) == 3 and [target.path for target in selection.targets] == [
+        *("embed", "head", "norm", "norm.bias")
+    ]
+    assert str(selection).splitlines() == [
+        "Selection of 4 targets",
+        "  path       layer      method",
+        "  embed      Embedding  Full()",
+        "  head       Linear     tied to embed",
+        "  norm       LayerNorm  NormTuning()",
+        "  norm.bias  LayerNorm  NormTuning()",
+    ]

@@ -110,7 +110,7 @@ def train(
 ) -> list[float]:
     """Train, with a part of each batch for each process of a mesh. Returns the losses, of the whole batch."""
     optimizer = torch.optim.Adam(patch.parameters(), lr=1e-2) if optimizer is None else optimizer
-    adaptive = isinstance(patch.places[0].branch.method, adapters.AdaLoRA)
+    adaptive = isinstance(patch.attachments[0].branch.method, adapters.AdaLoRA)
     allocator = adapters.RankAllocator(patch, STEPS, target_rank=2) if adaptive else None
     losses = []
     for step in steps:

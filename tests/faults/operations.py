@@ -19,7 +19,7 @@ from adapters.cli import main
 from tests.faults.hub import Hub
 from tests.weights.hub_server import WRITER
 from weights.disk.atomic import settle
-from weights.formats import WRITTEN
+from weights.formats import writable
 
 State = Mapping[str, bytes]
 _PART = ".*.part"  # a merge, which the same call goes on with
@@ -154,7 +154,7 @@ def operations(hub: Hub) -> list[Operation]:
                 lambda place, format=format: saved(place, format, 2.0),  # type: ignore[misc]
                 lambda place, format=format: saved(place, format, 1.0),  # type: ignore[misc]
             )
-            for format in WRITTEN
+            for format in writable()
         ),
         Operation("convert", converted, lambda place: weights.write_adapter(lora(2.0), place / "source"), once=True),
         Operation("merge into a file", lambda place: merged(place, "merged.safetensors"), model, leaves=_PART),

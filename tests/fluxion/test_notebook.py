@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fluxion as fl
-from fluxion import notebook
+from fluxion.printing import notebook
 
 
 class Reader(HTMLParser):

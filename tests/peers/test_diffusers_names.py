@@ -33,11 +33,22 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import weights
-from adapters.files.resolve.matching import places_of
-from adapters.files.resolve.original_names import with_names_of
-from adapters.targets.target import all_targets
-from weights.families.table import Table
-from weights.families.translate import Part, flux, more, stable_diffusion, text, translate, wan
+from adapters.files.resolve.path_index import model_index
+from adapters.files.resolve.resolved import resolve
+from weights.families import Part, translate
+from weights.families.aura_flow import AURA_FLOW
+from weights.families.chroma import CHROMA
+from weights.families.core.table import Table
+from weights.families.flux import FLUX
+from weights.families.flux_2 import FLUX_2
+from weights.families.hunyuan_video import HUNYUAN_VIDEO
+from weights.families.ltx_video import LTX_VIDEO
+from weights.families.lumina_2 import LUMINA_2
+from weights.families.open_clip import OPEN_CLIP
+from weights.families.stable_diffusion import CLASSES, UNET
+from weights.families.stable_diffusion_3 import LAST_OF_SD_3, SD_3
+from weights.families.wan import WAN
+from weights.families.z_image import Z_IMAGE
 
 Checkpoint = dict[str, Tensor]
 
@@ -86,25 +97,25 @@ CLIP = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_
 FAMILIES: dict[str, Family] = {
     "Flux": Family(
         lambda: FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True),
-        (flux.FLUX,),
+        (FLUX,),
         alone(converters.convert_flux_transformer_checkpoint_to_diffusers),
     ),
     "Chroma": Family(
         lambda: ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=2),
-        (flux.FLUX, flux.CHROMA),
+        (FLUX, CHROMA),
         alone(converters.convert_chroma_transformer_checkpoint_to_diffusers),
         unnamed=("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj"),
     ),
     "Flux 2": Family(
         lambda: Flux2Transformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True),
-        (flux.FLUX_2,),
+        (FLUX_2,),
         alone(converters.convert_flux2_transformer_checkpoint_to_diffusers),
     ),
     "HunyuanVideo": Family(
         lambda: HunyuanVideoTransformer3DModel(
             num_layers=1, num_single_layers=1, num_refiner_layers=1, guidance_embeds=True
         ),
-        (flux.HUNYUAN_VIDEO,),
+        (HUNYUAN_VIDEO,),
         alone(converters.convert_hunyuan_video_transformer_to_diffusers),
     ),
     "SD 1": Family(
@@ -113,7 +124,7 @@ FAMILIES: dict[str, Family] = {
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         ),
-        (stable_diffusion.UNET,),
+        (UNET,),
         convert_unet,
     ),
     "SDXL": Family(
@@ -127,7 +138,7 @@ FAMILIES: dict[str, Family] = {
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=56,
         ),
-        (stable_diffusion.UNET,),
+        (UNET,),
         convert_unet,
     ),
     "SD 2 with classes": Family(
@@ -138,7 +149,7 @@ FAMILIES: dict[str, Family] = {
             class_embed_type="projection",
             projection_class_embeddings_input_dim=56,
         ),
-        (stable_diffusion.UNET, stable_diffusion.CLASSES),
+        (UNET, CLASSES),
         convert_unet,
     ),
     "SD 3": Family(
@@ -152,7 +163,7 @@ FAMILIES: dict[str, Family] = {
             dual_attention_layers=(0, 1),
             qk_norm="rms_norm",
         ),
-        (stable_diffusion.SD_3, stable_diffusion.LAST_OF_SD_3),
+        (SD_3, LAST_OF_SD_3),
         alone(converters.convert_sd3_transformer_checkpoint_to_diffusers),
         unnamed=("context_embedder",),
         more=("pos_embed",),
@@ -168,7 +179,7 @@ FAMILIES: dict[str, Family] = {
             added_kv_proj_dim=24,
             freq_dim=8,
         ),
-        (wan.WAN,),
+        (WAN,),
         alone(converters.convert_wan_transformer_to_diffusers),
         unnamed=("patch_embedding",),
     ),
@@ -182,7 +193,7 @@ FAMILIES: dict[str, Family] = {
             freq_dim=8,
             vace_layers=[0, 1],
         ),
-        (wan.WAN,),
+        (WAN,),
         alone(converters.convert_wan_transformer_to_diffusers),
         unnamed=("patch_embedding", "vace_patch_embedding"),
     ),
@@ -195,14 +206,14 @@ FAMILIES: dict[str, Family] = {
             joint_attention_dim=8,
             caption_projection_dim=8,
         ),
-        (more.AURA_FLOW,),
+        (AURA_FLOW,),
         alone(converters.convert_auraflow_transformer_checkpoint_to_diffusers),
         unnamed=("register_tokens", "pos_embed.pos_embed"),
         more=("positional_encoding",),
     ),
     "Lumina 2": Family(
         lambda: Lumina2Transformer2DModel(num_layers=2, num_refiner_layers=2),
-        (more.LUMINA_2,),
+        (LUMINA_2,),
         alone(converters.convert_lumina2_to_diffusers),
         unnamed=("x_embedder",),
     ),
@@ -210,7 +221,7 @@ FAMILIES: dict[str, Family] = {
         lambda: LTXVideoTransformer3DModel(
             num_layers=2, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8, caption_channels=8
         ),
-        (more.LTX_VIDEO,),
+        (LTX_VIDEO,),
         alone(converters.convert_ltx_transformer_checkpoint_to_diffusers),
         unnamed=("*scale_shift_table", "caption_projection.*", "proj_out", "*.to_[qkv]", "*.to_out.0", "*.net.*"),
     ),
@@ -218,7 +229,7 @@ FAMILIES: dict[str, Family] = {
         lambda: ZImageTransformer2DModel(
             n_layers=2, n_refiner_layers=2, dim=24, n_heads=2, n_kv_heads=2, axes_dims=[4, 4, 4]
         ),
-        (more.Z_IMAGE,),
+        (Z_IMAGE,),
         alone(converters.convert_z_image_transformer_checkpoint_to_diffusers),
         unnamed=(
             "*_pad_token",
@@ -231,7 +242,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "OpenCLIP": Family(
         lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP, projection_dim=8)),
-        (text.OPEN_CLIP,),
+        (OPEN_CLIP,),
         convert_open_clip,
         unnamed=("text_projection",),
     ),
@@ -354,37 +365,39 @@ def convert_sdxl(state: Checkpoint) -> Mapping[str, Tensor]:
     return {key: tensor * 3 / tensor.shape[1] if "lora_B" in key else tensor for key, tensor in converted.items()}
 
 
-FLUX = [name for name in names_in([flux.FLUX], blocks=2) if not name.endswith(".scale")]
+LAYERS_OF_FLUX = [name for name in names_in([FLUX], blocks=2) if not name.endswith(".scale")]
 KINDS: dict[str, Kind] = {
-    "kohya's for Flux": Kind("Flux", FLUX, flattened, lora_converters._convert_kohya_flux_lora_to_diffusers, alpha=3),
+    "kohya's for Flux": Kind(
+        "Flux", LAYERS_OF_FLUX, flattened, lora_converters._convert_kohya_flux_lora_to_diffusers, alpha=3
+    ),
     "BFL's for Flux": Kind(
         "whole Flux",
-        [*names_in([flux.FLUX], blocks=38)],
+        [*names_in([FLUX], blocks=38)],
         dotted("{}.{}", "lora_A.weight", "lora_B.weight"),
         convert_bfl,
     ),
     "XLabs' for Flux": Kind(
         "Flux",
-        [name.replace("{i}", number) for name in flux.FLUX if "processor" in name for number in "01"],
+        [name.replace("{i}", number) for name in FLUX if "processor" in name for number in "01"],
         dotted("{}.{}", "down.weight", "up.weight"),
         lora_converters._convert_xlabs_flux_lora_to_diffusers,
     ),
     "kohya's for SDXL": Kind(
         "SDXL",
-        [name for name in names_in([stable_diffusion.UNET]) if not name.endswith(".1.conv")],
+        [name for name in names_in([UNET]) if not name.endswith(".1.conv")],
         flattened,
         convert_sdxl,
         alpha=3,
     ),
     "ComfyUI's for Wan": Kind(
         "Wan",
-        [*names_in([wan.WAN])],
+        [*names_in([WAN])],
         dotted("diffusion_model.{}.{}", "lora_A.weight", "lora_B.weight"),
         lora_converters._convert_non_diffusers_wan_lora_to_diffusers,
     ),
     "musubi's for Wan": Kind(
         "Wan",
-        [name for name in names_in([wan.WAN]) if name.startswith("blocks.")],
+        [name for name in names_in([WAN]) if name.startswith("blocks.")],
         flattened,
         lora_converters._convert_musubi_wan_lora_to_diffusers,
         alpha=3,
@@ -418,16 +431,16 @@ def test_files_have_the_layers_that_they_have_in_diffusers(tmp_path: Path, kind:
     path = weights.save(tensors, tmp_path / "file.safetensors")
 
     adapter = weights.read_adapter(path)
-    file, problems = with_names_of(places_of(all_targets(model), adapter), adapter)
+    resolved = resolve(model_index(model), adapter)
     theirs = case.convert(tensors)
 
-    assert problems == []
-    ours = {file.component_of(name)[1]: layer for name, layer in file.layers.items()}
+    assert resolved.mismatches == []
+    ours = {layer.weight.path: layer.content for layer in resolved.layers}
     seen = set()
     for key, a in theirs.items():
         name = key.removeprefix("transformer.").removeprefix("unet.").split(".lora_")[0]
         if "lora_A" in key:
-            layer = ours[name.replace(".", "_") if file.flattened else name]
+            layer = ours[name]
             b = theirs[key.replace("lora_A", "lora_B")]
             torch.testing.assert_close(update(layer), b @ a, rtol=1e-5, atol=1e-5)
             assert layer.hyperparameters["rank"] <= len(a)

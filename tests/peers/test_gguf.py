@@ -24,7 +24,7 @@ import adapters
 import weights
 from adapters import AdapterError, LayerMismatchError
 from tests.adapters.models import snapshot
-from weights.formats.gguf_file import GgufFile
+from weights.formats.common.gguf_file import GgufFile
 
 SIZES = {
     "vocab_size": 40,
@@ -181,7 +181,7 @@ def test_what_the_model_has_to_say(tmp_path: Path) -> None:
     before = snapshot(model)
     plain = nn.Module()
     plain.model = model.model
-    with pytest.raises(LayerMismatchError, match="this Module does not say how large they are: its config needs"):
+    with pytest.raises(LayerMismatchError, match="the base model does not say how large they are: its config needs"):
         adapters.load(plain, path)
     model.config.head_dim = 12
     with pytest.raises(LayerMismatchError, match=r"_proj has (64|32) outputs, the model has heads of 12"):
@@ -190,7 +190,7 @@ def test_what_the_model_has_to_say(tmp_path: Path) -> None:
     assert snapshot(model) == before
     adapters.load(model, path)
     torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(weights.FileFormatError, match="Only with its model"):
+    with pytest.raises(weights.FileFormatError, match="which only its model resolves"):
         weights.write_adapter(weights.read_adapter(path), tmp_path / "peft")
     # Nothing is turned in other layers, and what is not can be written at once.
     tensors, alpha, expected = of_peft("llama", ["o_proj"])
@@ -218,11 +218,11 @@ def test_what_is_no_adapter_for_here(tmp_path: Path) -> None:
     convert(path, "qwen2", tensors, float("nan"))
     refused("its alpha is nan")
     convert(path, "qwen2", {key: t for key, t in tensors.items() if "lora_A" in key}, alpha)
-    refused("has only lora_a")
+    refused("`blk.0.attn_v.weight.lora_a` has no `blk.0.attn_v.weight.lora_b`")
     convert(path, "qwen2", {key: t[:4] for key, t in tensors.items()}, alpha)
-    refused("which do not fit each other")
+    refused("a shape mismatch")
     convert(path, "qwen2", {key: t.expand(3, *t.shape) for key, t in tensors.items()}, alpha)
-    refused("which do not fit each other")
+    refused("a shape mismatch")
     for name, tokens, said in (
         ("blk.0.attn_q.weight.lora_a", [1, 2], "aLoRA"),
         ("blk.0.attn_norm.weight", [], "'blk.0.attn_norm.weight' is not expected"),

@@ -127,7 +127,7 @@ def test_files_that_were_converted_to_plain_ones(init: str, rslora: bool, tmp_pa
     ours = copy.deepcopy(base)
     patch = adapters.load(ours, tmp_path / "plain")
     close(ours(x), expected)
-    assert {place.branch.method.rank for place in patch.places} == {4}
+    assert {place.branch.method.rank for place in patch.attachments} == {4}
 
 
 def test_eva_finds_what_is_found_there() -> None:

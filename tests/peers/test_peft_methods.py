@@ -383,7 +383,11 @@ def test_layers_of_several_ranks_and_alphas(kind: type[peft.PeftConfig], tmp_pat
     )
     expected = filled(model, config, tmp_path / "theirs")(x)
     patch = adapters.load(model, tmp_path / "theirs")
-    assert [(place.branch.method.rank, place.branch.method.alpha) for place in patch.places] == [(1, 3), (2, 4), (8, 4)]
+    assert [(place.branch.method.rank, place.branch.method.alpha) for place in patch.attachments] == [
+        (1, 3),
+        (2, 4),
+        (8, 4),
+    ]
     torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-8)
     patch.save_pretrained(tmp_path / "ours")
     patch.eject()

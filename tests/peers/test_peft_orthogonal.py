@@ -141,7 +141,7 @@ def test_blocks_that_peft_made_to_fit(inputs: int, asked: int, made: int, tmp_pa
     perturb(theirs)
     ours = copy.deepcopy(base)
     patch = adapters.load(ours, saved(theirs, tmp_path / "theirs"))
-    assert patch.places[0].branch.method.block_size == made
+    assert patch.attachments[0].branch.method.block_size == made
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-8, atol=1e-8)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), patch.save_pretrained(tmp_path / "ours")).double()
     torch.testing.assert_close(again(x), theirs(x), rtol=1e-8, atol=1e-8)
@@ -167,7 +167,7 @@ def test_boft_has_the_factors_that_its_tensors_have(tmp_path: Path) -> None:
     perturb(theirs)
     ours = copy.deepcopy(base)
     patch = adapters.load(ours, saved(theirs, tmp_path))
-    assert patch.places[0].branch.method == BOFT(block_size=2, factors=1)
+    assert patch.attachments[0].branch.method == BOFT(block_size=2, factors=1)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-8, atol=1e-8)
 
 
@@ -187,7 +187,7 @@ def test_boft_of_several_factors(
     folder, expected = saved(theirs, tmp_path / "theirs"), theirs(x.double())
     ours = copy.deepcopy(base)
     patch = adapters.load(ours, folder)
-    assert patch.places[0].branch.method.factors == factors
+    assert patch.attachments[0].branch.method.factors == factors
     torch.testing.assert_close(ours(x.double()), expected, rtol=1e-8, atol=1e-8)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), patch.save_pretrained(tmp_path / "ours")).double()
     torch.testing.assert_close(again(x.double()), expected, rtol=1e-8, atol=1e-8)

@@ -82,7 +82,7 @@ def test_what_is_not_in_the_file_comes_from_the_seed(name: str, layer: str, tmp_
     fresh = adapters.inject(ours, method, "layer")
     for tensor, (attribute, shared) in zip(
         (getattr(theirs.base_model, f"{method.key}_{letter}")["default"] for letter in "AB"),
-        fresh.places[0].branch.shared_tensors().items(),
+        fresh.attachments[0].branch.shared_tensors().items(),
         strict=True,
     ):
         assert torch.equal(tensor, shared), attribute
@@ -92,12 +92,12 @@ def test_positions_come_from_the_same_seeds() -> None:
     base = LAYERS["several linears"][0]()
     theirs = wrap(base, peft.FourierFTConfig, n_frequency=9, random_loc_seed=5)
     ours = adapters.inject(copy.deepcopy(base), FourierFT(n_frequency=9, seed=5), "layer")
-    for holder, place in zip(theirs.base_model.model.blocks, ours.places, strict=True):
+    for holder, place in zip(theirs.base_model.model.blocks, ours.attachments, strict=True):
         rows, columns = holder.layer.indices["default"]
         assert torch.equal(rows * place.branch.matrix.shape[1] + columns, place.branch.positions)
     theirs = wrap(base, peft.ShiraConfig, r=2, random_seed=5)
     ours = adapters.inject(copy.deepcopy(base), SHiRA(rank=2, seed=5), "layer")
-    for holder, place in zip(theirs.base_model.model.blocks, ours.places, strict=True):
+    for holder, place in zip(theirs.base_model.model.blocks, ours.attachments, strict=True):
         assert torch.equal(holder.layer.shira_indices["default"], place.branch.shira_indices)
 
 
@@ -119,7 +119,7 @@ def test_sparse_bases_of_zeros_do_not_make_everything_nan() -> None:
     base, x = nn.ModuleDict({"layer": nn.Linear(2, 2)}), torch.randn(3, 2)
     model = wrap(base, peft.RandLoraConfig, r=1, sparse=True)
     assert model.base_model.model["layer"](x).isnan().all()
-    with pytest.raises(TargetError, match="all the same at rank=1 and seed=0: choose another seed, or a larger rank"):
+    with pytest.raises(TargetError, match="all equal at rank=1 and seed=0: choose another seed, or a larger rank"):
         adapters.inject(base, RandLoRA(rank=1, sparse=True))
 
 
@@ -202,14 +202,14 @@ def test_frequencies_of_each_layer_load_in_peft(counts: tuple[int, ...], tmp_pat
     ours = copy.deepcopy(base)
     methods = {path: FourierFT(n_frequency=count) for path, count in zip(paths, counts, strict=True)}
     patch = adapters.inject(ours, {exactly(path): method for path, method in methods.items()})
-    assert {place.path: place.branch.method for place in patch.places} == methods
+    assert {place.path: place.branch.method for place in patch.attachments} == methods
     perturbed(ours, 0.003)  # The formula multiplies by 150, and what is large is rounded by more than the tolerance.
     patch.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
     patch.eject()
     again = adapters.load(ours, tmp_path / "ours")
-    assert {place.path: place.branch.method for place in again.places} == methods
+    assert {place.path: place.branch.method for place in again.attachments} == methods
 
 
 def exactly(path: str) -> Callable[[str, nn.Module], bool]:
@@ -230,7 +230,7 @@ def test_shira_keeps_the_forward_of_its_layer() -> None:
     patch = adapters.inject(ours, SHiRA(rank=1))
     assert torch.equal(ours(x), base(x))
     perturbed(ours)
-    branch = patch.places[0].branch
+    branch = patch.attachments[0].branch
     weight = base[0].weight.clone()
     weight[tuple(branch.shira_indices.long())] += branch.shira_weight
     torch.testing.assert_close(ours(x), 2 * nn.functional.linear(x, weight, base[0].bias))

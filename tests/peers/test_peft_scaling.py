@@ -88,7 +88,7 @@ def test_hira_and_its_rank_pattern(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "second")
     for path, rank in ((tmp_path, 3), (tmp_path / "second", 5)):
         patch = adapters.load(model, path, name="loaded")
-        assert {place.branch.method for place in patch.places} == {HiRA(rank)}
+        assert {place.branch.method for place in patch.attachments} == {HiRA(rank)}
         patch.eject()
     # So layers of several ranks make no file that PEFT could read.
     mixed = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
@@ -122,7 +122,7 @@ def test_ia3_of_inputs_and_outputs_in_one_file(inputs: tuple[str, ...], tmp_path
     expected = model(x)
     patch.save_pretrained(tmp_path)
     again = adapters.load(copy.deepcopy(base), tmp_path)
-    assert {place.path for place in again.places if place.branch.method == IA3(True)} == set(inputs)
+    assert {place.path for place in again.attachments if place.branch.method == IA3(True)} == set(inputs)
     other = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).double()
     torch.testing.assert_close(other(x), expected, rtol=1e-10, atol=1e-10)
 

@@ -128,7 +128,7 @@ def test_numbers_that_do_not_fit_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LayerMismatchError, match=r"choose one with component=, out of text_encoder, unet"):
         adapters.load(unet, path)
     assert snapshot(unet) == before
-    with pytest.raises(weights.FileFormatError, match="Only with its model"):
+    with pytest.raises(weights.FileFormatError, match="which only its model resolves"):
         weights.write_adapter(weights.read_adapter(path), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
@@ -138,9 +138,9 @@ def test_numbers_that_do_not_fit_a_model_are_refused(tmp_path: Path) -> None:
     [
         ({"<s2>": torch.ones(4)}, "'<s2>' is not expected"),
         ({"unet:x:up": torch.ones(4, 2)}, "'unet:x:up' is not expected"),
-        ({"unet:1:up": torch.ones(4, 2)}, r"layer 'unet\.1' has lora_B instead of lora_A and lora_B"),
-        ({"unet:0:up": torch.ones(4, 3)}, r"a down of \(2, 5\) and an up of \(4, 3\)"),
-        ({"unet:0:up": torch.ones(4)}, r"a down of \(2, 5\) and an up of \(4,\)"),
+        ({"unet:1:up": torch.ones(4, 2)}, "`unet:1:up` has no `unet:1:down`"),
+        ({"unet:0:up": torch.ones(4, 3)}, r"down \(2, 5\) and up \(4, 3\), a shape mismatch"),
+        ({"unet:0:up": torch.ones(4)}, r"down \(2, 5\) and up \(4,\), a shape mismatch"),
         ({"vae:0:up": torch.ones(4, 2), "vae:0:down": torch.ones(2, 4)}, "does not say what layers of 'vae'"),
     ],
 )

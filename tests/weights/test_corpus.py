@@ -16,8 +16,7 @@ from tests.adapters.models import snapshot
 from tests.weights.corpus import Case, corpus
 from tests.weights.test_hostile_adapters import CASES as METHODS
 from tests.weights.test_hostile_adapters import model_of, sound
-from weights.formats import FORMATS, WRITTEN
-from weights.formats.found import Found
+from weights.formats import Probe, recognised, writable
 
 CASES = corpus()
 
@@ -26,7 +25,7 @@ CASES = corpus()
 def test_it_is_of_one_format_and_says_what_it_should(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     path = case.write(tmp_path)
-    assert [form for form, known in FORMATS.items() if known.recognise(Found(path))] == [case.format]
+    assert recognised(Probe(path)) == [case.format]
     file = weights.read_adapter(path)
     assert {where: (layer.method, scale(layer, case, where)) for where, layer in file.layers.items()} == case.layers
     assert file.components == case.components
@@ -77,7 +76,7 @@ def test_what_is_no_change_of_a_weight_is_refused(tmp_path: Path) -> None:
     )
     refused(upper, {f"{at}.oft_R.weight": torch.ones(2, 4)}, r"an oft_R \(2, 4\), which is none of blocks", tmp_path)
     refused(upper, {f"{at}.oft_R.weight": torch.ones(2, 0)}, r"an oft_R \(2, 0\)", tmp_path)
-    refused(upper, {f"{at}.dora_scale": torch.ones(8, 1)}, "no method that is known here", tmp_path)
+    refused(upper, {f"{at}.dora_scale": torch.ones(8, 1)}, "dora_scale, oft_R.weight, which together", tmp_path)
     control = {f"lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.{end}": torch.ones(2, 2) for end in ENDS}
     for more in ({}, lora.tensors):
         refused(replace(lora, tensors=more), control, "it is a ControlNet-LLLite: it adds to what layers are", tmp_path)
@@ -86,7 +85,7 @@ def test_what_is_no_change_of_a_weight_is_refused(tmp_path: Path) -> None:
 ENDS = ("conditioning1.0.weight", "down.0.weight", "mid.0.weight", "up.0.weight")
 
 
-@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("form", writable())
 def test_tensors_for_no_layer_are_not_lost_in_silence(form: str, tmp_path: Path) -> None:
     file = weights.read_adapter(CASES["diffusers OneTrainer DIFFUSERS"].write(tmp_path))
     with pytest.raises(weights.FileFormatError, match=r"has a place for bundle_emb.*, which is for no layer: leave"):
@@ -117,7 +116,7 @@ def test_every_method_is_of_one_format_and_written_as_it_was_read(form: str, key
     name, tensors, config, metadata = sound(form, key)
     case = Case(form, tensors, {}, {}, {}, file=name, metadata=metadata, config=config or None)
     path = case.write(tmp_path)
-    assert [other for other, known in FORMATS.items() if known.recognise(Found(path))] == [form]
+    assert recognised(Probe(path)) == [form]
     out = tmp_path / "out" / name
     out.parent.mkdir()
     model = model_of(key)

@@ -27,7 +27,7 @@ from adapters import AdapterError, Method
 from adapters.methods import METHODS
 from tests.adapters.models import perturb, snapshot
 from weights import WeightsError
-from weights.formats.patterns import PatternTable, are_quick, compiled
+from weights.methods.core.patterns import PatternTable, are_quick, compiled
 
 SECONDS, BYTES = 20, 2**30
 
@@ -381,8 +381,8 @@ def test_a_core_out_of_all_proportion(tmp_path: Path) -> None:
     [
         ("lora", "lora_A", torch.ones(2, 8, dtype=torch.complex64), r"lora_A is \(2, 8\) of complex64 in the file"),
         ("lora", "lora_A", torch.ones(2, 8, dtype=torch.int64), r"lora_A is \(2, 8\) of int64 in the file"),
-        ("shira", "shira_indices", torch.full((2, 32), 8), r"shira_indices has places outside of \(8, 8\)"),
-        ("shira", "shira_indices", torch.full((2, 32), -1), r"shira_indices has places outside of \(8, 8\)"),
+        ("shira", "shira_indices", torch.full((2, 32), 8), r"shira_indices has positions outside of \(8, 8\)"),
+        ("shira", "shira_indices", torch.full((2, 32), -1), r"shira_indices has positions outside of \(8, 8\)"),
         ("shira", "shira_indices", torch.ones(2, 32), r"shira_indices is \(2, 32\) in the file"),
     ],
 )
@@ -408,7 +408,7 @@ def test_vectors_that_are_not_in_the_bank(index: int, tmp_path: Path) -> None:
         {"fc": weights.LayerWeights("vblora", numbers, layer)}, shared={"vblora_vector_bank": torch.ones(6, 4)}
     )
     weights.write_adapter(file, tmp_path, format="fluxion")
-    with pytest.raises(adapters.LayerMismatchError, match=f"topk_indices has numbers from {index} to {index}, for 6"):
+    with pytest.raises(adapters.LayerMismatchError, match=f"topk_indices has indices from {index} to {index}, for 6"):
         adapters.load(model_of("vblora"), tmp_path)
 
 

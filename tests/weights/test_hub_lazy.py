@@ -36,7 +36,7 @@ def transferred(hub: HubServer) -> int:
 def test_tensors_are_known_before_their_file_is_fetched(hub: HubServer, shards: dict[str, torch.Tensor]) -> None:
     opened = weights.open("me/base:unet", max_bytes=10**6)
     assert opened.metadata == {"a": "b"}
-    assert {name: (slot.dtype, slot.shape) for name, slot in opened.slots.items()} == {
+    assert {name: (info.dtype, info.shape) for name, info in opened.infos.items()} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shards.items()
     }
     before = len(hub.requests)

@@ -80,7 +80,7 @@ def test_it_serves_the_same_bytes(served: Path) -> None:
 
 def test_it_serves_the_same_tensors_lazily(served: Path) -> None:
     opened, expected = weights.open("me/style"), weights.open(served)
-    assert opened.slots == expected.slots
+    assert opened.infos == expected.infos
     assert all(torch.equal(opened[name], tensor) for name, tensor in expected.items())
     assert weights.read_adapter("me/style").layers["block.fc"].hyperparameters["rank"] == 2
 

@@ -362,9 +362,13 @@ def test_what_the_tensors_of_other_methods_say(
 @pytest.mark.parametrize(
     ("shapes", "numbers", "match"),
     [
-        ({"lora_up.weight": (5, 2)}, {}, "layer 'fc' has lora_up.weight, which is no method that is known here"),
-        ({**LORA, "hada_w1_a": (5, 2)}, {}, "has hada_w1_a, lora_down.weight, lora_up.weight, which is no method"),
-        ({**LOHA, "hada_t1": (2, 2, 3, 3)}, {}, "hada_t1, hada_w1_a.*, which is no method"),
+        ({"lora_up.weight": (5, 2)}, {}, r"`lycoris_fc\.lora_up\.weight` has no `lycoris_fc\.lora_down\.weight`"),
+        (
+            {**LORA, "hada_w1_a": (5, 2)},
+            {},
+            "has hada_w1_a, lora_down.weight, lora_up.weight, which together are of no known method",
+        ),
+        ({**LOHA, "hada_t1": (2, 2, 3, 3)}, {}, r"`lycoris_fc\.hada_t1` has no `lycoris_fc\.hada_t2`"),
         ({**LORA, "reshape_weight": (2,)}, {}, "a reshape_weight: it makes the weight larger"),
         (LORA, {"alpha": torch.ones(2)}, "an alpha that is not a number"),
         (LORA, {"alpha": math.inf}, "an alpha that is not a number"),
@@ -399,7 +403,11 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     for method, target, match in (
         (LoRA(rank=1, bias=True), "fc", "lora_B.bias, which LyCORIS does not read"),
         (LoRA(rank=1), "embed", "lora_embedding_A, lora_embedding_B, for which there are no names"),
-        (adapters.Copy(), "fc", "the method 'copy', which is none of lora, dora, loha, doha"),
+        (
+            adapters.Copy(),
+            "fc",
+            "the method 'copy', which is none of diag-oft, doha, dokr, dora, full, ia3, loha, lokr, lora,",
+        ),
     ):
         patch = adapters.inject(model, method, target)
         with pytest.raises(weights.FileFormatError, match=match):
@@ -409,7 +417,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
         "lora", {"rank": 2, "alpha": 2.0}, {"lora_A": torch.ones(3, 2, 4), "lora_B": torch.ones(3, 5, 2)}
     )
     for layers, options, match in (
-        ({"fc": stack}, {}, r"lora_A \(3, 2, 4\) and lora_B \(3, 5, 2\), which are no matrices of rank 2"),
+        ({"fc": stack}, {}, r"lora_A \(3, 2, 4\) and lora_B \(3, 5, 2\) of rank 2, a shape mismatch"),
         ({}, {}, "it has no layers with an adapter"),
         ({}, {"shared": {"vera_A": torch.ones(2)}}, "it has no place for vera_A"),
     ):

@@ -121,15 +121,15 @@ def test_an_alpha_counts_in_the_oldest_files_only(tmp_path: Path) -> None:
     ("shapes", "settings", "said"),
     [
         (UP, {"fine_tune_type": "full"}, "fine_tune_type is 'full', which is none of lora and dora"),
-        (UP, {"fine_tune_type": "dora"}, "lora_A, lora_B, which are not those of a dora"),
-        (UP, {"lora_parameters": {"rank": 3, "scale": 1.0}}, "do not fit each other and rank 3"),
+        (UP, {"fine_tune_type": "dora"}, r"`layers\.0\.up\.lora_a` has no `layers\.0\.up\.m`"),
+        (UP, {"lora_parameters": {"rank": 3, "scale": 1.0}}, "of rank 3, a shape mismatch"),
         (UP, {"lora_parameters": {"rank": 2}}, "its scale is None"),
         (UP, {"lora_parameters": {"rank": 10**400, "scale": 1.0}}, "its rank is 1000"),
         (UP, {"lora_parameters": {"rank": 2, "scale": 10**400}}, "its scale is 1000"),
         (UP, {"lora_parameters": [2]}, "its rank is None"),
         ({}, {}, "it has no adapter in it"),
         ({"layers.0.up.weight": (9, 6)}, {}, "the key 'layers.0.up.weight' is not expected"),
-        ({"layers.0.up.lora_a": (6, 2)}, {}, "lora_A, which are not those of a lora"),
+        ({"layers.0.up.lora_a": (6, 2)}, {}, r"`layers\.0\.up\.lora_a` has no `layers\.0\.up\.lora_b`"),
         ({"up.lora_a": (3, 2, 6), "up.lora_b": (3, 9, 2)}, {}, "adapters of several experts"),
         (
             {"embed.lora_a": (8, 2), "embed.lora_b": (2, 6), "embed.m": (8,)},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from weights.families.translate import TABLES, Part, translate
+from weights.families import Part, translate
+from weights.families.core.family import families
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_name_may_mean_layers_of_several_models() -> None:
 
 
 def test_the_blocks_of_every_layer_that_is_cut_are_all_there() -> None:
-    for table in TABLES:
+    for table in (table for family in families() for table in family.tables):
         for source in table:
             for parts in translate(source.replace("{i}", "0"), flattened=False):
                 blocks: dict[str, list[int]] = {}

@@ -106,7 +106,7 @@ def test_finite_numbers_on_request(model: nn.Sequential, tmp_path: Path, format:
     path = patch.save_pretrained(tmp_path, format=format)
     assert weights.read_adapter(path, finite=True).layers.keys() == {"0", "1"}
     with torch.no_grad():
-        patch.places[1].branch.lora_B.weight[1, 1] = value
+        patch.attachments[1].branch.lora_B.weight[1, 1] = value
     patch.save_pretrained(tmp_path, format=format)
     weights.read_adapter(path)
     with pytest.raises(weights.FileFormatError, match="NaN or infinity in lora_B of 1"):
@@ -128,9 +128,9 @@ def test_what_was_read_goes_into_models(model: nn.Sequential, pickled: Path) -> 
     assert (patch.name, list(patch.targets)) == ("default", ["0", "1"])
     other = adapters.load(bare, adapter, name="again")
     with torch.no_grad():  # They share no memory, with each other or with what was read.
-        for place in other.places:
+        for place in other.attachments:
             place.branch.lora_A.weight.zero_()
-    assert all(place.branch.lora_A.weight.any() for place in patch.places)
+    assert all(place.branch.lora_A.weight.any() for place in patch.attachments)
     assert all(layer.tensors["lora_A"].any() for layer in adapter.layers.values())
 
 

@@ -15,8 +15,8 @@ from torch import nn
 import adapters
 import weights
 from adapters import DoRA, LoRA
-from weights.formats import FORMATS, WRITTEN
-from weights.formats.found import Found
+from weights import formats
+from weights.formats import Probe, writable
 
 A, B, LENGTHS = torch.randn(2, 6), torch.randn(9, 2), torch.randn(9)
 FILES = {
@@ -31,7 +31,7 @@ FILES = {
 
 
 def recognised(path: Path) -> list[str]:
-    return [name for name, known in FORMATS.items() if known.recognise(Found(path))]
+    return formats.recognised(Probe(path))
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -44,7 +44,7 @@ def test_files_of_tensors(tmp_path: Path, case: str, config: object) -> None:
     assert recognised(path) == case.split()[:1]
 
 
-@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("form", writable())
 @pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)])
 def test_what_is_written(tmp_path: Path, form: str, method: adapters.Method) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(6, 9), "out": nn.Linear(9, 2)})
@@ -63,6 +63,39 @@ def test_gguf(tmp_path: Path) -> None:
     weights.save(FILES["lycoris"], tmp_path / "x.safetensors")
     with pytest.raises(weights.FileFormatError, match="in lycoris and in gguf format; give the file you mean"):
         weights.read_adapter(tmp_path)
+
+
+def test_two_that_can_read_a_file_are_both_named(tmp_path: Path) -> None:
+    """As files of PEFT with names of tensors, or settings, that are not PEFT's."""
+    path = weights.save(FILES["comfyui"], tmp_path / "adapter_model.safetensors")
+    for config in ({"peft_type": "LORA", "r": 2}, {"r": 2, "lora_alpha": 4}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        assert recognised(path) == recognised(tmp_path) == ["peft", "comfyui"]
+        with pytest.raises(weights.FileFormatError, match="in peft and in comfyui format; give the file you mean"):
+            weights.read_adapter(tmp_path)
+
+
+def test_a_file_beside_another_kind_of_file_is_not_chosen_in_silence(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        write()
+    weights.save(FILES["comfyui"], tmp_path / "x.safetensors")
+    assert recognised(tmp_path) == ["comfyui", "gguf"]
+
+
+def test_the_surest_wins(tmp_path: Path) -> None:
+    """A file with names of two formats is of the one that has a mark, whichever its other names are."""
+    for other, name in (("torchtune", "layers"), ("lycoris", "lora_unet_x"), ("cloneofsimo", "unet:0")):
+        path = weights.save({**FILES["comfyui"], **FILES[other]}, tmp_path / "x.safetensors")
+        assert recognised(path) == [other] and name in str([*FILES[other]])
+
+
+def test_another_name_of_a_format(tmp_path: Path) -> None:
+    layer = weights.LayerWeights("full", {}, {"diff": torch.ones(3, 2)})
+    for name in ("kohya", "lycoris"):
+        weights.write_adapter(weights.AdapterFile({"fc": layer}), tmp_path / f"{name}.safetensors", name)
+    assert (tmp_path / "kohya.safetensors").read_bytes() == (tmp_path / "lycoris.safetensors").read_bytes()
+    assert weights.read_adapter(tmp_path / "kohya.safetensors").format == "lycoris"
 
 
 @settings(max_examples=100)

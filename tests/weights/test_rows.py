@@ -17,7 +17,7 @@ from adapters.methods import METHODS
 from adapters.methods.core.method import Method
 from tests.adapters.models import perturb
 from weights import LayerWeights
-from weights.methods.rows import split_rows, take_rows
+from weights.methods.core.rows import split_rows, take_rows
 
 SIZES = (8, 4, 4)
 METHODS_WITH_ROWS: dict[str, Callable[[], Method]] = {

@@ -73,11 +73,19 @@ def test_it_is_written_in_other_formats(tmp_path: Path, form: str) -> None:
     [
         (Q, None, r"r is None in the adapter_config\.json beside it; lora_alpha is None"),
         (Q, {"r": 2, "lora_alpha": "6"}, "lora_alpha is '6'"),
-        (Q, {**SETTINGS, "r": 3}, "do not fit each other and rank 3"),
-        (Q | {"layers.0.attn.k_proj.lora_a.weight": (2, 6)}, SETTINGS, "has lora_A instead of lora_A and lora_B"),
+        (Q, {**SETTINGS, "r": 3}, "of rank 3, a shape mismatch"),
+        (
+            Q | {"layers.0.attn.k_proj.lora_a.weight": (2, 6)},
+            SETTINGS,
+            r"`layers\.0\.attn\.k_proj\.lora_a\.weight` has no `layers\.0\.attn\.k_proj\.lora_b\.weight`",
+        ),
         (Q | {"layers.0.mlp.experts.lora_gate_a": (3, 6, 2)}, SETTINGS, "experts.lora_gate_a' is not expected"),
         (Q | {".lora_a.weight": (2, 6)}, SETTINGS, "the key '.lora_a.weight' is not expected"),
-        ({key: (1, *shape) for key, shape in Q.items()}, SETTINGS, "do not fit each other"),
+        (
+            {key: (1, *shape) for key, shape in Q.items()},
+            SETTINGS,
+            r"lora_a \(1, 2, 6\) and lora_b \(1, 9, 2\) of rank 2, a shape mismatch",
+        ),
     ],
 )
 def test_what_is_not_supported(tmp_path: Path, shapes: Any, about: Any, said: str) -> None:

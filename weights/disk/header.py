@@ -74,7 +74,7 @@ class Stamp:
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-class Slot(NamedTuple):
+class TensorInfo(NamedTuple):
     """Dtype, shape and place of a tensor: bytes `start` to `stop`, counted from the start of the file."""
 
     dtype: torch.dtype
@@ -87,7 +87,7 @@ class Slot(NamedTuple):
 class Header:
     """Validated header, and the size of the whole file in bytes."""
 
-    slots: Mapping[str, Slot]
+    infos: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     size: int
 
@@ -129,11 +129,11 @@ def parse_header(name: str, size: int, read: Callable[[int, int], bytes]) -> Hea
         fields = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
         metadata = _checked_metadata(fields.pop(METADATA_KEY, {}))
         first_byte = 8 + len(text)
-        slots = {name: _checked_slot(name, value, first_byte) for name, value in fields.items()}
-        _check_tiling(slots, first_byte, size)
+        infos = {name: _checked_info(name, value, first_byte) for name, value in fields.items()}
+        _check_tiling(infos, first_byte, size)
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors too
         raise FileFormatError(f"{name} is not a sound safetensors file: {error}; fetch or save it again.") from error
-    return Header(slots, metadata, size)
+    return Header(infos, metadata, size)
 
 
 def check_name(name: str) -> None:
@@ -169,7 +169,7 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _checked_slot(name: str, fields: Any, first_byte: int) -> Slot:
+def _checked_info(name: str, fields: Any, first_byte: int) -> TensorInfo:
     check_name(name)
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         raise ValueError(f"tensor {name!r} does not have exactly the fields dtype, shape and data_offsets")
@@ -183,7 +183,7 @@ def _checked_slot(name: str, fields: Any, first_byte: int) -> Slot:
         raise ValueError(f"tensor {name!r} has an absurd shape")
     if stop - start != count * dtype.itemsize:
         raise ValueError(f"tensor {name!r} does not have as many bytes as its shape {shape} needs")
-    return Slot(dtype, sizes, first_byte + start, first_byte + stop)
+    return TensorInfo(dtype, sizes, first_byte + start, first_byte + stop)
 
 
 @lru_cache(maxsize=1024)  # Files have few different shapes.
@@ -199,12 +199,12 @@ def _are_integers(values: Any) -> bool:
     return isinstance(values, list) and {*map(type, values)} <= _INT
 
 
-def _check_tiling(slots: Mapping[str, Slot], first_byte: int, size: int) -> None:
+def _check_tiling(infos: Mapping[str, TensorInfo], first_byte: int, size: int) -> None:
     """Raise a ValueError unless every byte after the header belongs to exactly one tensor."""
     end = first_byte
-    for slot in sorted(slots.values(), key=lambda slot: (slot.start, slot.stop)):
-        if slot.start != end:
+    for info in sorted(infos.values(), key=lambda info: (info.start, info.stop)):
+        if info.start != end:
             raise ValueError("its tensors overlap or leave holes")
-        end = slot.stop
+        end = info.stop
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, but it has {size} bytes")

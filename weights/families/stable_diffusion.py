@@ -1,8 +1,9 @@
-"""Models of Stability AI: the U-Nets of Stable Diffusion 1, 2 and XL, and the transformer of Stable Diffusion 3."""
+"""Stable Diffusion 1, 2 and XL: the U-Nets of Stability AI."""
 
 from __future__ import annotations
 
-from weights.families.table import Table, same, under
+from weights.families.core.family import Family
+from weights.families.core.table import Table, same, under
 
 _RESNET: Table = {
     "in_layers.0": "norm1",
@@ -26,7 +27,7 @@ _TRANSFORMER: Table = {
 
 
 def _down() -> Table:
-    """Blocks that are numbered in order, where there are levels of two here, and a layer that halves the size."""
+    """Blocks that are numbered in order, where diffusers has levels of two, and a layer that halves the size."""
     table: dict[str, str | tuple[str, ...]] = {}
     for block in range(11):
         level, place = divmod(block, 3)
@@ -40,7 +41,7 @@ def _down() -> Table:
 
 
 def _up() -> Table:
-    """The same on the way up, where there are levels of three; the last block of each may also double the size."""
+    """Blocks on the way up, where there are levels of three; the last block of each may also double the size."""
     table: dict[str, str | tuple[str, ...]] = {}
     for block in range(12):
         level, place = divmod(block, 3)
@@ -72,47 +73,4 @@ CLASSES: Table = {
     "label_emb.0.2": "class_embedding.linear_2",
 }
 
-_STEPS: Table = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
-_ATTENTION: Table = {"qkv": ("to_q", "to_k", "to_v"), "proj": "to_out.0", "ln_q": "norm_q", "ln_k": "norm_k"}
-
-SD_3: Table = {
-    "x_embedder.proj": "pos_embed.proj",
-    **under("t_embedder", "time_text_embed.timestep_embedder", _STEPS),
-    **under("y_embedder", "time_text_embed.text_embedder", _STEPS),
-    **under(
-        "joint_blocks.{i}.x_block",
-        "transformer_blocks.{i}",
-        {
-            **under("attn", "attn", _ATTENTION),
-            **under("attn2", "attn2", _ATTENTION),
-            "adaLN_modulation.1": "norm1.linear",
-            "mlp.fc1": "ff.net.0.proj",
-            "mlp.fc2": "ff.net.2",
-        },
-    ),
-    **under(
-        "joint_blocks.{i}.context_block",
-        "transformer_blocks.{i}",
-        {
-            "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-            "attn.proj": "attn.to_add_out",
-            "attn.ln_q": "attn.norm_added_q",
-            "attn.ln_k": "attn.norm_added_k",
-            "adaLN_modulation.1": ("norm1_context.linear", "attn.to_add_out[0/1]"),
-            "mlp.fc1": "ff_context.net.0.proj",
-            "mlp.fc2": "ff_context.net.2",
-        },
-    ),
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": ("norm_out.linear[2/2]", "norm_out.linear[1/2]"),
-}
-
-LAST_OF_SD_3: Table = {
-    "joint_blocks.{i}.context_block.adaLN_modulation.1": (
-        "transformer_blocks.{i}.norm1_context.linear[2/2]",
-        "transformer_blocks.{i}.norm1_context.linear[1/2]",
-    )
-}
-"""The last block has no output for the text, and modulates it as the final layer does the image."""
-
-TABLES = (UNET, CLASSES, SD_3, LAST_OF_SD_3)
+FAMILY = Family(tables=(UNET, CLASSES), classes={"CrossAttention": ("Attention",)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from weights.families.table import Table, same, under
+from weights.families.core.family import Family
+from weights.families.core.table import Table, same, under
 
 _ATTENTION: Table = {
     "q": "to_q",
@@ -39,4 +40,4 @@ WAN: Table = {
     "head.modulation": "scale_shift_table",
 }
 
-TABLES = (WAN,)
+FAMILY = Family(tables=(WAN,), components={"unet": ("transformer",)})

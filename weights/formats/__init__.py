@@ -1,54 +1,70 @@
-"""The formats of adapter files: one module each, of which one recognises a file."""
+"""The formats of adapter files: one module each, found by discovery.
+
+A module states a `FORMAT`, which goes by the module's name. Each says of a file, knowing no other format, whether it is
+SURE of it, can read it as a FALLBACK, or NO. The surest wins: a format that is SURE, and only where none is, one that
+takes the file as a FALLBACK. But nothing is dropped in silence: a FALLBACK that reads more files than the one that is
+SURE, such as settings beside the tensors, counts as well. Two that count are an error that names both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Mapping
+from functools import cache
 
-from weights.adapter_file import AdapterFile
-from weights.formats import bfl, cloneofsimo, comfyui, diffusers, gguf, lycoris, mlx, native, peft, torchtune, xlabs
-from weights.formats.found import Found
+from weights.discovery import stated
+from weights.errors import FileFormatError
+from weights.formats.common.format import Format, Match
+from weights.formats.common.probe import Probe
 
-
-class Reader(Protocol):
-    """What a module of this package offers."""
-
-    @property
-    def FILES(self) -> Sequence[str]:  # noqa: N802 - a constant of the module
-        """Globs of the files it reads, for a download; none where they may have any name."""
-
-    def recognise(self, found: Found) -> bool:
-        """Whether what is found looks like this format, and like no other; it may still prove unsound."""
-
-    def read(self, found: Found) -> AdapterFile:
-        """Read what was recognised; raises FileFormatError where it is not sound or not supported."""
+__all__ = ["Format", "Match", "Probe", "canonical", "formats", "recognised", "writable"]
 
 
-class Writer(Reader, Protocol):
-    """What it offers for a format that is written too."""
-
-    @property
-    def METHODS(self) -> Collection[str]:  # noqa: N802 - a constant of the module
-        """The keys of the methods that it can hold; none where it can hold all."""
-
-    def write(self, adapter: AdapterFile, path: Path) -> None:
-        """Write `adapter` at `path`; raises FileFormatError where the format cannot hold it."""
+@cache
+def formats() -> Mapping[str, Format]:
+    """Every format by its name: those that are written, the one that holds most methods first, then the others."""
+    found = {name: format for name, some in stated("weights.formats", "FORMAT", Format).items() for format in some}
+    return dict(sorted(found.items(), key=lambda item: _order(*item)))
 
 
-WRITTEN: Mapping[str, Writer] = {
-    "fluxion": native,
-    "peft": peft,
-    "diffusers": diffusers,
-    "lycoris": lycoris,
-    "mlx": mlx,
-}
-FORMATS: Mapping[str, Reader] = {
-    **WRITTEN,
-    "comfyui": comfyui,
-    "xlabs": xlabs,
-    "bfl": bfl,
-    "torchtune": torchtune,
-    "cloneofsimo": cloneofsimo,
-    "gguf": gguf,
-}
+def _order(name: str, format: Format) -> tuple[bool, bool, int, str]:
+    return format.write is None, format.methods is not None, -len(format.methods or ()), name
+
+
+def writable() -> tuple[str, ...]:
+    """The names of the formats that are written too."""
+    return tuple(name for name, format in formats().items() if format.write is not None)
+
+
+def canonical(name: str) -> str:
+    """The name of a format that is written, by its name or an alias.
+
+    Example:
+        >>> canonical("kohya")
+        'lycoris'
+
+    Raises:
+        FileFormatError: There is none.
+    """
+    for own in writable():
+        if name in (own, *formats()[own].aliases):
+            return own
+    raise FileFormatError(f"{name!r} is no format that is written; choose from {', '.join(writable())}.")
+
+
+def recognised(probe: Probe) -> list[str]:
+    """The names of the formats that a file may be of, by the rule of this package: one, if that is clear."""
+    matches = {name: format.recognise(probe) for name, format in formats().items()}
+    sure = [formats()[name] for name, match in matches.items() if match is Match.SURE]
+    return [
+        name
+        for name, match in matches.items()
+        if match is Match.SURE
+        or (match is Match.FALLBACK and not any(_reads_as_much(one, formats()[name], probe) for one in sure))
+    ]
+
+
+def _reads_as_much(format: Format, other: Format, probe: Probe) -> bool:
+    """Whether a format reads every file that another one would read here."""
+    beside = {name for name in other.files if probe.file is None or name != probe.file.name}
+    there = {name for name in beside if (probe.folder / name).is_file()}
+    return format.suffix == other.suffix and there <= {*format.files}

@@ -9,28 +9,31 @@ from __future__ import annotations
 from dataclasses import replace
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.formats import keyed
-from weights.formats.found import Found
+from weights.formats.common import single_file
+from weights.formats.common.format import Format, Match
+from weights.formats.common.probe import Probe
 
-FILES = ()
 NAME = "BFL"
 
 _NORMS = (".query_norm.scale", ".key_norm.scale")
 
 
-def recognise(found: Found) -> bool:
-    """Whether the file has the scale of a normalisation layer beside adapters."""
-    return any(key.endswith(_NORMS) for key in found.tensors or ()) and any(found.stems.values())
+def recognise(probe: Probe) -> Match:
+    """SURE of a file that has the scale of a normalisation layer beside adapters."""
+    return Match.sure_if(any(key.endswith(_NORMS) for key in probe.tensors or ()) and any(probe.stems.values()))
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a file of Black Forest Labs.
 
     Raises:
-        FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
+        FileFormatError: The file is not sound, or uses what is not supported; the message lists the problems.
     """
-    tensors = found.open()
+    tensors = probe.open()
     norms = [key for key in tensors if key.endswith(_NORMS)]
-    file = keyed.read(found, str, NAME, own=norms)
+    file = single_file.read(probe, str, NAME, own=norms)
     copies = {key: LayerWeights("copy", {}, {key.rpartition(".")[2]: tensors[key]}) for key in norms}
     return replace(file, layers={**file.layers, **copies})
+
+
+FORMAT = Format(recognise, read)

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
-from weights.formats.found import Found
-from weights.formats.keyed import refuse
+from weights.formats.common.format import Format, Match, refuse
+from weights.formats.common.probe import Probe
+from weights.methods.core.factors import lone_factor, shape_mismatch
 
-FILES = ("final_lora.safetensors", "lora_weight.safetensors")
 NAME = "cloneofsimo/lora"
 
 _KEY = re.compile(r"(\w+):(0|[1-9]\d{0,5}):(up|down)", re.ASCII)
@@ -26,18 +26,18 @@ _ENDS = {"up": "lora_B", "down": "lora_A"}
 _TOKEN = "<embed>"
 
 
-def recognise(found: Found) -> bool:
-    """Whether the file has a tensor that is named so."""
-    return found.tensors is not None and any(map(_KEY.fullmatch, found.tensors))
+def recognise(probe: Probe) -> Match:
+    """SURE of a file with a tensor that is named so."""
+    return Match.sure_if(any(map(_KEY.fullmatch, probe.tensors or ())))
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a file.
 
     Raises:
-        FileFormatError: The file is not sound, or has what is not expected in it; the message lists what is wrong.
+        FileFormatError: The file is not sound, or has unexpected tensors; the message lists the problems.
     """
-    file = found.open()
+    file = probe.open()
     named: dict[str, dict[str, Tensor]] = {}
     counted: dict[str, tuple[str, ...]] = {}
     others: dict[str, Tensor] = {}
@@ -50,21 +50,23 @@ def read(found: Found) -> AdapterFile:
             else:
                 problems.append(f"the key {key!r} is not expected")
             continue
+        if problem := lone_factor(key, file):
+            problems.append(problem)
         component, number, end = match.groups()
         named.setdefault(f"{component}.{number}", {})[_ENDS[end]] = file[key]
         counted[component] = ()
     for component in counted:
         counted[component] = classes = _classes(file.metadata.get(component))
         problems += [] if classes else [f"its metadata does not say what layers of {component!r} were counted"]
-    problems += [f"layer {path!r} has {what}" for path, tensors in named.items() if (what := _problem(tensors))]
-    refuse(found.path, NAME, problems)
+    problems += [f"layer {path!r} has {problem}" for path, own in named.items() if (problem := _problem(own))]
+    refuse(probe.path, NAME, problems)
     layers = {path: _layer(tensors) for path, tensors in named.items()}
     components = tuple(sorted(counted))
     return AdapterFile(layers, metadata=file.metadata, components=components, counted=counted, others=others)
 
 
 def _classes(text: str | None) -> tuple[str, ...]:
-    """The names of classes in a text of JSON, none where it is something else."""
+    """The names of classes in a JSON list, none where it is something else."""
     try:
         names = json.loads(text or "[]")
     except (ValueError, RecursionError):
@@ -73,15 +75,16 @@ def _classes(text: str | None) -> tuple[str, ...]:
 
 
 def _problem(tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the two tensors of a layer."""
-    if tensors.keys() != {"lora_A", "lora_B"}:
-        return f"{', '.join(tensors)} instead of lora_A and lora_B"
-    a, b = (tuple(tensors[name].shape) for name in ("lora_A", "lora_B"))
-    if len(a) not in (2, 4) or len(a) != len(b) or b[2:] != (1,) * len(b[2:]) or not 0 < a[0] == b[1]:
-        return f"a down of {a} and an up of {b}, which do not fit each other"
-    return None
+    """The problem of the two tensors of a linear layer or a 2-D convolution."""
+    if len(tensors) < 2:
+        return None  # Said by its key.
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    return shape_mismatch(a, b, names=("down", "up"), flat=a.ndim != 4)
 
 
 def _layer(tensors: Mapping[str, Tensor]) -> LayerWeights:
     rank = tensors["lora_A"].shape[0]
     return LayerWeights("lora", {"rank": rank, "alpha": float(rank), "dropout": 0.0, "rslora": False}, tensors)
+
+
+FORMAT = Format(recognise, read, files=("final_lora.safetensors", "lora_weight.safetensors"))

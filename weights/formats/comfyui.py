@@ -1,4 +1,4 @@
-"""What ComfyUI reads beyond the files of others: tensors with dotted names of layers, in one safetensors file.
+"""The format of ComfyUI: tensors with dotted names of layers, in one safetensors file.
 
 Written by ComfyUI, ai-toolkit, OneTrainer and the trainers of single models. Tensors are named `<prefix><path>.<end>`,
 with the names of the original model and one of several prefixes or none. Without an `alpha` the scale is 1.
@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 
 from weights.adapter_file import AdapterFile
-from weights.formats import bfl, diffusers, keyed, lycoris, native, peft, torchtune, xlabs
-from weights.formats.found import Found
+from weights.formats.common import single_file
+from weights.formats.common.format import Format, Match
+from weights.formats.common.probe import Probe
 
-FILES = ()
 NAME = "ComfyUI"
 
 PREFIXES: Mapping[str, str] = {
@@ -34,26 +34,26 @@ _LANGUAGE_MODEL = re.compile(r"text_encoders\.\w+\.transformer\.")  # There is o
 _COMPONENTS = {*PREFIXES.values(), "text_encoder"}
 
 
-def recognise(found: Found) -> bool:
-    """Whether the file has adapters with dotted names of layers, and no other format has these names."""
-    others = (bfl, diffusers, lycoris, native, torchtune, xlabs)
-    if (found.file and found.file.name == peft.TENSORS) or any(other.recognise(found) for other in others):
-        return False
-    return any(found.stems.values())
+def recognise(probe: Probe) -> Match:
+    """FALLBACK for any file with adapters: there is no mark but the lack of any other."""
+    return Match.FALLBACK if any(probe.stems.values()) else Match.NO
 
 
 def where(stem: str) -> str:
-    """The path, with the component in front, of what a key calls a layer."""
+    """The path of a layer, with the component in front, by its name in the keys."""
     for prefix, component in PREFIXES.items():
         if stem.startswith(prefix):
             return ".".join(filter(None, (component, stem.removeprefix(prefix))))
     return _LANGUAGE_MODEL.sub("text_encoder.", stem, count=1) if _LANGUAGE_MODEL.match(stem) else stem
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a file.
 
     Raises:
-        FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
+        FileFormatError: The file is not sound, or uses what is not supported; the message lists the problems.
     """
-    return keyed.read(found, where, NAME, components=_COMPONENTS)
+    return single_file.read(probe, where, NAME, components=_COMPONENTS)
+
+
+FORMAT = Format(recognise, read)

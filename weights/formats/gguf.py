@@ -1,32 +1,29 @@
 """LoRA for llama.cpp, as its `convert_lora_to_gguf.py` writes it: one GGUF file.
 
 Tensors are named `<name>.weight.lora_a` and `.lora_b`, where the name of the layer is llama.cpp's own, and shaped as in
-PEFT's files. What transformers calls the layers is in the `gguf` package. For some architectures llama.cpp has both
-outputs that a rotary embedding turns together side by side; there, so have B of q and k.
+PEFT's files. The names that transformers gives the layers are in the `gguf` package, and the order of the outputs that
+a rotary embedding turns together in `weights.families`: where llama.cpp interleaves them, so it does in B of q and k.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from weights.adapter_file import AdapterFile, LayerWeights
 from weights.errors import FileFormatError
-from weights.formats.found import Found, is_number
-from weights.formats.gguf_file import EXTRA, MAGIC, GgufFile
-from weights.formats.keyed import refuse
+from weights.families import architectures
+from weights.formats.common.format import Format, Match, refuse
+from weights.formats.common.gguf_file import EXTRA, MAGIC, GgufFile
+from weights.formats.common.probe import Probe
+from weights.formats.common.settings import is_number
+from weights.methods.core.factors import lone_factor, shape_mismatch
 
-FILES = ()  # A file of any name: in a repository it might as well be a base model.
 NAME = "GGUF adapter"
 
-# Of other architectures the converter also splits, joins or turns weights, which is not undone here.
-_SIDE_BY_SIDE = frozenset({"arcee", "deci", "granite", "llama", "minicpm", "nanbeige", "olmo", "smollm3"})
-_AS_THEY_ARE = frozenset(
-    {"gemma", "gemma2", "gemma3", "olmo2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2"}
-)
+_SUFFIX = ".gguf"
 _TURNED = ("blk.{bid}.attn_q", "blk.{bid}.attn_k")
 _EMBEDDING = "token_embd"
 _ALPHA = "adapter.lora.alpha"
@@ -35,35 +32,28 @@ _KEY = re.compile(r"([^{]+)\.weight\.lora_([ab])")
 _BLOCK = re.compile(r"\.(0|[1-9]\d{0,5})\.")
 # How transformers' own models begin.
 _PREFERRED = ("model.layers.{bid}.", "model.embed_tokens", "lm_head")
-# What a few of them call layers for which most have other names.
-_OWN = {
-    "phi3": (".qkv_proj", ".gate_up_proj"),
-    "qwen2moe": (".mlp.gate",),
-    "qwen3moe": (".mlp.gate",),
-    "starcoder2": (".mlp.c_fc", ".mlp.c_proj"),
-}
 
 
-def recognise(found: Found) -> bool:
-    """Whether it is a GGUF file, or a folder with one; it may be a model."""
-    file = _file(found)
+def recognise(probe: Probe) -> Match:
+    """SURE of a GGUF file, or a folder with one; it may be a model."""
+    file = probe.only(_SUFFIX)
     if file is None:
-        return False
+        return Match.NO
     try:
         with file.open("rb") as start:
-            return start.read(len(MAGIC)) == MAGIC
+            return Match.sure_if(start.read(len(MAGIC)) == MAGIC)
     except OSError:
-        return False
+        return Match.NO
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a file.
 
     Raises:
         FileFormatError: It is not sound, not an adapter, or uses what is not supported; or the `gguf` package is
             missing.
     """
-    path = _file(found) or found.path
+    path = probe.only(_SUFFIX) or probe.path
     try:
         import gguf  # noqa: F401 - to say at once that it is missing
     except ImportError as error:
@@ -72,12 +62,12 @@ def read(found: Found) -> AdapterFile:
     refuse(path, NAME, list(_field_problems(file.fields)))
     architecture = file.fields["general.architecture"]
     known = _paths(architecture)
-    keys = {key: match for key in file.slots if (match := _KEY.fullmatch(key)) and _template(match[1]) in known}
-    refuse(path, NAME, [f"the tensor {key!r} is not expected" for key in file.slots if key not in keys])
+    keys = {key: match for key in file.infos if (match := _KEY.fullmatch(key)) and _template(match[1]) in known}
+    refuse(path, NAME, [f"the tensor {key!r} is not expected" for key in file.infos if key not in keys])
     named: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.read().items():
         named.setdefault(keys[key][1], {})[keys[key][2]] = tensor
-    problems = [f"{name!r} has {what}" for name, tensors in named.items() if (what := _problem(name, tensors))]
+    problems = [problem for name, tensors in named.items() if (problem := _problem(name, tensors))]
     refuse(path, NAME, problems or ([] if named else ["it has no tensors"]))
     layers: dict[str, LayerWeights] = {}
     aliases: dict[str, tuple[str, ...]] = {}
@@ -87,16 +77,10 @@ def read(found: Found) -> AdapterFile:
         where, *others = (other.format(bid=number[1] if number else "") for other in known[_template(name)])
         layers[where] = _layer(name, tensors, file.fields.get(_ALPHA, 0.0))
         aliases[where] = tuple(others)
-        if architecture in _SIDE_BY_SIDE and _template(name) in _TURNED:
+        if architectures()[architecture].interleaved and _template(name) in _TURNED:
             interleaved.add(where)
     metadata = {name: value for name, value in file.fields.items() if isinstance(value, str)}
     return AdapterFile(layers, metadata=metadata, aliases=aliases, interleaved=frozenset(interleaved))
-
-
-def _file(found: Found) -> Path | None:
-    """The GGUF file that is meant: the path itself, or the only one in the folder."""
-    files = [found.path] if found.path.is_file() else sorted(found.path.glob("*.gguf"))
-    return files[0] if len(files) == 1 and files[0].suffix == ".gguf" else None
 
 
 def _field_problems(fields: Mapping[str, object]) -> Iterator[str]:
@@ -105,8 +89,8 @@ def _field_problems(fields: Mapping[str, object]) -> Iterator[str]:
     elif fields.get("adapter.type") != "lora":
         yield f"its adapter is of the type {fields.get('adapter.type')!r}, which is not lora"
     architecture = fields.get("general.architecture")
-    if architecture not in _SIDE_BY_SIDE | _AS_THEY_ARE:
-        known = ", ".join(sorted(_SIDE_BY_SIDE | _AS_THEY_ARE))
+    if architecture not in architectures():  # Of others the converter also splits, joins or turns weights.
+        known = ", ".join(sorted(architectures()))
         yield f"it is for {architecture!r}, of which it is not known here how its weights were turned, only for {known}"
     if not is_number(fields.get(_ALPHA, 0.0)):
         yield f"its alpha is {fields[_ALPHA]!r}"
@@ -123,14 +107,14 @@ def _template(name: str) -> str:
 
 
 def _paths(architecture: str) -> dict[str, list[str]]:
-    """What the layers of an architecture are called, by llama.cpp's names, first as in most models of transformers."""
+    """The names of the layers of an architecture by llama.cpp's names, first those in most models of transformers."""
     from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
     from gguf.tensor_mapping import TensorNameMap
 
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if arch is None:
         raise FileFormatError(f"The installed gguf package does not know {architecture!r}: get a newer one.")
-    own = _OWN.get(architecture, ())
+    own = architectures()[architecture].own
 
     def order(path: str) -> tuple[bool, bool]:
         return not path.endswith(own), not path.startswith(_PREFERRED)
@@ -149,13 +133,14 @@ def _paths(architecture: str) -> dict[str, list[str]]:
 
 
 def _problem(name: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the two tensors of a layer."""
-    if tensors.keys() != {"a", "b"}:
-        return f"only lora_{next(iter(tensors))}"
-    a, b = (tuple(tensors[end].shape) for end in "ab")
-    if len(a) != 2 or len(b) != 2 or (a[1] if name == _EMBEDDING else a[0]) != b[1]:
-        return f"a lora_a of {a} and a lora_b of {b}, which do not fit each other"
-    return None
+    """The problem of the two tensors of a layer."""
+    if problem := lone_factor(
+        f"{name}.weight.lora_{next(iter(tensors))}", [f"{name}.weight.lora_{end}" for end in tensors]
+    ):
+        return problem
+    axes = (1, 1) if name == _EMBEDDING else (0, 1)
+    problem = shape_mismatch(tensors["a"], tensors["b"], names=("lora_a", "lora_b"), axes=axes, flat=True)
+    return f"{name!r} has {problem}" if problem else None
 
 
 def _layer(name: str, tensors: Mapping[str, Tensor], alpha: float) -> LayerWeights:
@@ -167,3 +152,7 @@ def _layer(name: str, tensors: Mapping[str, Tensor], alpha: float) -> LayerWeigh
     else:
         factors = {"lora_A": tensors["a"], "lora_B": tensors["b"]}
     return LayerWeights("lora", numbers, factors)
+
+
+# A file of any name: in a repository it might as well be a base model.
+FORMAT = Format(recognise, read, suffix=_SUFFIX)

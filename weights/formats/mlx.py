@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from weights.adapter_file import CONFIG, AdapterFile, LayerWeights
-from weights.formats.found import Found, is_number
-from weights.formats.keyed import refuse
-from weights.formats.output import Chunks, write_folder
+from weights.formats.common.format import Format, Match, refuse
+from weights.formats.common.probe import Probe
+from weights.formats.common.settings import is_number
+from weights.formats.common.writing import Chunks, write_folder
+from weights.methods.core.factors import missing, shape_mismatch
 from weights.tensors.open import encode, open_tensors
 
 TENSORS = "adapters.safetensors"
-FILES = (CONFIG, TENSORS)
 METHODS = frozenset({"lora", "dora"})
 NAME = "mlx-lm"
 
@@ -36,28 +37,27 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_RANK = 2**31
 
 
-def recognise(found: Found) -> bool:
-    """Whether it is a folder with both files, or one of these: training also leaves `0000100_adapters.safetensors`."""
-    is_file = found.path.name == CONFIG or found.path.name.endswith(TENSORS)
-    return bool(found.config.keys() & {"lora_parameters", "fine_tune_type"}) and (
-        is_file or (found.path / TENSORS).is_file()
-    )
+def recognise(probe: Probe) -> Match:
+    """SURE of a folder with both files, or one of them: training also leaves `0000100_adapters.safetensors`."""
+    is_file = probe.path.name == CONFIG or probe.path.name.endswith(TENSORS)
+    has_settings = bool(probe.config.keys() & {"lora_parameters", "fine_tune_type"})
+    return Match.sure_if(has_settings and (is_file or (probe.path / TENSORS).is_file()))
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a folder, or the file of tensors in one.
 
     Raises:
         SourceNotFoundError: There is no such file in the folder.
         FileFormatError: The files are not sound, contradict each other, or use what is not supported; the message
-            lists what is wrong.
+            lists the problems.
     """
-    file = found.path if found.path.name.endswith(TENSORS) else found.folder / TENSORS
+    file = probe.path if probe.path.name.endswith(TENSORS) else probe.folder / TENSORS
     tensors = open_tensors(file)
-    method = found.config.get("fine_tune_type", "lora")
+    method = probe.config.get("fine_tune_type", "lora")
     if method not in ("lora", "dora"):
         refuse(file, NAME, [f"fine_tune_type is {method!r}, which is none of lora and dora"])
-    rank, scale, dropout = _settings(found)
+    rank, scale, dropout = _settings(probe)
     numbers = {"rank": rank, "alpha": scale * rank, "dropout": dropout, "rslora": False}
     named: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
@@ -70,19 +70,19 @@ def read(found: Found) -> AdapterFile:
     layers: dict[str, LayerWeights] = {}
     for path, own in named.items():
         if problem := _problem(path, own, method, rank):
-            problems.append(f"layer {path!r} has {problem}")
+            problems.append(problem)
         else:
             layers[path] = _layer(path, own, method, numbers)
     refuse(file, NAME, problems or ([] if layers else ["it has no adapter in it"]))
-    base = found.config.get("model")
+    base = probe.config.get("model")
     return AdapterFile(layers, base if isinstance(base, str) and base else None, tensors.metadata)
 
 
 def write(adapter: AdapterFile, path: Path) -> None:
     """Write a folder that mlx-lm loads: tensors, settings, and a model card unless there is a `README.md` already.
 
-    Where layers differ in rank or in strength, zeros are added to the smaller factors, and B is multiplied by what
-    the one `scale` is not.
+    Where layers differ in rank or in strength, zeros are added to the smaller factors, and B is multiplied by the rest
+    of the scale.
 
     Raises:
         FileFormatError: The format cannot hold the adapter, or the path is that of a file.
@@ -118,37 +118,41 @@ def write(adapter: AdapterFile, path: Path) -> None:
 # Reading
 
 
-def _settings(found: Found) -> tuple[int, float, float]:
-    """The rank, the scale and the dropout that the settings say."""
-    table = found.config.get("lora_parameters")
+def _settings(probe: Probe) -> tuple[int, float, float]:
+    """The rank, the scale and the dropout in the settings."""
+    table = probe.config.get("lora_parameters")
     table = {"dropout": 0.0, "alpha": None, **(table if isinstance(table, dict) else {})}
     rank: Any = table.get("rank")
     problems = [] if type(rank) is int and 0 < rank < _LARGEST_RANK else [f"its rank is {rank!r}"]
     old: Any = rank if table["alpha"] is None else table["alpha"]
     numbers = {"scale": table.get("scale"), "dropout": table["dropout"], "alpha": old}
     problems += [f"its {name} is {value!r}" for name, value in numbers.items() if not is_number(value)]
-    if old != rank and "lora_layers" not in found.config:
+    if old != rank and "lora_layers" not in probe.config:
         # Versions of 2024 multiplied the scale by alpha / rank, until alpha was dropped. The oldest have this name.
         problems.append(
             "it has an alpha, which some versions heed and others do not: remove it from the lora_parameters, or"
             " multiply the scale there by alpha / rank too"
         )
-    refuse(found.folder / CONFIG, NAME, problems)
+    refuse(probe.folder / CONFIG, NAME, problems)
     return rank, float(table["scale"] * old / rank), float(table["dropout"])
 
 
 def _problem(path: str, tensors: Mapping[str, Tensor], method: str, rank: int) -> str | None:
-    """What is wrong with the names or the shapes of the tensors of a layer."""
+    """The problem of the names or the shapes of the tensors of a layer."""
+    keys = {name: f"{path}.{end}" for end, name in _ENDS.items()}
+    absent = [key for name, key in keys.items() if name in _needed(method, "lora_") - tensors.keys()]
+    if absent:
+        return missing(keys[min(tensors)], *absent)
+    problem = None
     if tensors.keys() != _needed(method, "lora_"):
-        return f"{', '.join(sorted(tensors))}, which are not those of a {method}"
-    a, b = tuple(tensors["lora_A"].shape), tuple(tensors["lora_B"].shape)
-    if len(a) == len(b) == 3:
-        return "adapters of several experts, which are not supported"
-    if len(a) != 2 or len(b) != 2 or a[1] != rank or b[0] != rank:
-        return f"lora_a {a} and lora_b {b}, which do not fit each other and rank {rank}"
-    if method == "dora" and _is_embedding(path):
-        return "a DoRA of an embedding with a length for each row, which is not supported"
-    return None
+        problem = f"{', '.join(sorted(tensors))}, which are not those of a {method}"
+    elif tensors["lora_A"].ndim == tensors["lora_B"].ndim == 3:
+        problem = "adapters of several experts, which are not supported"
+    elif method == "dora" and _is_embedding(path):
+        problem = "a DoRA of an embedding with a length for each row, which is not supported"
+    names = ("lora_a", "lora_b")
+    problem = problem or shape_mismatch(tensors["lora_A"], tensors["lora_B"], rank, names=names, axes=(1, 0), flat=True)
+    return f"layer {path!r} has {problem}" if problem else None
 
 
 def _layer(path: str, tensors: Mapping[str, Tensor], method: str, numbers: Mapping[str, Any]) -> LayerWeights:
@@ -177,11 +181,11 @@ def _needed(method: str, prefix: str) -> set[str]:
 
 
 def _problems(adapter: AdapterFile, layers: Mapping[str, LayerWeights]) -> Iterator[str]:
-    """What there is no place for in an adapter."""
+    """The parts of an adapter that mlx-lm has no place for."""
     if adapter.flattened:
         yield "the paths of its layers are flattened: load it into the model, and save it from there"
     yield from (f"it has no place for {name}, which all layers share" for name in adapter.shared)
-    unfit = [f"layer {where!r} has {what}" for where, layer in layers.items() if (what := _unfit(where, layer))]
+    unfit = [f"layer {where!r} has {part}" for where, layer in layers.items() if (part := _unfit(where, layer))]
     yield from unfit
     if not layers:
         yield "it has no layers with an adapter"
@@ -192,7 +196,7 @@ def _problems(adapter: AdapterFile, layers: Mapping[str, LayerWeights]) -> Itera
 
 
 def _unfit(where: str, layer: LayerWeights) -> str | None:
-    """What there is no place for in a layer."""
+    """The part of a layer that mlx-lm has no place for."""
     numbers = layer.hyperparameters
     if layer.method not in METHODS:
         return f"the method {layer.method!r}, which is none of lora and dora"
@@ -208,8 +212,9 @@ def _unfit(where: str, layer: LayerWeights) -> str | None:
     a, b = _factors(layer)
     if a.ndim != 2 or b.ndim != 2:
         return f"factors of {tuple(a.shape)} and {tuple(b.shape)}, and mlx-lm adapts linear layers and embeddings only"
-    if type(numbers.get("rank")) is not int or not 0 < a.shape[0] == b.shape[1] == numbers["rank"]:
-        return f"factors of {tuple(a.shape)} and {tuple(b.shape)}, which do not fit each other and the rank"
+    rank = numbers.get("rank")
+    if problem := shape_mismatch(a, b, rank if type(rank) is int else 0, flat=True):
+        return problem
     if embedding and layer.method == "dora":
         return "a DoRA of an embedding with a length for each feature, where mlx-lm has one for each row"
     if embedding != _is_embedding(where) or not where:
@@ -241,3 +246,6 @@ def _written(layer: LayerWeights, rank: int, scale: float) -> dict[str, Tensor]:
         a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
     return {"lora_a": a.T, "lora_b": b.T} | ({"m": layer.tensors[_LENGTHS]} if _LENGTHS in layer.tensors else {})
+
+
+FORMAT = Format(recognise, read, write, METHODS, files=(CONFIG, TENSORS))

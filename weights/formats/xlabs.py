@@ -9,30 +9,33 @@ from __future__ import annotations
 import re
 
 from weights.adapter_file import AdapterFile
-from weights.formats import keyed
-from weights.formats.found import Found
+from weights.formats.common import single_file
+from weights.formats.common.format import Format, Match
+from weights.formats.common.probe import Probe
 
-FILES = ()
 NAME = "XLabs"
 
 _STEM = re.compile(r"((?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj))([12]?)")
 
 
-def recognise(found: Found) -> bool:
-    """Whether the file has a tensor that is named as XLabs names them."""
-    return any(map(where, found.stems))
+def recognise(probe: Probe) -> Match:
+    """SURE of a file with a layer that is named as XLabs names them."""
+    return Match.sure_if(any(map(where, probe.stems)))
 
 
 def where(stem: str) -> str | None:
-    """The path of what a key calls a layer."""
+    """The path of a layer by its name in the keys, None for a name of another kind."""
     match = _STEM.fullmatch(stem.removeprefix("diffusion_model."))
     return f"{match[1]}_lora{match[2]}" if match else None
 
 
-def read(found: Found) -> AdapterFile:
+def read(probe: Probe) -> AdapterFile:
     """Read a file of XLabs.
 
     Raises:
-        FileFormatError: The file is not sound, or uses what is not supported; the message lists what is wrong.
+        FileFormatError: The file is not sound, or uses what is not supported; the message lists the problems.
     """
-    return keyed.read(found, where, NAME)
+    return single_file.read(probe, where, NAME)
+
+
+FORMAT = Format(recognise, read)

@@ -182,7 +182,7 @@ def _arrived(snapshot: Snapshot, name: str, path: Path) -> bool:
     if path.suffix != ".safetensors":
         return True
     header, _ = read_header(path)
-    end = min((slot.start for slot in header.slots.values()), default=header.size)
+    end = min((info.start for info in header.infos.values()), default=header.size)
     with path.open("rb") as file:
         return snapshot.read(name, 0, end) == file.read(end)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from weights.disk.atomic import write_files
-from weights.disk.header import DTYPES, METADATA_KEY, Slot, Stamp, check_name
+from weights.disk.header import DTYPES, METADATA_KEY, Stamp, TensorInfo, check_name
 from weights.disk.paths import is_folder
 from weights.errors import FileFormatError, SourceNotFoundError
 from weights.hub.path import HubPath
@@ -37,15 +37,20 @@ class TensorFiles(Mapping[str, Tensor]):
 
     Attributes:
         metadata: The text metadata of the file, or of the index of a sharded folder.
-        slots: The type (`dtype`) and `shape` of each tensor, by name, known without reading it.
+        infos: The type (`dtype`) and `shape` of each tensor, by name, known without reading it.
     """
 
     def __init__(self, files: Iterable[TensorFile], metadata: Mapping[str, str], *, finite: bool = False) -> None:
         self.metadata = dict(metadata)
-        self._places = {name: file for file in files for name in file.header.slots}
-        self.slots: Mapping[str, Slot] = {name: file.header.slots[name] for name, file in self._places.items()}
+        self._places = {name: file for file in files for name in file.header.infos}
+        self.infos: Mapping[str, TensorInfo] = {name: file.header.infos[name] for name, file in self._places.items()}
         self._finite = finite
         self._held: dict[Path, tuple[FileIO, Stamp]] | None = None
+
+    @property
+    def slots(self) -> Mapping[str, TensorInfo]:
+        """The former name of `infos`."""
+        return self.infos
 
     @contextmanager
     def held_open(self) -> Iterator[None]:
@@ -79,10 +84,10 @@ class TensorFiles(Mapping[str, Tensor]):
             if self._held is not None:
                 if path not in self._held:
                     self._held[path] = FileIO(path), stamp
-                tensor = _read_tensor(self._held[path][0], path, self.slots[name], name)
+                tensor = _read_tensor(self._held[path][0], path, self.infos[name], name)
             else:
                 with FileIO(path) as file:
-                    tensor = _read_tensor(file, path, self.slots[name], name)
+                    tensor = _read_tensor(file, path, self.infos[name], name)
                     _check_unchanged(file, path, stamp)
         except OSError as error:
             raise SourceNotFoundError(f"{path} cannot be read: {error.strerror}; open it again.") from error
@@ -133,7 +138,7 @@ def open_tensors(
     """
     folder, name = locate_tensors(source, revision, token)
     files, metadata = opened(folder, name or _chosen(folder))
-    size = sum(slot.stop - slot.start for file in files for slot in file.header.slots.values())
+    size = sum(info.stop - info.start for file in files for info in file.header.infos.values())
     if max_bytes is not None and size > max_bytes:
         raise FileFormatError(
             f"{source} has {size:,} bytes of tensors, and {max_bytes:,} are allowed; raise max_bytes."
@@ -290,7 +295,7 @@ def opened(folder: Folder, name: str) -> tuple[list[TensorFile], Mapping[str, st
         if PurePath(shard).name != shard or "\\" in shard or not shard.endswith(TENSORS):
             raise FileFormatError(f"{index} names {shard!r} as a shard, which is not the name of a file beside it.")
     files = {shard: folder.file(shard) for shard in shards}
-    held = [(name, shard) for shard, file in files.items() for name in file.header.slots]
+    held = [(name, shard) for shard, file in files.items() for name in file.header.infos]
     wrong = sorted({name for name, _ in set(held) ^ set(places.items())})
     if wrong:
         names = ", ".join(wrong[:5])
@@ -307,10 +312,10 @@ def is_finite(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
 
 
-def _read_tensor(file: FileIO, path: Path, slot: Slot, name: str) -> Tensor:
-    tensor = empty(slot.shape, slot.dtype, f"{path}: tensor {name!r}")
-    read_bytes(file, path, slot.start, bytes_of(tensor))
-    if slot.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
+def _read_tensor(file: FileIO, path: Path, info: TensorInfo, name: str) -> Tensor:
+    tensor = empty(info.shape, info.dtype, f"{path}: tensor {name!r}")
+    read_bytes(file, path, info.start, bytes_of(tensor))
+    if info.dtype is torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
         raise FileFormatError(f"{path}: tensor {name!r} has bytes other than 0 and 1 as booleans; save it again.")
     return tensor
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights.disk.header import Slot
+from weights.disk.header import TensorInfo
 from weights.errors import FileFormatError, SourceNotFoundError, WeightsError
 from weights.sources import INDEX, TENSORS
 from weights.tensors.folders import Folder, TensorFile
@@ -117,13 +117,13 @@ class _Tensor:
 
     name: str
     file: TensorFile
-    slot: Slot
+    info: TensorInfo
     dtype: torch.dtype
 
     @property
     def size(self) -> int:
         """Its size in bytes in the output."""
-        return math.prod(self.slot.shape) * self.dtype.itemsize
+        return math.prod(self.info.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Output:
     @classmethod
     def of(cls, path: str, tensors: Mapping[str, _Tensor], metadata: Mapping[str, str]) -> _Output:
         """Output file of tensors by name."""
-        names, header = encode_header({name: (t.dtype, t.slot.shape) for name, t in tensors.items()}, metadata)
+        names, header = encode_header({name: (t.dtype, t.info.shape) for name, t in tensors.items()}, metadata)
         return cls(path, header, [tensors[name] for name in names])
 
     @property
@@ -182,10 +182,10 @@ def _plan_part(
     files, _ = opened(folder, name)
 
     def tensors_of(file: TensorFile) -> dict[str, _Tensor]:
-        slots = sorted(file.header.slots.items(), key=lambda item: item[1].start)
+        infos = sorted(file.header.infos.items(), key=lambda item: item[1].start)
         return {
-            own: _Tensor(f"{dot}{own}", file, slot, dtype if dtype and slot.dtype.is_floating_point else slot.dtype)
-            for own, slot in slots
+            own: _Tensor(f"{dot}{own}", file, info, dtype if dtype and info.dtype.is_floating_point else info.dtype)
+            for own, info in infos
         }
 
     shards = {file.name: tensors_of(file) for file in files}
@@ -311,7 +311,7 @@ class _Piece:
     @property
     def to_read(self) -> int:
         """Number of bytes to read."""
-        return 0 if self.tensor is None else math.prod(self.shape) * self.tensor.slot.dtype.itemsize
+        return 0 if self.tensor is None else math.prod(self.shape) * self.tensor.info.dtype.itemsize
 
 
 def _pieces(plan: _Plan, changes: Mapping[str, Change]) -> Iterator[_Piece]:
@@ -322,21 +322,21 @@ def _pieces(plan: _Plan, changes: Mapping[str, Change]) -> Iterator[_Piece]:
         yield _Piece(output.path, 0, at, total, content=output.header)
         for tensor in output.tensors:
             change = changes.get(tensor.name)
-            for offset, row, shape in _shapes(tensor.slot, change):
+            for offset, row, shape in _shapes(tensor.info, change):
                 size = math.prod(shape) * tensor.dtype.itemsize
                 total += size
                 yield _Piece(output.path, at, size, total, b"", tensor, shape, offset, row, change)
                 at += size
 
 
-def _shapes(slot: Slot, change: Change | None) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+def _shapes(info: TensorInfo, change: Change | None) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Parts of a tensor that are read at once, each with its first byte, its first row and its shape."""
-    count = math.prod(slot.shape)
+    count = math.prod(info.shape)
     if change is not None and not (isinstance(change, ByRows) and count):
-        yield 0, 0, slot.shape
+        yield 0, 0, info.shape
         return
-    rows, inside = (slot.shape[0], slot.shape[1:]) if change is not None else (count, ())
-    row_bytes = math.prod(inside) * slot.dtype.itemsize
+    rows, inside = (info.shape[0], info.shape[1:]) if change is not None else (count, ())
+    row_bytes = math.prod(inside) * info.dtype.itemsize
     most = max(1, _AT_ONCE // row_bytes)
     for row in range(0, rows, most):
         yield row * row_bytes, row, (min(most, rows - row), *inside)
@@ -402,7 +402,7 @@ def _content(piece: _Piece, buffer: Tensor) -> bytes | Tensor:
     """Bytes to write for a piece that was read."""
     if piece.tensor is None:
         return piece.content
-    read = buffer[: piece.to_read].view(piece.tensor.slot.dtype).view(piece.shape)
+    read = buffer[: piece.to_read].view(piece.tensor.info.dtype).view(piece.shape)
     tensor = _made(read, piece)
     if tensor.shape != read.shape:
         raise ValueError(f"{piece.tensor.name} may not become a tensor of shape {tuple(tensor.shape)}.")
@@ -433,7 +433,7 @@ class _Reader(OneFile):
             return
         path, stamp = piece.tensor.file.local()
         try:
-            start = piece.tensor.slot.start + piece.offset
+            start = piece.tensor.info.start + piece.offset
             read_bytes(self.at(path), path, start, bytes_of(buffer[: piece.to_read]), stamp)
         except OSError as error:
             if isinstance(error, WeightsError):

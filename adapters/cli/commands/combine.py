@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapters.cli import options, reduction
 from adapters.cli.console import progress_in_layers
 from adapters.cli.options import Source, as_json, check_new, scaled
+
+if TYPE_CHECKING:
+    from adapters.patch.combine import How
 
 _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
 
@@ -41,7 +45,7 @@ _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
 def combine(
     destination: Path,
     sources: list[tuple[str, float]],
-    how: str,
+    how: How,
     rank: int | None,
     energy: float | None,
     density: float | None,

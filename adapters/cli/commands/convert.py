@@ -16,18 +16,13 @@ if TYPE_CHECKING:
 
     import weights
 
-from adapters.cli.options import DTYPES, FORMATS, check_new, of_component
+from adapters.cli.options import DTYPES, check_new, of_component, to
 
 
 @click.command()
 @click.argument("source", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option(
-    "--to",
-    "form",
-    type=click.Choice(FORMATS),
-    help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
-)
+@to
 @click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")
 @click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
 @click.option("--pickle", is_flag=True, help="Read a file as torch.save writes it, where there is no other.")
@@ -68,9 +63,11 @@ def convert(
     if component is not None:
         adapter = of_component(source, adapter, component)
     if base is not None and not adapter.counted:
-        from adapters.files.resolve.checkpoint_names import with_names_in
+        from adapters.files.checkpoint import Checkpoint
+        from adapters.files.resolve.rename import with_base_paths
 
-        adapter = with_names_in(weights.open_parts(base), adapter)
+        checkpoint = Checkpoint.open(base)
+        adapter = with_base_paths(checkpoint.index, checkpoint.parts, adapter)
         adapter = replace(adapter, base_model=adapter.base_model or base)
     elif adapter.flattened and form != "lycoris":
         raise click.ClickException(

@@ -110,7 +110,7 @@ def _of_adapters(a: weights.AdapterFile, b: weights.AdapterFile) -> Iterator[Dif
 
 def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[str, weights.LayerWeights]:
     """The layers by names that two files have in common: without dots, or without component, if one has it so."""
-    from adapters.files.resolve.matching import flat
+    from adapters.files.resolve.path_index import flat
 
     if len(adapter.components) == 1 and not other.components:
         adapter = adapter.part(adapter.components[0])
@@ -128,9 +128,9 @@ def _of_checkpoints(a: str, b: str) -> Iterator[Difference]:
 
     one, other = Checkpoint.open(a), Checkpoint.open(b)
     kinds, other_kinds = (
-        {name: (type_of(slot), slot.shape) for name, slot in some.slots.items()} for some in (one, other)
+        {name: (type_of(info), info.shape) for name, info in some.infos.items()} for some in (one, other)
     )
-    sizes = {name: one.slots[name].stop - one.slots[name].start for name in kinds if name in other_kinds}
+    sizes = {name: one.infos[name].stop - one.infos[name].start for name in kinds if name in other_kinds}
     done = 0
     with progress_in_bytes("Comparing") as step:
 

@@ -154,7 +154,7 @@ def _show_methods(console: Console, adapter: weights.AdapterFile) -> None:
 
 def _span(values: Iterable[Any]) -> str:
     """`8`, `4 to 16` for numbers that differ, or some of the values."""
-    from weights.formats.found import is_number
+    from weights.formats.common.settings import is_number
 
     found = list({str(value): value for value in values}.values())
     if all(map(is_number, found)):

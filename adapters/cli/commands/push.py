@@ -111,7 +111,7 @@ def _with_fields(path: Path, license: str | None, tags: Sequence[str]) -> str:
 
 def _belonging(file: Path, format: str) -> dict[str, Path]:
     """A file of an adapter, and those beside it without which the format says nothing, by name."""
-    from weights.formats import FORMATS
+    from weights.formats import formats
 
-    beside = (path for name in FORMATS[format].FILES if (path := file.with_name(name)).is_file())
+    beside = (path for name in formats()[format].files if (path := file.with_name(name)).is_file())
     return {path.name: path for path in (file, *beside)}

@@ -15,7 +15,7 @@ from adapters.cli.console import columns, make_console, megabytes, plain, print_
 from adapters.cli.options import Source, as_json
 
 if TYPE_CHECKING:
-    from weights.disk.header import Slot
+    from weights.disk.header import TensorInfo
 
 
 _MOST_PARTS = 30  # of a name; more are one
@@ -37,21 +37,21 @@ def tree(source: str, depth: int | None, as_json: bool) -> None:
     """
     from adapters.files.checkpoint import Checkpoint
 
-    slots = Checkpoint.open(source).slots
-    size = sum(slot.stop - slot.start for slot in slots.values())
+    infos = Checkpoint.open(source).infos
+    size = sum(info.stop - info.start for info in infos.values())
     counter: Counter[str] = Counter()
-    for slot in slots.values():
-        counter[type_of(slot)] += math.prod(slot.shape)
+    for info in infos.values():
+        counter[type_of(info)] += math.prod(info.shape)
     kinds, count = dict(counter.most_common()), counter.total()
     if as_json:
-        tensors = {name: {"dtype": type_of(slot), "shape": list(slot.shape)} for name, slot in slots.items()}
+        tensors = {name: {"dtype": type_of(info), "shape": list(info.shape)} for name, info in infos.items()}
         print_json({"source": source, "parameters": count, "bytes": size, "dtypes": kinds, "tensors": tensors})
         return
     console = make_console()
     console.print(plain(source), style="bold", soft_wrap=True)
-    console.print(f"{len(slots):,} tensors, {count:,} parameters ({types(kinds)}), {megabytes(size)}\n")
+    console.print(f"{len(infos):,} tensors, {count:,} parameters ({types(kinds)}), {megabytes(size)}\n")
     table = columns("module", "tensors", "parameters", right=("parameters",), cut=("module", "tensors"))
-    for row in _rows(Module.of(slots), depth, usual=next(iter(kinds), "")):
+    for row in _rows(Module.of(infos), depth, usual=next(iter(kinds), "")):
         table.add_row(*row)
     console.print(table)
 
@@ -66,27 +66,27 @@ class Module:
         times: How many there are that are alike.
     """
 
-    tensors: dict[str, Slot] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
     inside: dict[str, Module] = field(default_factory=dict)
     times: int = 1
 
     @classmethod
-    def of(cls, slots: Mapping[str, Slot]) -> Module:
+    def of(cls, infos: Mapping[str, TensorInfo]) -> Module:
         """The modules of some tensors, where those that are numbered and alike are one."""
         root = cls()
-        for name, slot in slots.items():
+        for name, info in infos.items():
             *parts, last = name.split(".", _MOST_PARTS)
             module = root
             for part in parts:
                 module = module.inside.setdefault(part, cls())
-            module.tensors[last] = slot
+            module.tensors[last] = info
         root.collapse()
         return root
 
     @property
     def parameters(self) -> int:
         """How many there are in it."""
-        own = sum(math.prod(slot.shape) for slot in self.tensors.values())
+        own = sum(math.prod(info.shape) for info in self.tensors.values())
         return own + sum(module.times * module.parameters for module in self.inside.values())
 
     def collapse(self) -> object:
@@ -101,7 +101,7 @@ class Module:
             module = found[run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}"] = self.inside[run[0]]
             module.times = len(run)
         self.inside = found
-        tensors = ((name, type_of(slot), slot.shape) for name, slot in sorted(self.tensors.items()))
+        tensors = ((name, type_of(info), info.shape) for name, info in sorted(self.tensors.items()))
         return tuple(tensors), tuple((name, alike[name]) for name in names)
 
 
@@ -141,8 +141,8 @@ def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[
     from weights.hub.layer_tree import natural
 
     named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", natural(item[0])))
-    kinds = {own: "" if type_of(slot) == usual else f" {type_of(slot)}" for own, slot in named}
-    told = [f"{own} {shape_of(slot.shape)}{kinds[own]}" for own, slot in named]
+    kinds = {own: "" if type_of(info) == usual else f" {type_of(info)}" for own, info in named}
+    told = [f"{own} {shape_of(info.shape)}{kinds[own]}" for own, info in named]
     times = f"{module.times:,} × " if module.times > 1 else ""
     yield name, ", ".join(told[:2]), f"{times}{module.parameters:,}"
     for start in range(2, len(told), 2):

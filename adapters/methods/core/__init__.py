@@ -1,1 +1,1 @@
-"""The base of the methods: specs, branches, formulas, checks, building, initialisation, the catalogue."""
+"""The base of the methods: weight specs, branches, formulas, checks, building, initialisation, the catalogue."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 Scale = float | Tensor
-"""How strongly a branch acts, 1 for the method as its paper states it; or that for each row of a batch, `(rows,)`."""
+"""The strength of a branch, 1 for the method as its paper states it; or one for each row of a batch, `(rows,)`."""
 
 
 def lerp(start: Tensor, end: Tensor, scale: Scale) -> Tensor:
-    """What lies on the line from one tensor, at 0, to another, at 1, which is taken as it is."""
+    """Linear interpolation from `start` (0) to `end` (1), exact at 1."""
     if isinstance(scale, Tensor):
         return start.lerp(end, _for_rows(scale, end))
     return end if scale == 1 else start.lerp(end, scale)
 
 
 def add_scaled(output: Tensor, update: Tensor, scale: Scale) -> Tensor:
-    """An output with an update at a strength."""
+    """The sum of an output and an update at a strength."""
     if isinstance(scale, Tensor):
         return output + update * _for_rows(scale, update)
     return output.add(update, alpha=scale)

@@ -1,4 +1,4 @@
-"""Making branches: one for each weight, and many that are alike together, which is quicker."""
+"""Building of branches, those of equal weights together, which is faster."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ from torch import Tensor, nn
 from adapters.errors import TargetError
 from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
-from fluxion.module import ContextModule, Template, shallow_copy
+from fluxion.copying import Template, shallow_copy
+from fluxion.links import ContextModule
 
 
-def share(sites: Iterable[tuple[Method, WeightSpec]]) -> dict[Method, dict[str, Tensor]]:
-    """What the weights of each method have in common."""
+def share(specs: Iterable[tuple[Method, WeightSpec]]) -> dict[Method, dict[str, Tensor]]:
+    """The shared tensors of each method, as parameters: one object for all branches.
+
+    They are parameters even where they are never trained. A buffer would be another tensor in each branch after the
+    model has moved or changed its dtype.
+    """
     by_method: dict[int, tuple[Method, list[WeightSpec]]] = {}
-    for method, site in sites:
-        by_method.setdefault(id(method), (method, []))[1].append(site)  # Few objects: no hash of one for each site.
+    for method, spec in specs:
+        by_method.setdefault(id(method), (method, []))[1].append(spec)  # Few objects: no hash of one for each weight.
     equal: dict[Method, list[WeightSpec]] = {}
     for method, some in by_method.values():
         equal.setdefault(method, []).extend(some)
-    return {method: method.share(some) for method, some in equal.items()}
+    return {
+        method: {
+            name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            for name, tensor in method.shared(some).items()
+        }
+        for method, some in equal.items()
+    }
 
 
-def build(method: Method, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
+def build(method: Method, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch:
     """A new branch of a method for a weight, with the tensors that it shares with others."""
-    branch = method.build(site, shared)
-    branch.method, branch.matrix, branch.parameter = method, site.matrix, site.parameter
-    branch.names = method.names(site)
-    branch.bypass = method.bypass(site.layer, site.matrix) and (not branch.names or site.parameter == "weight")
+    branch = method.build(spec, shared)
+    branch.method, branch.matrix, branch.parameter = method, spec.matrix, spec.parameter
+    branch.names = method.changes(spec)
+    branch.bypass = method.bypass(spec.layer, spec.matrix) and (not branch.names or spec.parameter == "weight")
     return branch
 
 
@@ -40,19 +51,21 @@ def build_all(wanted: Sequence[tuple[Method, WeightSpec]]) -> list[Branch]:
     """
     shared = share(wanted)
     alike: dict[object, list[int]] = {}
-    for number, (method, site) in enumerate(wanted):
-        alike.setdefault((id(method), site.kind), []).append(number)
+    for number, (method, spec) in enumerate(wanted):
+        alike.setdefault((id(method), spec.kind), []).append(number)
     branches: dict[int, Branch] = {}
     for numbers in alike.values():
-        method, sites = wanted[numbers[0]][0], [wanted[number][1] for number in numbers]
-        first = build(method, sites[0], shared[method])
+        method, specs = wanted[numbers[0]][0], [wanted[number][1] for number in numbers]
+        first = build(method, specs[0], shared[method])
         if next(first.named_weights(), None) is None:
-            raise TargetError(f"{method} has nothing to train at {sites[0].path}: exclude it, or choose other numbers.")
+            raise TargetError(
+                f"{method} has nothing to train at {specs[0].path}: exclude it, or choose other hyperparameters."
+            )
         mould, values = Mould.of(first), None
         if mould is not None:
-            values = method.starts(sites[1:], mould.parameters) if len(sites) > 1 else ()
+            values = method.initial_values(specs[1:], mould.parameters) if len(specs) > 1 else ()
         if mould is None or values is None:
-            made = [first, *(build(method, site, shared[method]) for site in sites[1:])]
+            made = [first, *(build(method, spec, shared[method]) for spec in specs[1:])]
         else:  # The first one as well: compiled graphs of blocks that are alike are shared if all of them are.
             made = [mould.cast(some) for some in (mould.parameters.values(), *values)]
         branches.update(zip(numbers, made, strict=True))
@@ -60,10 +73,10 @@ def build_all(wanted: Sequence[tuple[Method, WeightSpec]]) -> list[Branch]:
 
 
 class Mould:
-    """A branch to make others of that differ in the values of their parameters only.
+    """A template of branches that differ in the values of their parameters only.
 
     Attributes:
-        parameters: Those of the branch by name.
+        parameters: The parameters of the branch that it was made of, by name.
     """
 
     def __init__(self, branch: Branch) -> None:
@@ -74,7 +87,7 @@ class Mould:
 
     @classmethod
     def of(cls, branch: Branch) -> Mould | None:
-        """That of a branch, unless there is more to it than parameters, its own or those of layers in it."""
+        """The mould of a branch, or None if it holds more than parameters, its own or those of layers in it."""
         modules = list(branch._modules.values())
         more = any(module._buffers for module in (branch, *modules)) or any(
             module._modules or isinstance(module, ContextModule) for module in modules
@@ -82,7 +95,7 @@ class Mould:
         return None if branch.common or more else cls(branch)
 
     def cast(self, values: Iterable[Tensor], requires_grad: bool = True) -> Branch:
-        """A branch with parameters of these values, which are in the order of `parameters`, and kept as they are."""
+        """A branch whose parameters are these tensors, in the order of `parameters`."""
         branch = self._branch.copy()
         modules = branch._modules
         branch.__dict__.pop("_provider", None)
@@ -94,7 +107,7 @@ class Mould:
 
 
 def tied_to(branch: Branch) -> Branch:
-    """The same branch for another use of the weight: a copy of the structure, which shares the tensors."""
+    """A branch for another use of the same weight: a copy of the structure, which shares the tensors."""
     twin = branch.structural_copy()
     for key, module in twin._modules.items():
         if not (module._parameters or module._modules):

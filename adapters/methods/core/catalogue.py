@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -20,14 +21,14 @@ M = TypeVar("M", bound=type[Method])
 
 @dataclass(frozen=True)
 class Description:
-    """What there is to know of a method.
+    """The facts of a method.
 
     Attributes:
         name: The class.
         key: Its name in files.
-        about: What it is, in a sentence.
-        paper: Where it comes from.
-        formula: What becomes of the weight `W`.
+        about: A sentence about it.
+        paper: Its source.
+        formula: The weight with a branch merged, in terms of the weight `W`.
         layers: The kinds of layers it can adapt.
         merges: Whether it can be merged into the weights.
         files: The formats that can hold it.
@@ -44,7 +45,7 @@ class Description:
 
 
 class Catalogue(Mapping[str, type[Method]]):
-    """Methods by their keys in files. It prints as a table, in a notebook too.
+    """Methods by their keys in files, printed as a table, in a notebook too.
 
     Example:
         >>> print(adapters.METHODS)
@@ -58,31 +59,39 @@ class Catalogue(Mapping[str, type[Method]]):
         self._is_complete = False
 
     def _all(self) -> dict[str, type[Method]]:
+        """The methods, those of the package imported first."""
         if not self._is_complete:
-            for module in pkgutil.iter_modules(self._folders):
-                if not module.ispkg:
-                    found = vars(import_module(f"{self._package}.{module.name}"))
-                    for value in [*found.values()]:
-                        if (
-                            isinstance(value, type)
-                            and value.__module__.endswith(f".{module.name}")
-                            and "key" in vars(value)
-                        ):
-                            self.register(value)
+            for info in pkgutil.iter_modules(self._folders):
+                if not info.ispkg:
+                    self._add_methods_of(import_module(f"{self._package}.{info.name}"))
             self._is_complete = True
         return self._methods
 
+    def _add_methods_of(self, module: ModuleType) -> None:
+        for value in [*vars(module).values()]:
+            if isinstance(value, type) and value.__module__ == module.__name__ and "key" in vars(value):
+                self._methods[vars(value)["key"]] = value
+
     def register(self, method: M) -> M:
-        """Add a method of your own under its `key`, so that files that have it load. To be used as a decorator.
+        """Add a method under its `key`, so that files that name it load. To be used as a decorator.
+
+        A class that is declared again, as by a cell of a notebook that runs again, replaces the former one.
 
         Raises:
-            AdapterError: Another method has that key.
+            AdapterError: It has no key, or another method has that key.
+
+        Example:
+            >>> @adapters.register
+            ... class Mine(adapters.LoRA):
+            ...     key = "mine"
         """
-        if self._methods.get(method.key, method) is not method:
-            raise AdapterError(
-                f"The key {method.key!r} is that of {self._methods[method.key].__name__}: choose another."
-            )
-        self._methods[method.key] = method
+        key = getattr(method, "key", "")
+        if not key:
+            raise AdapterError(f'{method.__name__} has no key: give it one, as in key = "mine".')
+        other = self._all().get(key, method)
+        if (other.__module__, other.__qualname__) != (method.__module__, method.__qualname__):
+            raise AdapterError(f"The key {key!r} is that of {other.__name__}: choose another.")
+        self._methods[key] = method
         return method
 
     def forget(self, key: str) -> None:
@@ -112,7 +121,7 @@ class Catalogue(Mapping[str, type[Method]]):
                 (method.__doc__ or "").strip().partition("\n")[0],
                 method.paper,
                 method.formula,
-                tuple(method.adapts or (name for name, sample in samples.items() if _can_adapt(method, *sample))),
+                (method.whole_model,) if method.whole_model else _kinds(method, samples),
                 method.mergeable,
                 weights.formats_of(method.stored_as or key),
             )
@@ -138,7 +147,7 @@ class Catalogue(Mapping[str, type[Method]]):
 
 
 class _Experts(nn.Module):
-    """A stack of matrices that is no layer's weight."""
+    """A stack of matrices, as layers of experts hold them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +167,7 @@ def _samples() -> dict[str, tuple[nn.Module, str]]:
         }
 
 
-def _can_adapt(method: type[Method], layer: nn.Module, parameter: str) -> bool:
-    # What kinds of layers a method can adapt does not depend on its numbers.
-    return object.__new__(method).matrix(layer, parameter) is not None
+def _kinds(method: type[Method], samples: dict[str, tuple[nn.Module, str]]) -> tuple[str, ...]:
+    """The kinds of layers that a method adapts, which do not depend on its hyperparameters."""
+    blank = object.__new__(method)
+    return tuple(kind for kind, sample in samples.items() if blank.matrix(*sample) is not None)

@@ -12,18 +12,18 @@ from adapters.errors import AdapterError, TargetError
 
 
 def need(holds: bool, method: object, what: str, value: object) -> None:
-    """Raise an AdapterError that says what a method needs, unless it holds."""
+    """Raise an AdapterError that names the need of a method, unless it holds."""
     if not holds:
         raise AdapterError(f"{type(method).__name__} needs {what}, not {value!r}.")
 
 
 def is_integer(value: object, least: float = -math.inf) -> bool:
-    """Whether a hyperparameter is an integer, no boolean, and large enough."""
+    """Whether a hyperparameter is an integer of at least `least`, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no integer of more bits than torch can multiply by."""
+    """Whether a value is a finite number, an integer one of at most 64 bits, as torch multiplies by."""
     return math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) < 2**63
 
 
@@ -33,10 +33,16 @@ def need_rank(method: Any) -> None:
 
 
 def need_alpha(method: Any) -> None:
-    """Check `alpha`, and make it the rank where it is None."""
+    """Check `alpha`, and set it to the rank if it is None."""
     if method.alpha is None:
         object.__setattr__(method, "alpha", float(method.rank))
     need(is_number(method.alpha), method, "an alpha that is a finite number", method.alpha)
+
+
+def alpha_of(method: Any) -> float:
+    """`alpha`, in which `need_alpha` leaves no None."""
+    alpha: float = method.alpha
+    return alpha
 
 
 def need_number(method: Any, name: str) -> None:
@@ -71,7 +77,7 @@ def need_dropout(method: Any) -> None:
 
 
 def refuse_dropout(method: Any, layer: nn.Module) -> None:
-    """Raise a TargetError if a method is to drop inputs of a layer whose weight it changes, where it sees none."""
+    """Raise a TargetError if a method has dropout at a layer that it adapts through the weight, without its inputs."""
     if method.dropout:
         raise TargetError(
             f"A {type(layer).__name__} is adapted through its weight, where no input can be dropped: give it a"

@@ -1,4 +1,7 @@
-"""Where LoRA starts from data: A and B as matrices, from what was seen of a layer. `adapters.initialize` sees to it."""
+"""Initialisation of LoRA from data: A and B as matrices, from inputs, gradients or errors of a layer.
+
+`adapters.initialize` collects the data and calls these functions.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from adapters.errors import TargetError
 
 @dataclass
 class Inputs:
-    """What is remembered of the inputs of a layer, however many there are.
+    """Running statistics of the inputs of a layer.
 
     Attributes:
         mean: Their mean, `(inputs,)`.
-        scatter: The sum of the products of what they are off the mean, `(inputs, inputs)`.
-        count: How many there were.
+        scatter: The sum of the outer products of their deviations from the mean, `(inputs, inputs)`.
+        count: The number of inputs.
     """
 
     mean: Tensor
@@ -26,12 +29,12 @@ class Inputs:
 
     @classmethod
     def like(cls, weight: Tensor) -> Inputs:
-        """None yet, for a weight of `(outputs, inputs)`."""
+        """Statistics of no inputs yet, for a weight of `(outputs, inputs)`."""
         size = weight.shape[-1]
         return cls(weight.new_zeros(size), weight.new_zeros(size, size))
 
     def add(self, rows: Tensor) -> None:
-        """Remember more, of shape `(rows, inputs)`."""
+        """Add inputs, of shape `(rows, inputs)`."""
         rows = rows.to(self.mean)
         if not len(rows):
             return
@@ -44,7 +47,7 @@ class Inputs:
 
     @property
     def moments(self) -> Tensor:
-        """The mean of their products, `(inputs, inputs)`."""
+        """Second moments, `(inputs, inputs)`."""
         return self.scatter / self.count + self.mean.outer(self.mean)
 
     def is_finite(self) -> bool:
@@ -53,7 +56,7 @@ class Inputs:
 
 
 def eva(weight: Tensor, inputs: Inputs, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A of the directions in which the inputs vary the most, B of zeros (arXiv:2410.07170)."""
+    """A of the principal directions of the inputs, B of zeros (arXiv:2410.07170)."""
     if inputs.count <= rank:
         raise TargetError(f"{inputs.count} inputs are too few for a rank of {rank}: pass more batches")
     directions = torch.linalg.eigh(inputs.scatter).eigenvectors.flip(-1)
@@ -61,7 +64,7 @@ def eva(weight: Tensor, inputs: Inputs, rank: int, scaling: float) -> tuple[Tens
 
 
 def corda(weight: Tensor, inputs: Inputs, rank: int, scaling: float, principal: bool) -> tuple[Tensor, Tensor]:
-    """A part of the weight by what it makes of the inputs (arXiv:2406.05223).
+    """A part of the weight, chosen by its effect on the inputs (arXiv:2406.05223).
 
     `W = U S (Vᵀ C⁻¹)`, with `U S Vᵀ` the decomposition of `W C` and `C` the second moments of the inputs: the first
     components, which matter the most to the inputs (instruction-previewed), or the last ones, which matter the least
@@ -79,7 +82,7 @@ def corda(weight: Tensor, inputs: Inputs, rank: int, scaling: float, principal: 
 
 
 def lora_ga(weight: Tensor, gradient: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B of singular vectors of the gradient, so that a first step goes along it (arXiv:2407.05000)."""
+    """A and B of singular vectors of the gradient, so that the first step follows it (arXiv:2407.05000)."""
     if 2 * rank > min(gradient.shape[-2:]):
         raise TargetError(f"the rank can be {min(gradient.shape[-2:]) // 2} at most, half of that of the weight")
     u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
@@ -87,11 +90,11 @@ def lora_ga(weight: Tensor, gradient: Tensor, rank: int, scaling: float) -> tupl
     return stable * vt[..., :rank, :], stable * u[..., rank : 2 * rank]
 
 
-_GAMMA = 16  # That of the paper's experiments.
+_GAMMA = 16  # As in the experiments of the paper.
 
 
 def loftq(weight: Tensor, error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The product nearest to what a weight lost when it was quantised (arXiv:2310.08659, one step)."""
+    """The low-rank product nearest to the quantization error of a weight (arXiv:2310.08659, one step)."""
     u, singular, vt = torch.linalg.svd(error, full_matrices=False)
     root = (singular[..., :rank] / abs(scaling)).sqrt()
     sign = 1 if scaling > 0 else -1

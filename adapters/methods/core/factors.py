@@ -1,4 +1,4 @@
-"""The factors of a low-rank update, as layers that may also run beside the layer they adapt."""
+"""Factors of a low-rank update, as layers that can run beside the layer they adapt."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from adapters.layers.matrix import Matrix
 from adapters.methods.core.spec import WeightSpec
 
 
-class _Blank:
-    """A layer whose values are set later: those that torch gives every new one take longer than all the rest."""
+class _Uninitialized:
+    """A layer whose values are set later: torch's own initialisation takes longer than all the rest."""
 
     def reset_parameters(self) -> None:
-        """Leave them as they are."""
+        """Do nothing."""
 
 
-class Linear(_Blank, fl.Linear):
+class Linear(_Uninitialized, fl.Linear):
     """A linear layer without values."""
 
 
-class Embedding(_Blank, fl.Embedding):
+class Embedding(_Uninitialized, fl.Embedding):
     """An embedding without values."""
 
 
-class Conv1d(_Blank, fl.Conv1d):
+class Conv1d(_Uninitialized, fl.Conv1d):
     """A convolution without values."""
 
 
-class Conv2d(_Blank, fl.Conv2d):
+class Conv2d(_Uninitialized, fl.Conv2d):
     """A convolution without values."""
 
 
-class Conv3d(_Blank, fl.Conv3d):
+class Conv3d(_Uninitialized, fl.Conv3d):
     """A convolution without values."""
 
 
@@ -44,26 +44,26 @@ _CONVOLUTIONS: dict[int, Any] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
 
 def is_layer(layer: nn.Module, parameter: str) -> bool:
-    """Whether a weight is that of a layer which multiplies its input by it, so that the factors can be layers too."""
+    """Whether a layer multiplies its input by a weight, so that the factors can be layers too."""
     return parameter == "weight" and (isinstance(layer, (nn.Linear, *CONVOLUTIONS)) or is_conv1d(layer))
 
 
 def groups_of(layer: nn.Module) -> int:
-    """The groups of a convolution, 1 for any other layer."""
+    """The number of groups of a convolution, 1 for any other layer."""
     return layer.groups if isinstance(layer, CONVOLUTIONS) else 1
 
 
-def factors(site: WeightSpec, rank: int, bias: bool) -> tuple[fl.WeightedModule, fl.WeightedModule]:
-    """A and B without values, as layers of the kind of the adapted one where that is possible.
+def factors(spec: WeightSpec, rank: int, bias: bool) -> tuple[fl.WeightedModule, fl.WeightedModule]:
+    """A and B without values, as layers of the adapted layer's kind where that is possible.
 
     Args:
-        site: The weight.
+        spec: The weight.
         rank: Rows of A and columns of B.
         bias: Whether B has a bias.
     """
-    *stack, outputs, inputs = site.shape
-    layer = site.layer
-    where: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+    *stack, outputs, inputs = spec.shape
+    layer = spec.layer
+    where: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
     if isinstance(layer, nn.Embedding):
         down = Embedding(inputs, rank, padding_idx=layer.padding_idx, **where)
         return down, Linear(rank, outputs, bias=False, **where)
@@ -76,7 +76,7 @@ def factors(site: WeightSpec, rank: int, bias: bool) -> tuple[fl.WeightedModule,
             conv(channels, rank, **geometry, padding_mode=layer.padding_mode, use_bias=False, **where),
             conv(rank * groups, outputs, 1, groups=groups, use_bias=bias, **where),
         )
-    if is_layer(layer, site.parameter):
+    if is_layer(layer, spec.parameter):
         return Linear(inputs, rank, bias=False, **where), Linear(rank, outputs, bias=bias, **where)
     return Factor(*stack, rank, inputs, **where), Factor(*stack, outputs, rank, **where)
 

@@ -1,7 +1,4 @@
-"""The forms a formula can have: added to the weight, applied to the output, or applied to the input of a layer.
-
-And the decomposition of a weight into lengths and directions, which goes with several of them.
-"""
+"""Formulas that are stated by one function: an update of the weight, or a linear map of the outputs or the inputs."""
 
 from __future__ import annotations
 
@@ -15,17 +12,18 @@ from torch.nn import functional as F  # noqa: N812 - as everyone calls it
 from adapters.layers.kinds import features_dim
 from adapters.layers.matrix import Matrix
 from adapters.methods.core.arithmetic import Scale, add_scaled, lerp
-from adapters.methods.core.method import Branch, Method, Tensors
+from adapters.methods.core.method import Branch, Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 class Additive(Method):
-    """`W + s Δ`, where `Δ` does not depend on `W`."""
+    """`W + s Δ`, where `Δ` does not depend on `W`: patches of such methods can be combined."""
 
     additive: ClassVar[bool] = True
 
     def delta(self, t: Tensors) -> Tensor:
-        """What is added to the weight, of the shape of its matrix."""
+        """The update `Δ`, of the shape of the weight's matrix."""
         raise NotImplementedError
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
@@ -36,7 +34,7 @@ class Additive(Method):
 
 
 class MatrixFree(Additive):
-    """`W + s Δ`, where `Δ x` takes less than `Δ`, which is never made for a linear layer."""
+    """`W + s Δ`, where `Δ x` costs less than `Δ`, which is never made for a linear layer."""
 
     def product(self, x: Tensor, t: Tensors) -> Tensor:
         """`Δ x` for inputs of shape `(..., inputs)`: `(..., outputs)`."""
@@ -52,6 +50,8 @@ class MatrixFree(Additive):
 
 class LowRank(MatrixFree):
     """`W + s U D`, with `U` of a few columns and `D` of as many rows."""
+
+    is_low_rank: ClassVar[bool] = True
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         """`(U, D)`, of shapes `(outputs, rank)` and `(rank, inputs)`, with the experts in front for a stack."""
@@ -77,12 +77,12 @@ class OutputTransform(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "embedding"})
 
     def map(self, y: Tensor, t: Tensors) -> Tensor:
-        """What becomes of outputs of shape `(..., outputs)`."""
+        """Outputs of shape `(..., outputs)`, mapped."""
         raise NotImplementedError
 
-    def names(self, site: WeightSpec) -> tuple[str, ...]:
+    def changes(self, spec: WeightSpec) -> tuple[str, ...]:
         # Also where there is no bias: another branch may add one.
-        return (site.parameter,) if site.bias_name is None else (site.parameter, site.bias_name)
+        return (spec.parameter,) if spec.bias_name is None else (spec.parameter, spec.bias_name)
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
         return self.map(weight.mT, t).mT
@@ -105,7 +105,7 @@ class InputTransform(Method):
     """A linear map of the input: of the rows of the weight, by its transpose."""
 
     def map(self, x: Tensor, t: Tensors, transposed: bool) -> Tensor:
-        """What becomes of inputs of shape `(..., inputs)`, or what the transpose of that map makes of them."""
+        """Inputs of shape `(..., inputs)`, mapped, or mapped by the transpose."""
         raise NotImplementedError
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
@@ -121,39 +121,10 @@ class InputTransform(Method):
         return layer(mapped.to(x.dtype), *args, **kwargs)
 
 
+OutputMap, InputMap = OutputTransform, InputTransform
+"""Their names in earlier releases."""
+
+
 def _finer(x: Tensor, branch: Branch) -> torch.dtype:
-    """The dtype to map features in: an adapter of lower precision than the model must not round what it leaves."""
+    """The dtype to map features in: an adapter of lower precision must not round features that it leaves alone."""
     return torch.promote_types(x.dtype, branch.dtype or x.dtype)
-
-
-def norms(weight: Tensor, inputs: int = 0) -> Tensor:
-    """The length of each row of a matrix, `(outputs,)`; or if inputs are counted, that of the columns of each of them.
-
-    Args:
-        weight: The matrix, with the experts in front for a stack. An input of a convolution has a column for each
-            position of the kernel.
-        inputs: How many inputs there are, 0 for the rows.
-    """
-    if not inputs:
-        return torch.linalg.vector_norm(weight, dim=-1)
-    return torch.linalg.vector_norm(weight.unflatten(-1, (inputs, -1)), dim=(-3, -1))
-
-
-def decomposed(direction: Tensor, magnitude: Tensor, on_inputs: bool = False) -> Tensor:
-    """A matrix with the direction of each row, or the columns of each input, at another length.
-
-    That is DoRA, arXiv:2402.09353. The lengths that there are are constants to the gradient, as it proposes in 4.3.
-    Zeros, which have no direction, stay as they are.
-
-    Args:
-        direction: The matrix, `(outputs, inputs)`, with the experts in front for a stack.
-        magnitude: The lengths, `(outputs,)` or `(inputs,)`, with the experts in front for a stack.
-        on_inputs: Whether they are those of the inputs.
-    """
-    inputs = magnitude.shape[-1] if on_inputs else 0
-    lengths = norms(direction, inputs).detach()
-    zero = lengths == 0
-    factors = torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, lengths))
-    if not on_inputs:
-        return direction * factors.unsqueeze(-1)
-    return direction * factors.repeat_interleave(direction.shape[-1] // inputs, dim=-1).unsqueeze(-2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, cast
@@ -14,61 +13,36 @@ import fluxion as fl
 from adapters.activation.switch import Switch
 from adapters.layers.matrix import Matrix
 from adapters.layers.sharded import gather
-from adapters.lowrank.thin import Thin
+from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core.arithmetic import Scale, lerp
+from adapters.methods.core.declaration import Declared
 from adapters.methods.core.spec import WeightSpec
-
-
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of a branch by name, as attributes and as items, all in one dtype.
-
-    Attributes:
-        matrix: What the weight is as a matrix.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], matrix: Matrix) -> None:
-        self._tensors = tensors
-        self.matrix = matrix
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the matrix, `(outputs, inputs)`, with the experts in front for a stack."""
-        return self.matrix.shape
-
-    def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise AttributeError(f"There is no tensor {name!r}, only {', '.join(self._tensors)}.") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+from adapters.methods.core.tensors import Tensors
 
 
 class Branch(fl.Chain):
-    """The part of one patch at one weight of a layer: the tensors, and what the method makes of them.
+    """One patch at one weight of a layer: the tensors, and the method that computes with them.
 
     Attributes:
         method: The hyperparameters and the formula.
-        matrix: What the weight is as a matrix; `Matrix.whole` where the method changes no weight.
+        matrix: The weight as a matrix; `Matrix.whole` where the method changes no weight.
         parameter: The name of the weight in its layer.
-        names: The parameters of the layer that the branch changes, the weight first. None for a method that has no
-            form as a change of weights.
-        beside: Whether the method computes it beside the layer, if that is linear in its weight.
+        names: The parameters of the layer that the branch changes, the weight first. Empty for a method that cannot be
+            merged.
+        bypass: Whether the method computes it beside the layer, if that is linear in its weight.
         common: The names of the tensors that all branches of the method share, in the patch.
         constants: The names of parameters that are never trained.
         switch: The activation state of its patch.
         tied: Whether its tensors are those of another branch, at another use of the same weight.
-        divided: What computes the node it is in, if its tensors are divided with the layer's on several processes.
+        tensor_parallel: The forward of the node it is in, if its tensors are split with those of the layer.
+
+    Example:
+        >>> branch = adapters.inject(model, adapters.LoRA(rank=4)).attachments[0].branch
+        >>> print(branch.method, branch.parameter, branch.matrix.shape)
+        >>> assert set(branch.tensors()) == {"lora_A", "lora_B"}
     """
 
-    _tag = ""  # It is that of the method, in the label.
+    _tag = ""  # The method's key is in the label.
 
     method: Method
     matrix: Matrix
@@ -79,10 +53,10 @@ class Branch(fl.Chain):
     constants: frozenset[str] = frozenset()
     switch: Switch
     tied: bool = False
-    divided: Callable[..., Any] | None = None
+    tensor_parallel: Callable[..., Any] | None = None
 
     def change(self, weights: Mapping[str, Tensor | None], scale: float) -> dict[str, Tensor | None]:
-        """The weights of a layer that computes what the layer of these weights and this branch compute together.
+        """The weights of a layer that computes the output of the present layer and this branch together.
 
         Args:
             weights: By name, in the precision to compute in, each of its own shape. They are not changed.
@@ -101,7 +75,7 @@ class Branch(fl.Chain):
         return changed
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; those of a layer of this chain that has just a weight by the name of the layer."""
+        """All tensors by name; the weight of a layer in this chain by the name of the layer, if it has nothing else."""
         named = (*self.named_parameters(), *self.named_buffers())
         return {name.removesuffix(".weight"): tensor for name, tensor in named}
 
@@ -110,11 +84,11 @@ class Branch(fl.Chain):
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None and name in self.common}
 
     def values(self, dtype: torch.dtype | None = None) -> Tensors:
-        """The tensors as a formula takes them, whole where several processes have them in parts.
+        """The tensors as a formula takes them, sharded ones gathered.
 
         Args:
-            dtype: What to convert floating-point ones to; by default they stay as they are, but for those that are
-                shared with layers on other devices or in other dtypes.
+            dtype: The dtype of floating-point ones; by default they stay as they are, but for those that are shared
+                with layers on other devices or in other dtypes.
         """
         tensors = {name: gather(tensor) for name, tensor in self.tensors().items()}
         if self.common and (own := self._first()) is not None:
@@ -145,7 +119,7 @@ class Branch(fl.Chain):
         return None if (tensor := self._first()) is None else tensor.dtype
 
     def _first(self) -> Tensor | None:
-        """A tensor of its own that has a dtype to compute in."""
+        """The first floating-point tensor of its own."""
         for module in (*self._modules.values(), self):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.is_floating_point() and name not in self.common:
@@ -170,116 +144,87 @@ Active = list[tuple[Branch, float]]
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Declared):
     """The hyperparameters of an adapter and its formula. Subclasses are frozen dataclasses in `adapters.methods`.
 
-    A subclass states `tensors` and `update`; or it extends one of the classes of `adapters.methods.core.formulas`,
-    which say the same of the output or the input of a layer, where that is the shorter or the faster way.
+    A subclass states `tensors` and `update`, or extends a class of `adapters.methods.core.formulas`, which asks for a
+    shorter or faster statement of the same formula. All else here has a default. Every method and attribute belongs to
+    one of four parts: where it applies, its tensors, its formula, its files.
 
-    Attributes:
-        key: The name of the method in files.
-        paper: Where it comes from.
-        formula: What becomes of the weight `W`, in a line.
-        kinds: The kinds of `Matrix` that it can adapt.
-        adapts: What it adapts in words, where that is not a kind of layer.
-        fast: The tensors that may learn faster than the others.
-        additive: Whether it adds to the weight what does not depend on it. Then patches can be combined.
-        mergeable: Whether it can be stated as a change of weights.
-        tied_in_files: Whether a layer of a file stands for those too that use the same weight in the same way, which
-            have no entry of their own.
-        files_have_buffers: Whether files hold the buffers of a layer beside the tensors, as copies of layers do.
-        stored_as: The key of the method that it is in files, where that is another.
-        rooted: Whether a model has one, where the method goes by default: files name no layer of it.
+    Example:
+        >>> method = adapters.LoRA(rank=4, alpha=8)
+        >>> print(method, method.key, method.paper, method.formula)
+        >>> assert method == adapters.LoRA(rank=4, alpha=8) and method.hyperparameters()["rank"] == 4
     """
 
-    key: ClassVar[str]
-    paper: ClassVar[str] = ""
-    formula: ClassVar[str] = ""
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
-    adapts: ClassVar[tuple[str, ...]] = ()
-    plus_lr: ClassVar[frozenset[str]] = frozenset()
-    additive: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = True
-    tied_in_files: ClassVar[bool] = False
-    files_have_buffers: ClassVar[bool] = False
-    stored_as: ClassVar[str] = ""
-    whole_model: ClassVar[bool] = False
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
 
-    # What it adapts
+    # Where it applies
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
+    """The kinds of `Matrix` that it can adapt."""
+    whole_model: ClassVar[str] = ""
+    """The kind of model that has one branch as a whole, at its default target: files name no layer of it."""
 
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
-        """How it sees that weight of that layer, or None where it cannot adapt it."""
+        """The weight of that layer as it adapts it, or None where it cannot."""
         matrix = Matrix.of(layer, parameter)
         return matrix if matrix is not None and matrix.kind in self.kinds else None
 
-    def chooses(self, parameter: str) -> bool:
-        """Whether this is a parameter to adapt in a layer that was chosen, rather than only if it is named itself."""
+    def selects(self, parameter: str) -> bool:
+        """Whether a parameter is adapted in each selected layer, rather than only if it is named itself."""
         return parameter == "weight"
 
     def includes_descendants(self) -> bool:
-        """Whether to choose a module is to choose everything below it."""
+        """Whether to select a module is to select everything below it."""
         return False
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
-        """What to adapt when no targets are named; None for every layer but the output head."""
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
+        """The targets when none are named; None for every layer but the output head."""
         return None
 
-    def check_site(self, site: WeightSpec) -> None:  # noqa: B027 - most refuse nothing
+    def check_spec(self, spec: WeightSpec) -> None:
         """Raise a TargetError where the hyperparameters do not fit a weight."""
 
-    def check_training(self, layer: nn.Module, parameter: str) -> None:  # noqa: B027 - most refuse nothing
+    def check_training(self, layer: nn.Module, parameter: str) -> None:
         """Raise a TargetError where these hyperparameters cannot be kept in training."""
-
-    def check_tensors(self, site: WeightSpec, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most refuse nothing
-        """Raise a TargetError where tensors of a file have values that cannot be, such as the number of no row."""
 
     # Its tensors
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
+    plus_lr: ClassVar[frozenset[str]] = frozenset()
+    """The tensors that LoRA+ gives a higher learning rate (arXiv:2402.12354)."""
+
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
         """The tensors to train, by name, with values that change nothing yet."""
         raise NotImplementedError
 
-    def constants(self, site: WeightSpec) -> dict[str, Tensor]:
+    def constants(self, spec: WeightSpec) -> dict[str, Tensor]:
         """Tensors that are never trained."""
         return {}
 
-    def shared(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
+    def shared(self, specs: Sequence[WeightSpec]) -> dict[str, Tensor]:
         """Tensors that all branches have in common: parameters, if they are to be trained.
 
         Args:
-            sites: Every weight that has this method, with these hyperparameters, in one patch.
+            specs: Every weight that has this method, with these hyperparameters, in one patch.
         """
         return {}
 
-    def shared_shapes(self, sites: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `shared` makes, for those who have the values already."""
+    def shared_shapes(self, specs: Sequence[WeightSpec]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the `shared` tensors, for a file that has their values."""
         return {}
 
-    def share(self, sites: Sequence[WeightSpec]) -> dict[str, Tensor]:
-        """What `shared` makes, as parameters for `build`: one object for all branches.
-
-        They are parameters even where they are never trained. A buffer would be another tensor in each branch after
-        the model has moved or changed its dtype.
-        """
-        return {
-            name: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-            for name, tensor in self.shared(sites).items()
-        }
-
-    def build(self, site: WeightSpec, shared: dict[str, Tensor]) -> Branch:
-        """A branch for one weight.
-
-        Args:
-            site: The weight.
-            shared: What `share` made for all weights.
+    def build(self, spec: WeightSpec, shared: dict[str, Tensor]) -> Branch:
+        """A branch for one weight, with the `shared` tensors as parameters.
 
         Raises:
             TargetError: The hyperparameters do not fit this weight.
         """
         branch = Branch()
-        for name, tensor in self.tensors(site).items():
+        for name, tensor in self.tensors(spec).items():
             branch.register_parameter(name, nn.Parameter(tensor))
-        for name, tensor in self.constants(site).items():
+        for name, tensor in self.constants(spec).items():
             branch.register_buffer(name, tensor)
         for name, tensor in shared.items():
             branch.register_parameter(name, cast(nn.Parameter, tensor))
@@ -287,23 +232,32 @@ class Method(ABC):
         branch.constants = frozenset(name for name, tensor in shared.items() if not tensor.requires_grad)
         return branch
 
-    def starts(self, sites: Sequence[WeightSpec], like: Mapping[str, Tensor]) -> Iterable[Sequence[Tensor]] | None:
-        """The first values of the parameters of many branches, made together; None where `build` makes them.
+    def initial_values(
+        self, specs: Sequence[WeightSpec], like: Mapping[str, Tensor]
+    ) -> Iterable[Sequence[Tensor]] | None:
+        """Initial parameters of many branches, made together; None where `build` makes them.
 
         Args:
-            sites: Weights of one kind.
+            specs: Weights of one kind.
             like: The parameters of a branch for another weight of that kind.
         """
         return None
 
-    def names(self, site: WeightSpec) -> tuple[str, ...]:
-        """The parameters of the layer that it changes, the weight first, then the bias if it changes that."""
-        return (site.parameter,) if self.mergeable else ()
-
     # Its formula
 
+    formula: ClassVar[str] = ""
+    """The weight with the branch merged, in terms of the weight `W`, in a line."""
+    mergeable: ClassVar[bool] = True
+    """Whether the formula is one of the weight. If not, there is only `run`."""
+    additive: ClassVar[bool] = False
+    """Whether the update does not depend on the weight, as that of an `Additive`, so that patches can be combined."""
+
+    def changes(self, spec: WeightSpec) -> tuple[str, ...]:
+        """The parameters of the layer that it changes: the weight, then the bias if it changes that."""
+        return (spec.parameter,) if self.mergeable else ()
+
     def update(self, weight: Tensor, t: Tensors) -> Tensor:
-        """What becomes of the weight.
+        """The weight at strength 1.
 
         Args:
             weight: The matrix, `(outputs, inputs)`, with the experts in front for a stack.
@@ -315,32 +269,43 @@ class Method(ABC):
         raise NotImplementedError
 
     def update_bias(self, bias: Tensor | None, weight: Tensor, t: Tensors) -> Tensor | None:
-        """What becomes of the bias, of shape `(outputs,)`, or of there being none."""
+        """The bias at strength 1, of shape `(outputs,)`; given None, the bias of a layer that has none."""
         return bias
 
     def change(self, weight: Tensor, t: Tensors, scale: float) -> Tensor:
-        """What becomes of the weight at a strength: on the line from the weight, at 0, to its update, at 1."""
+        """The weight at a strength: on the line from the weight, at 0, to its update, at 1."""
         return lerp(weight, self.update(weight, t), scale)
 
     def bypass(self, layer: nn.Module, matrix: Matrix) -> bool:
-        """Whether `run` is the way to compute it, for a layer whose output is linear in its weight."""
+        """Whether `run` computes it beside the layer, if the output of that is linear in its weight."""
         return not self.mergeable
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         """The output of a layer together with the branch, computed beside the layer rather than in its weight."""
         raise NotImplementedError
 
-    def thin(self, branch: Branch) -> Thin | None:
-        """The layers that the branch is made of, where it adds two thin matrices to the weight of a linear layer.
+    def low_rank(self, branch: Branch) -> LowRank | None:
+        """The update of a branch at strength 1 where its layers compute a product of two factors, and nothing else.
 
-        None for anything else, and for a branch that was changed by hand.
+        The factors are the parameters of the branch. None for anything else, and for a branch that was changed by hand.
         """
         return None
 
-    # Files and pictures
+    # Its files
+
+    key: ClassVar[str]
+    """The name of the method in files, and in `adapters.METHODS`."""
+    paper: ClassVar[str] = ""
+    """The source: an arXiv number, an address, or a library."""
+    stored_as: ClassVar[str] = ""
+    """The key of the method that files hold instead, where that is another."""
+    tied_in_files: ClassVar[bool] = False
+    """Whether a layer of a file stands for those too that use the same weight, which have no entry of their own."""
+    files_have_buffers: ClassVar[bool] = False
+    """Whether files hold the buffers of a layer beside the tensors, as copies of layers do."""
 
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters that are worth showing: neither nothing nor a choice that is the usual one."""
+        """The hyperparameters worth showing: those that are true, numbers in full, and names other than the default."""
         usual = {field.name: field.default for field in fields(self)}
         return {
             name: value
@@ -348,17 +313,17 @@ class Method(ABC):
             if value and not (value == usual[name] and isinstance(value, str))
         }
 
-    def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
-
     def hyperparameters(self) -> dict[str, Any]:
-        """What a file needs to say besides the tensors."""
+        """The hyperparameters that files hold."""
         return asdict(self)
 
     def file_tensors(self, branch: Branch) -> dict[str, Tensor]:
         """The tensors of a branch under the names and in the shapes that files give them, sharing their memory."""
         return {name: tensor for name, tensor in branch.tensors().items() if name not in branch.common}
 
+    def check_tensors(self, spec: WeightSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Raise a TargetError where tensors of a file have impossible values, such as an index out of range."""
+
     def saved(self, branch: Branch) -> tuple[Method, dict[str, Tensor]]:
-        """What a file says of a branch: the method to load it with, and the tensors."""
+        """The method that loads a branch from a file, and the tensors."""
         return self, self.file_tensors(branch)

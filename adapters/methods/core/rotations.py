@@ -1,4 +1,4 @@
-"""Rotations in blocks, which the orthogonal methods have in common: how they are made, cut to size and applied."""
+"""Rotations in blocks, as the orthogonal methods share them: parameters, block sizes, products."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from adapters.errors import TargetError
 from adapters.layers.dtypes import widened
 from adapters.methods.core.checks import is_integer, is_number, need
-from adapters.methods.core.method import Method, Tensors
+from adapters.methods.core.method import Method
 from adapters.methods.core.spec import WeightSpec
+from adapters.methods.core.tensors import Tensors
 
 
 def need_blocks(method: Any, usual: int) -> None:
-    """Check `block_size` and `blocks`, one of which says how features are cut, and make the former `usual` if neither.
+    """Check `block_size` and `blocks`, of which one is given, and make the former `usual` if neither is.
 
     Raises:
         AdapterError: Both are given, or one is out of its range.
@@ -29,17 +30,17 @@ def need_blocks(method: Any, usual: int) -> None:
         object.__setattr__(method, "block_size", usual)
 
 
-def cut(method: Any, site: WeightSpec, features: int, least: int = 2) -> tuple[int, int]:
-    """How many blocks a number of features is cut into, and their size.
+def cut(method: Any, spec: WeightSpec, features: int, least: int = 2) -> tuple[int, int]:
+    """The number and the size of the blocks of some features.
 
     Args:
         method: Has `block_size` and `blocks`.
-        site: The weight.
-        features: How many features it has to rotate.
-        least: The least size; nothing can turn in a block of one feature.
+        spec: The weight.
+        features: The number of features to rotate.
+        least: The least size; a block of one feature has no rotation.
 
     Raises:
-        TargetError: The blocks do not come out even, or are too small.
+        TargetError: The blocks are not equal, or too small.
     """
     name = "block_size" if method.block_size else "blocks"
     number = getattr(method, name)
@@ -47,7 +48,7 @@ def cut(method: Any, site: WeightSpec, features: int, least: int = 2) -> tuple[i
     blocks, size = (other, number) if method.block_size else (number, other)
     if blocks * size != features or size < least:
         raise TargetError(
-            f"{site.path} has {features} features to rotate, which cannot be cut by {name}={number} into equal blocks"
+            f"{spec.path} has {features} features to rotate, which cannot be cut by {name}={number} into equal blocks"
             f" of {least} or more: choose another divisor of {features}, or exclude it."
         )
     return blocks, size
@@ -69,9 +70,9 @@ def bounded(q: Tensor, bound: float, dim: tuple[int, ...] | None = None) -> Tens
 
 
 def cayley(q: Tensor) -> Tensor:
-    """`(I - Q)(I + Q)⁻¹`, a rotation for any skew-symmetric Q; that of `-Q` is its transpose.
+    """The Cayley transform `(I - Q)(I + Q)⁻¹`, a rotation for any skew-symmetric Q; `-Q` gives its transpose.
 
-    In at least single precision, as there is no solver for less.
+    It is computed in at least single precision, as there is no solver for less.
     """
     q = widened(q)
     identity = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
@@ -107,7 +108,7 @@ class OutputRotation(Method):
     Args:
         block_size: The size of the blocks, which has to divide the number of outputs; 4 if `blocks` is not given.
         blocks: The number of blocks instead.
-        constraint: Keep the rotation near to the identity: the norm of all Q together is at most this, times the number
+        constraint: Keep the rotation near the identity: the norm of all Q together is at most this, times the number
             of outputs. 0 for no bound.
         rescale: Train a factor for each output too.
 
@@ -125,10 +126,10 @@ class OutputRotation(Method):
         bound = self.constraint
         need(is_number(bound) and bound >= 0, self, "a constraint of 0 or more", bound)
 
-    def check_site(self, site: WeightSpec) -> None:
-        self.block_shape(site)
+    def check_spec(self, spec: WeightSpec) -> None:
+        self.block_shape(spec)
 
-    def block_shape(self, site: WeightSpec) -> tuple[int, ...]:
+    def block_shape(self, spec: WeightSpec) -> tuple[int, ...]:
         """The shape of `oft_blocks`."""
         raise NotImplementedError
 
@@ -136,11 +137,11 @@ class OutputRotation(Method):
         """Outputs `(..., outputs)` turned by rotations of the shape of `oft_blocks`."""
         raise NotImplementedError
 
-    def tensors(self, site: WeightSpec) -> dict[str, Tensor]:
-        tensors = {"oft_blocks": site.zeros(*self.block_shape(site))}
+    def tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        tensors = {"oft_blocks": spec.zeros(*self.block_shape(spec))}
         if self.rescale:
-            kernel = getattr(site.layer, "kernel_size", ())
-            tensors["rescale"] = site.ones(site.shape[-2], 1, *(1 for _ in kernel))
+            kernel = getattr(spec.layer, "kernel_size", ())
+            tensors["rescale"] = spec.ones(spec.shape[-2], 1, *(1 for _ in kernel))
         return tensors
 
     def update(self, weight: Tensor, t: Tensors) -> Tensor:

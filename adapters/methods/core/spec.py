@@ -1,4 +1,4 @@
-"""`WeightSpec`, a weight that gets a branch."""
+"""`WeightSpec`, the description of a weight that gets a branch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from adapters.layers.matrix import Matrix
 
 @dataclass(eq=False)
 class WeightSpec:
-    """A weight that is to have a branch, and where the branch's tensors go.
+    """A weight that gets a branch, and the device and dtype of the branch's tensors.
 
     Attributes:
         path: The path of the layer in the model.
         layer: The layer.
         parameter: The name of the weight in it.
-        matrix: What the weight is as a matrix.
+        matrix: The weight as a matrix.
         device: The device of new tensors.
         dtype: Their dtype.
-        read: Gives the weight that the new branch will be applied to.
-        blank: Whether what is trained gets its values from a file, so that no others need to be made.
+        read: Returns the weight that the branch will be applied to.
+        uninitialized: Whether trained tensors get their values from a file, so that no others need to be made.
+
+    Example:
+        >>> def tensors(self, spec: adapters.WeightSpec) -> dict[str, Tensor]:  # in a method
+        ...     outputs, inputs = spec.shape
+        ...     return {"up": spec.zeros(outputs, 4), "down": spec.normal(4, inputs)}
     """
 
     path: str
@@ -41,19 +46,19 @@ class WeightSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix: `(outputs, inputs)`, with the experts in front for a stack."""
+        """Shape of the matrix, `(outputs, inputs)`, with the experts in front for a stack."""
         return self.matrix.shape
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The size of the kernel of a convolution, `()` for what is none."""
+        """Kernel size of a convolution, `()` for other layers."""
         return tuple(cast(Any, self.layer).kernel_size) if self.matrix.kind == "convolution" else ()
 
     @property
     def kind(self) -> object:
-        """Equal for weights whose branches of one method differ only in their values."""
+        """A key that is equal for weights whose branches of one method differ only in their values."""
         layer = self.layer
-        known = type(layer).__module__.startswith("torch.nn.")  # What it says of itself is all there is to it.
+        known = type(layer).__module__.startswith("torch.nn.")  # Its `extra_repr` says all there is to it.
         look = layer.extra_repr() if known else id(layer)
         return type(layer), look, self.parameter, self.matrix, self.device, self.dtype
 
@@ -64,13 +69,13 @@ class WeightSpec:
 
     @property
     def bias_name(self) -> str | None:
-        """The name of the bias that goes with the weight, be it None; None where the layer knows no such parameter."""
+        """The name of the bias that goes with the weight, even if that is None; None for a layer that has none."""
         name = f"{self.parameter.removesuffix('weight')}bias"
         return name if self.parameter.endswith("weight") and hasattr(self.layer, name) else None
 
     @property
     def has_bias(self) -> bool:
-        """Whether the layer adds a bias to what it makes of the weight."""
+        """Whether the layer has a bias beside the weight."""
         return self.bias_name is not None and getattr(self.layer, self.bias_name) is not None
 
     def empty(self, *shape: int) -> Tensor:
@@ -86,11 +91,11 @@ class WeightSpec:
         return self.empty(*shape).fill_(1.0)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        """A new tensor of normally distributed values around 0."""
+        """A new tensor of normally distributed values of mean 0."""
         return self.empty(*shape) if self.uninitialized else self.empty(*shape).normal_(std=std)
 
     def shuffled(self, seed: int | None) -> Tensor:
-        """The places in a matrix, counted row by row, in a random order: for one seed the same on any device."""
+        """The indices of the entries of the matrix, row by row, in a random order: equal on all devices for a seed."""
         count = self.shape[-2] * self.shape[-1]
         if self.device.type == "meta":
             return self.empty(count).long()
@@ -98,6 +103,6 @@ class WeightSpec:
         return torch.randperm(count, generator=generator, device="cpu")
 
     def uniform(self, *shape: int, bound: float | None = None) -> Tensor:
-        """A new tensor of values up to a bound to either side; by default that of torch's linear layers, `1 / √n`."""
+        """A new tensor of uniformly distributed values in ±bound, by default the `1 / √n` of torch's linear layers."""
         bound = 1 / math.sqrt(math.prod(shape[1:])) if bound is None else bound
         return self.empty(*shape) if self.uninitialized else self.empty(*shape).uniform_(-bound, bound)

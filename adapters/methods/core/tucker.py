@@ -10,14 +10,14 @@ from torch import Tensor
 from adapters.methods.core.spec import WeightSpec
 
 
-def channels(site: WeightSpec) -> int:
-    """How many inputs a weight has for each position of the kernel."""
-    return site.shape[-1] // math.prod(site.kernel)
+def channels(spec: WeightSpec) -> int:
+    """The number of inputs of a weight for each position of the kernel."""
+    return spec.shape[-1] // math.prod(spec.kernel)
 
 
-def has_core(site: WeightSpec, wanted: bool) -> bool:
-    """Whether a product for this weight gets a core: only a kernel of several positions is worth one."""
-    return wanted and math.prod(site.kernel) > 1
+def has_core(spec: WeightSpec, wanted: bool) -> bool:
+    """Whether a product for this weight gets a core, if wanted: only a kernel of several positions needs one."""
+    return wanted and math.prod(spec.kernel) > 1
 
 
 def product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Virtual tokens: trained vectors that a transformer meets in front of its own tokens, as positions or in its cache."""
+"""Virtual tokens: trained vectors before the tokens of a transformer, as positions or in its cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapters.methods.core.arithmetic import Scale
 from adapters.methods.core.checks import is_integer, need
 from adapters.methods.core.method import Branch, Method
 
-# What a transformer may take besides its tokens. Anything else could depend on where the tokens are.
+# Arguments that a transformer may have. Others could depend on the positions of the tokens.
 _INPUTS = frozenset(
     {
         "input_ids",
@@ -45,18 +45,17 @@ _MARK = "virtual_tokens"
 
 @dataclass(frozen=True)
 class VirtualTokens(Method):
-    """Base of the methods that put trained tokens in front of those of a text, in a model of transformers.
+    """Base of the methods that put trained tokens before those of a text, in a language model of transformers.
 
-    The node goes around the transformer itself, inside of the model with a head, and sees to masks and positions. So
-    losses, labels and `generate` are those of the model, whichever head it has.
+    The node wraps the transformer itself, inside of the model with a head, and adapts masks and positions. So losses,
+    labels and `generate` are those of the model, whichever head it has.
 
-    Files name no layer: such an adapter is loaded where it goes by default. Its scale multiplies its tokens; at 0 they
-    are left out.
+    Files name no layer: such an adapter is loaded at its default target. Its scale multiplies its tokens; at 0 they are
+    left out.
     """
 
     mergeable = False
-    whole_model = True
-    adapts = ("language models of transformers",)
+    whole_model = "language models of transformers"
     needs: ClassVar[frozenset[str]] = frozenset({"input_ids", "inputs_embeds", "attention_mask"})
 
     num_virtual_tokens: int = 20
@@ -65,18 +64,18 @@ class VirtualTokens(Method):
         number = self.num_virtual_tokens
         need(is_integer(number, 1), self, "a num_virtual_tokens of 1 or more", number)
 
-    # What it adapts
+    # Where it applies
 
     @abstractmethod
     def shape(self, transformer: nn.Module) -> tuple[int, ...]:
-        """What the tensors have to know of a transformer."""
+        """The sizes of a transformer that the tensors depend on."""
 
     def matrix(self, layer: nn.Module, parameter: str) -> Matrix | None:
         if parameter != "weight" or not (hasattr(layer, "config") and hasattr(layer, "get_input_embeddings")):
             return None
         return None if self._problem(layer) else Matrix(self.shape(layer), "as is", "any")
 
-    def default(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    def default_targets(self, model: nn.Module) -> Callable[[str, nn.Module], bool]:
         root, model = model, _only_transformer(model)
         base = transformer = _inside(getattr(model, "base_model", model))
         problem = _unusual(getattr(model, "config", None))
@@ -91,7 +90,7 @@ class VirtualTokens(Method):
         return lambda path, module: module is transformer
 
     def _problem(self, transformer: nn.Module) -> str | None:
-        """Why virtual tokens cannot be put in front of the tokens of a transformer, or None."""
+        """The reason why a transformer cannot have virtual tokens, or None."""
         if problem := _unusual(getattr(transformer, "config", None)):
             return problem
         if getattr(transformer, "base_model", None) is not transformer:
@@ -104,7 +103,7 @@ class VirtualTokens(Method):
             return f"takes {' and '.join(extra)}, which may depend on where the tokens are"
         return None
 
-    # Running
+    # Its formula
 
     def run(self, branch: Branch, layer: Callable[..., Any], scale: Scale, *args: Any, **kwargs: Any) -> Any:
         given = _by_name(branch.layer, args, kwargs)
@@ -128,7 +127,7 @@ class VirtualTokens(Method):
         return layer(**given)
 
     def _check(self, given: Mapping[str, Any]) -> None:
-        """Refuse what is not a text in each row and a cache that grows."""
+        """Refuse a cache that does not grow, and rows that hold more than one text."""
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if getattr(cache, "is_compileable", False):
             raise AdapterError(f"{type(self).__name__} needs a cache that grows, not a {type(cache).__name__}.")
@@ -139,14 +138,14 @@ class VirtualTokens(Method):
 
     @abstractmethod
     def begin(self, branch: Branch, layer: Callable[..., Any], scale: float, given: dict[str, Any], seen: int) -> Any:
-        """The output for a text that begins.
+        """The output for the beginning of a text.
 
         Args:
             branch: The branch.
             layer: The transformer.
             scale: Multiplies the tokens.
             given: Its inputs by name, with a mask that is wide enough and positions that leave room already.
-            seen: How many virtual tokens of others are in the cache.
+            seen: The number of virtual tokens of other patches in the cache.
         """
 
 
@@ -156,18 +155,18 @@ def tokens_of(given: Mapping[str, Any]) -> Tensor:
 
 
 def mark(cache: Any, branch: Branch, number: int) -> None:
-    """Let a cache say that it holds the tokens of a branch. It does so in copies too."""
+    """Mark a cache, and copies of it, as holding the tokens of a branch."""
     setattr(cache, _MARK, {**getattr(cache, _MARK, {}), branch.switch.name: number})
 
 
 def caches(*values: Any) -> list[Any]:
-    """The caches among what a transformer takes and gives."""
+    """The caches among the inputs and outputs of a transformer."""
     parts = (part for value in values for part in (value.values() if isinstance(value, Mapping) else value))
     return [part for part in parts if hasattr(part, "get_seq_length")]
 
 
 def _only_transformer(model: nn.Module) -> nn.Module:
-    """The only model of transformers that a module of another kind has in it, or else the module itself."""
+    """The model of transformers in a module, if it is the only one, else the module itself."""
     if _is_transformer(model):
         return model
     found = [_inside(module) for module, _ in fl.walk(model, lambda module, _: _is_transformer(module))]
@@ -179,14 +178,14 @@ def _is_transformer(module: nn.Module) -> bool:
 
 
 def _inside(module: Any) -> Any:
-    """A module without the adapters around it."""
+    """A module without an adapter around it."""
     return module.target if isinstance(module, Adapter) else module
 
 
 def _unusual(config: Any) -> str | None:
-    """What is unusual about a model of this configuration, or None."""
+    """The reason why a model of this configuration is unsupported, or None."""
     if not hasattr(config, "get_text_config"):
-        return "is no model of transformers"
+        return "is not a model of transformers"
     if getattr(config, "is_encoder_decoder", False):
         return "has an encoder and a decoder, with a text for each"
     return "takes more than text" if config.get_text_config() is not config else None

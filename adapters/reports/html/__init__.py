@@ -1,7 +1,7 @@
-"""Pages and fragments of HTML that show reports and patches, made from the templates in this package.
+"""Reports as HTML: pages and fragments for notebooks, made from the templates in this package.
 
-Everything that a file says is cleaned of letters that are not printable and escaped, and a page may ask for nothing
-from anywhere: it says so in its Content-Security-Policy, which lets no script run but those that are in it.
+Everything from a file is cleaned of characters that are not printable and escaped. The Content-Security-Policy of a
+page lets it load nothing, and run no script but those in it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from markupsafe import Markup
 import fluxion
 from adapters.errors import AdapterError
 from adapters.reports.facts import Facts
-from adapters.reports.html import view
+from adapters.reports.html import shown
+from adapters.reports.html.charts import charts_of
+from adapters.reports.html.view import View, of_report
 
 MARK = '<meta name="generator" content="fluxion report">'
-"""What a page that was made here has in its head."""
+"""A tag in the head of every page that was made here."""
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page that was made here, by what it begins with."""
+    """Whether a file is a page that was made here, judged by its beginning."""
     with path.open("rb") as file:
         return MARK.encode() in file.read(1024)
 
@@ -48,23 +50,23 @@ def page(report: Facts) -> str:
         _environment()
         .get_template("page.html")
         .render(
-            view.of_report(report),
+            of_report(report),
             mark=Markup(MARK),
             style=Markup(_text("tree.css") + _text("page.css")),
             scripts=[Markup(script) for script in scripts],
             allowed=" ".join(map(_hash, scripts)),
-            data=Markup(_embedded(view.charts_of(report))),
+            data=Markup(_embedded(charts_of(report))),
             version=fluxion.__version__,
         )
     )
 
 
 def fragment(report: Facts) -> str:
-    """What a notebook shows of a report: the facts and the tree, without charts."""
-    return _fragment("report.html", view.of_report(report))
+    """A report for a notebook: the facts and the tree, without charts."""
+    return _fragment("report.html", of_report(report))
 
 
-def _fragment(template: str, values: view.View) -> str:
+def _fragment(template: str, values: View) -> str:
     return _environment().get_template(template).render(values, style=Markup(_text("tree.css")))
 
 
@@ -77,7 +79,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": view.number, "share": view.share, "cosine": view.cosine}
+    environment.filters |= {"number": shown.number, "share": shown.share, "cosine": shown.cosine}
     return environment
 
 
@@ -101,5 +103,5 @@ def _hash(script: str) -> str:
 
 
 def _embedded(data: object) -> str:
-    """JSON that nothing in it can end, or turn into a comment, inside of a script element."""
+    """JSON for a script element, in which nothing can end the element or begin a comment."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -61,9 +61,10 @@ def test_to_every_format_and_back(style: Path, tmp_path: Path, form: str) -> Non
     assert_same(style, tmp_path / "back")
 
 
-def test_to_kohyas_and_back(style: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["lycoris", "kohya"])
+def test_to_kohyas_and_back(style: Path, tmp_path: Path, form: str) -> None:
     file = tmp_path / "file.safetensors"
-    done("convert", style, file, "--to", "lycoris", "--component", "text_encoder")
+    assert "layers in lycoris format" in done("convert", style, file, "--to", form, "--component", "text_encoder")
     assert all(name.startswith("lora_te_encoder_layer_") for name in weights.open(file))
     done("convert", file, tmp_path / "back", "--base", MINILM)
     assert_same(style, tmp_path / "back")
@@ -182,7 +183,7 @@ def test_layers_that_have_numbers_need_their_model(tmp_path: Path) -> None:
     tensors = {"unet:0:up": torch.ones(4, 2), "unet:0:down": torch.ones(2, 4)}
     file = weights.save(tensors, tmp_path / "x.safetensors", {"unet": '["CrossAttention"]'})
     for base in ([], ["--base", MINILM]):
-        assert "Only with its model" in refused("convert", file, tmp_path / "out", *base)
+        assert "which only its model resolves" in refused("convert", file, tmp_path / "out", *base)
 
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_from_the_hub_in_shards_and_another_type(hub: HubServer, small: Path, tm
     assert said["files"] == len(files) > 1
     assert said["bytes"] == sum(file.stat().st_size for file in files)
     assert all(file.stat().st_size < 56e3 for file in files)
-    assert {tensor.dtype for tensor in weights.open(tmp_path / "out").slots.values()} <= {torch.bfloat16, torch.int64}
+    assert {tensor.dtype for tensor in weights.open(tmp_path / "out").infos.values()} <= {torch.bfloat16, torch.int64}
     assert json.loads((tmp_path / "out" / "config.json").read_text()).get("torch_dtype", "bfloat16") == "bfloat16"
 
 

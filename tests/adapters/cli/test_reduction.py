@@ -46,7 +46,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path) -> None:
     printed = done(
         "extract", tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "o", "--rank", 1
     )
-    assert re.search(r"it is no matrix +1 +a\.bias", printed)
+    assert re.search(r"not a 2-D weight +1 +a\.bias", printed)
 
 
 def test_layers_are_chosen(tuned: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_layers_are_chosen(tuned: Path, tmp_path: Path) -> None:
     names = {layer["path"].removeprefix("encoder.layer.") for layer in said["layers"]}
     assert names == {f"{n}.attention.self.query" for n in (0, 2, 3, 4, 5)} | {"0.attention.self.value"}
     assert len(said["left_out"]) == 6
-    assert set(said["left_out"].values()) == {"it is not chosen"}
+    assert set(said["left_out"].values()) == {"excluded"}
     assert "'nowhere' matches no layer" in refused(
         "extract", MINILM, tuned, tmp_path / "o", "--rank", 1, "--targets", "nowhere"
     )

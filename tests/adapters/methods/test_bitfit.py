@@ -62,5 +62,5 @@ def test_a_file_holds_copies(tmp_path: Path) -> None:
     patch.save_pretrained(tmp_path)
     patch.eject()
     loaded = adapters.load(model, tmp_path)
-    assert {str(place.branch.method) for place in loaded.places} == {"Copy()"}
+    assert {str(place.branch.method) for place in loaded.attachments} == {"Copy()"}
     torch.testing.assert_close(model["attn"](x, x, x)[0], expected)

@@ -251,7 +251,7 @@ def test_a_block_with_a_cache_cannot_mix_rows() -> None:
     adapters.inject(case.model, Bottleneck(), "self_attn")
     with (
         adapters.use(case.model, rows=["default", None, None, None]),
-        pytest.raises(adapters.RowsError, match="cannot divide a DynamicCache into rows"),
+        pytest.raises(adapters.RowsError, match="cannot split a DynamicCache into rows"),
     ):
         case.model(case.inputs, use_cache=True)
 

@@ -60,7 +60,7 @@ def test_layers_may_have_sizes_of_their_own_in_a_file(tmp_path: Path) -> None:
         ours = copy.deepcopy(base)
         patch = adapters.load(ours, tmp_path / "theirs")
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), patch.save_pretrained(tmp_path / "ours"))
-    sizes = {place.path: place.branch.method.block_size for place in patch.places}
+    sizes = {place.path: place.branch.method.block_size for place in patch.attachments}
     assert sizes == {"0.up": 2, "0.down": 4, "1": 2}
     for path in sizes:
         x = torch.randn(3, base.get_submodule(path).in_features)

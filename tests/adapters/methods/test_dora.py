@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters import AdapterError, DoRA, TargetError
-from adapters.methods.core.formulas import decomposed
+from adapters.methods.core.decomposed import decomposed
 from tests.adapters.models import perturb
 
 

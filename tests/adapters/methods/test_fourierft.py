@@ -20,7 +20,7 @@ from tests.adapters.methods.closed_form import delta_of, few, layers_of, numbers
 def test_the_update_is_a_sum_of_waves(model: nn.Sequential, frequencies: int, seed: int, scaling: float) -> None:
     frequencies = min(frequencies, *(layer.weight.numel() for layer in model))
     patch = adapters.inject(model, FourierFT(n_frequency=frequencies, seed=seed, scaling=scaling))
-    for place in patch.places:
+    for place in patch.attachments:
         branch, (outputs, inputs) = place.branch, place.branch.matrix.shape
         assert not delta_of(branch).any()
         spectrum = branch.fourierft_spectrum.detach().normal_()
@@ -36,15 +36,15 @@ def test_the_update_is_a_sum_of_waves(model: nn.Sequential, frequencies: int, se
 
 def test_layers_of_one_shape_have_the_same_positions() -> None:
     patch = adapters.inject(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8)), FourierFT(n_frequency=9))
-    first, second, third = (place.branch.positions for place in patch.places)
+    first, second, third = (place.branch.positions for place in patch.attachments)
     assert torch.equal(first, third) and torch.equal(first, second)  # As many entries, in another matrix.
     again = adapters.inject(nn.Sequential(nn.Linear(6, 8)), FourierFT(n_frequency=9, seed=1))
-    assert not torch.equal(again.places[0].branch.positions, first)
+    assert not torch.equal(again.attachments[0].branch.positions, first)
 
 
 def test_more_frequencies_than_there_are_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
-    with pytest.raises(TargetError, match=r"^0 has 12 Fourier coefficients, 3 × 4: it takes no n_frequency of 13"):
+    with pytest.raises(TargetError, match=r"^0 has 12 Fourier coefficients, 3 × 4, fewer than n_frequency=13"):
         adapters.inject(model, FourierFT(n_frequency=13))
     adapters.inject(model, FourierFT(n_frequency=12))
 

@@ -58,7 +58,7 @@ def test_two_of_them_add_up_and_can_be_combined() -> None:
 def test_what_is_no_matrix_cannot_be_combined() -> None:
     model = nn.Sequential(nn.LayerNorm(3))
     adapters.inject(model, Full())
-    with pytest.raises(AdapterError, match="at 0 there is no matrix, which a LoRA could change"):
+    with pytest.raises(AdapterError, match="0 is not a 2-D weight, which a LoRA could change"):
         adapters.combine(model, {"default": 1.0})
 
 

@@ -26,7 +26,7 @@ def test_each_block_has_factors_of_its_own(case: tuple[nn.Sequential, GraLoRA]) 
     model, method = case
     blocks, part = method.blocks, method.rank // method.blocks
     patch = adapters.inject(model, method)
-    for place in patch.places:
+    for place in patch.attachments:
         branch, (outputs, inputs) = place.branch, place.branch.matrix.shape
         width, height = inputs // blocks, outputs // blocks
         assert not delta_of(branch).any()
@@ -52,7 +52,7 @@ def test_as_many_parameters_as_lora_and_a_higher_rank() -> None:
     with torch.no_grad():
         for parameter in patch.parameters():
             parameter.normal_()
-    assert torch.linalg.matrix_rank(delta_of(patch.places[0].branch)) == 16
+    assert torch.linalg.matrix_rank(delta_of(patch.attachments[0].branch)) == 16
 
 
 def test_layers_that_blocks_do_not_fit_are_refused() -> None:

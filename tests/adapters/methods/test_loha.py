@@ -43,7 +43,7 @@ def check(layer: nn.Module, method: LoHa, cores: bool) -> None:
     assert torch.equal(layer.weight, weight)
     patch.unmerge()
     perturb(patch)
-    t = {name: tensor.detach() for name, tensor in patch.places[0].branch.tensors().items()}
+    t = {name: tensor.detach() for name, tensor in patch.attachments[0].branch.tensors().items()}
     assert ("hada_t1" in t) == ("hada_t2" in t) == cores
     assert len(t["hada_w1_b"]) == len(t["hada_w2_b"]) == method.rank
     patch.merge()
@@ -94,13 +94,13 @@ def test_a_decomposed_weight_has_the_directions_of_the_plain_update(
     model = nn.Sequential(make()).double()
     weight = model[0].weight.clone()
     patch = adapters.inject(model, decomposed)
-    lengths = patch.places[0].branch.dora_scale
+    lengths = patch.attachments[0].branch.dora_scale
     torch.testing.assert_close(lengths.flatten(), torch.stack([row.norm() for row in weight]))
     assert lengths.shape == (len(weight), *[1] * (weight.ndim - 1))
     perturb(patch)
     other = adapters.inject(model, plain, name="plain")
-    for name, tensor in other.places[0].branch.named_parameters():
-        tensor.copy_(dict(patch.places[0].branch.named_parameters())[name])
+    for name, tensor in other.attachments[0].branch.named_parameters():
+        tensor.copy_(dict(patch.attachments[0].branch.named_parameters())[name])
     with adapters.use(model, "plain"):
         rows = model[0].weight
     with adapters.use(model, "default"):

@@ -45,7 +45,7 @@ def check(layer: nn.Module, x: Tensor, method: LoKr) -> dict[str, Tensor]:
     torch.testing.assert_close(model(x), base, rtol=0, atol=1e-12)
     perturb(patch)
     beside = model(x)
-    t = {name: tensor.detach() for name, tensor in patch.places[0].branch.tensors().items()}
+    t = {name: tensor.detach() for name, tensor in patch.attachments[0].branch.tensors().items()}
     patch.merge()
     torch.testing.assert_close(model(x), beside, rtol=1e-10, atol=1e-10)
     scale = 1.0 if method.alpha is None else method.alpha / method.rank
@@ -107,7 +107,7 @@ def test_of_a_convolution(
 )
 def test_the_shapes_of_the_factors(options: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     patch = adapters.inject(nn.Sequential(nn.Linear(12, 24)), LoKr(**options))
-    tensors = patch.places[0].branch.tensors()
+    tensors = patch.attachments[0].branch.tensors()
     assert {name.removeprefix("lokr_"): tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
 
 

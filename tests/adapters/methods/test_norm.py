@@ -63,7 +63,7 @@ def test_closed_form(name: str, scale: float) -> None:
 def test_normalisations_of_others(layer: nn.Module) -> None:
     model = nn.ModuleDict({"norm": layer, "other": nn.Linear(2, 2)})
     patch = adapters.inject(model, NormTuning())
-    assert [place.path for place in patch.places] == ["norm", "norm.bias"][: 1 + ("bias" in layer._parameters)]
+    assert [place.path for place in patch.attachments] == ["norm", "norm.bias"][: 1 + ("bias" in layer._parameters)]
 
 
 def test_a_norm_without_parameters_is_refused() -> None:

@@ -46,7 +46,7 @@ def test_the_update_is_a_sum_of_scaled_random_bases(
     except TargetError as error:  # Of a few values, as sparse ones are, all are the same now and then.
         assert (kind or rank == short == 1) and "choose another seed, or a larger rank" in str(error)
         return
-    for place, shape in zip(patch.places, shapes, strict=True):
+    for place, shape in zip(patch.attachments, shapes, strict=True):
         branch = place.branch
         tensors = [getattr(branch, f"randlora_{name}").detach() for name in ("lambda", "gamma", "A", "B")]
         lambdas, gammas, a, b = tensors
@@ -68,7 +68,7 @@ def test_the_update_is_a_sum_of_scaled_random_bases(
 @pytest.mark.parametrize("rank", [1, 2, 7])
 def test_the_update_can_have_full_rank(shape: tuple[int, int], rank: int) -> None:
     patch = adapters.inject(nn.Sequential(nn.Linear(*shape)).double(), RandLoRA(rank=rank))
-    (place,) = patch.places
+    (place,) = patch.attachments
     with torch.no_grad():
         place.branch.randlora_lambda.normal_()
         place.branch.randlora_gamma.normal_()
@@ -79,15 +79,15 @@ def test_the_update_can_have_full_rank(shape: tuple[int, int], rank: int) -> Non
 def test_how_many_values_are_not_zero(settings: dict[str, Any], share: float) -> None:
     patch = adapters.inject(nn.Sequential(nn.Linear(100, 200)), RandLoRA(rank=20, **settings))
     for name in ("A", "B"):
-        base = getattr(patch.places[0].branch, f"randlora_{name}")
+        base = getattr(patch.attachments[0].branch, f"randlora_{name}")
         assert abs((base != 0).float().mean() - share) < 0.03 and abs((base > 0).float().mean() - share / 2) < 0.03
 
 
 def test_a_base_of_zeros_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(TargetError, match="a base of RandLoRA are all the same at rank=1 and seed=0: choose another"):
+    with pytest.raises(TargetError, match="a base of RandLoRA are all equal at rank=1 and seed=0: choose another"):
         adapters.inject(model, RandLoRA(rank=1, sparse=True))
-    with pytest.raises(TargetError, match="all the same at rank=1"):
+    with pytest.raises(TargetError, match="all equal at rank=1"):
         adapters.inject(nn.Sequential(nn.Linear(1, 5)), RandLoRA(rank=1))
     assert type(model[0]) is nn.Linear
 

@@ -63,8 +63,8 @@ def test_bad_numbers(options: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        (nn.Linear(3, 6), "0 has 6 outputs, which RoAd cannot divide by 4: give it a group_size that divides them"),
-        (nn.Conv1d(4, 12, 1, groups=2), "0 has 6 outputs in each of 2 groups, which RoAd cannot divide by 4"),
+        (nn.Linear(3, 6), "0 has 6 outputs, which group_size=4 does not divide: choose a divisor"),
+        (nn.Conv1d(4, 12, 1, groups=2), "0 has 6 outputs in each of 2 groups, which group_size=4 does not divide"),
     ],
 )
 def test_outputs_that_do_not_divide(layer: nn.Module, said: str) -> None:

@@ -19,7 +19,7 @@ def test_the_update_has_values_at_the_positions_only(model: nn.Sequential, rank:
     shapes = [layer.weight.flatten(1).shape for layer in model]
     assume(all(rank * sum(shape) <= shape.numel() for shape in shapes))
     patch = adapters.inject(model, SHiRA(rank=rank, seed=seed))
-    for place, shape in zip(patch.places, shapes, strict=True):
+    for place, shape in zip(patch.attachments, shapes, strict=True):
         branch = place.branch
         assert not delta_of(branch).any()
         values = branch.shira_weight.detach().normal_()
@@ -37,7 +37,7 @@ def test_layers_have_entries_of_their_own_unless_there_is_a_seed() -> None:
     def indices(seed: int | None, of_inject: int | None) -> list[torch.Tensor]:
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         patch = adapters.inject(model, SHiRA(rank=1, seed=seed), seed=of_inject)
-        return [place.branch.shira_indices for place in patch.places]
+        return [place.branch.shira_indices for place in patch.attachments]
 
     first, second = indices(3, None)
     assert torch.equal(first, second) and torch.equal(first, indices(3, 9)[0])

@@ -276,22 +276,35 @@ def refused(
 
 X = torch.randn(9, 5, dtype=torch.float64)
 CASES: dict[str, Callable[[], None]] = {
-    "no data": lambda: refused(AdapterError, "No branch of the patch 'default' starts from data", "kaiming", [X]),
+    "no data": lambda: refused(
+        AdapterError, "No branch of the patch 'default' is initialized from data", "kaiming", [X]
+    ),
     "one batch": lambda: refused(AdapterError, "was given one batch", "eva", batches=torch.randn(9, 5)),
     "no batches": lambda: refused(AdapterError, "was given no batches", "eva"),
     "not reached": lambda: refused(
-        TargetError, "idle cannot start: the batches do not reach it", "eva", [X], targets=["a", "idle"]
+        TargetError, "idle cannot be initialized: the batches do not reach it", "eva", [X], targets=["a", "idle"]
     ),
     "not reached by the gradient": lambda: refused(
-        TargetError, "idle cannot start: the batches do not reach it", "lora_ga", [X], loss, targets=["a", "idle"]
+        TargetError,
+        "idle cannot be initialized: the batches do not reach it",
+        "lora_ga",
+        [X],
+        loss,
+        targets=["a", "idle"],
     ),
-    "too few": lambda: refused(TargetError, "a cannot start: 2 inputs are too few for a rank of 2", "eva", [X[:2]]),
-    "rank of inputs": lambda: refused(TargetError, "a cannot start: a rank of 6 is more", "corda", [X], rank=6),
+    "too few": lambda: refused(
+        TargetError, "a cannot be initialized: 2 inputs are too few for a rank of 2", "eva", [X[:2]]
+    ),
+    "rank of inputs": lambda: refused(
+        TargetError, "a cannot be initialized: a rank of 6 is more", "corda", [X], rank=6
+    ),
     "rank of gradients": lambda: refused(
-        TargetError, "a cannot start: the rank can be 2 at most", "lora_ga", [X], loss, rank=3
+        TargetError, "a cannot be initialized: the rank can be 2 at most", "lora_ga", [X], loss, rank=3
     ),
-    "not finite": lambda: refused(TargetError, "a cannot start: what was seen of it is not finite", "eva", [X / 0]),
-    "zeros": lambda: refused(TargetError, "a cannot start: all of its inputs are zero", "corda", [X * 0]),
+    "not finite": lambda: refused(
+        TargetError, "a cannot be initialized: its inputs or gradients are not finite", "eva", [X / 0]
+    ),
+    "zeros": lambda: refused(TargetError, "a cannot be initialized: all of its inputs are zero", "corda", [X * 0]),
     "no loss": lambda: refused(AdapterError, "needs the gradient of a loss: pass run=", "lora_ga", [X]),
     "no originals": lambda: refused(AdapterError, "pass originals=", "loftq"),
     "other originals": lambda: refused(

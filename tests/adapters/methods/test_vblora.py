@@ -34,7 +34,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Sequential, VBLoRA]:
 def test_the_factors_are_put_together_of_mixtures_of_the_bank(case: tuple[nn.Sequential, VBLoRA]) -> None:
     model, method = case
     patch = adapters.inject(model, method)
-    for place in patch.places:
+    for place in patch.attachments:
         branch, (outputs, inputs), length = place.branch, place.branch.matrix.shape, method.vector_length
         a, b, bank = (getattr(branch, f"vblora_{name}").detach() for name in ("logits_A", "logits_B", "vector_bank"))
         assert a.shape == (method.rank, inputs // length, method.num_vectors)
@@ -49,9 +49,9 @@ def test_the_factors_are_put_together_of_mixtures_of_the_bank(case: tuple[nn.Seq
 
 def test_it_starts_small() -> None:
     patch = adapters.inject(nn.Sequential(nn.Linear(8, 6)).double(), VBLoRA(rank=3, vector_length=2))
-    delta = delta_of(patch.places[0].branch)
+    delta = delta_of(patch.attachments[0].branch)
     assert delta.any() and delta.abs().max() <= 3 * 0.02**2
-    assert 0.09 < patch.places[0].branch.vblora_logits_A.std() < 0.11
+    assert 0.09 < patch.attachments[0].branch.vblora_logits_A.std() < 0.11
 
 
 def test_layers_that_pieces_do_not_fit_are_refused() -> None:

@@ -24,7 +24,7 @@ def test_the_update_is_a_product_of_slices_of_two_random_matrices(
     # Kaiming's uniform distribution for a linear layer before a ReLU: within √(6 / inputs).
     a = ((torch.rand(rank, inputs, generator=generator) * 2 - 1) * (6 / inputs) ** 0.5).double()
     b = ((torch.rand(outputs, rank, generator=generator) * 2 - 1) * (6 / rank) ** 0.5).double()
-    for place in patch.places:
+    for place in patch.attachments:
         branch = place.branch
         torch.testing.assert_close(branch.vera_A.detach(), a, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(branch.vera_B.detach(), b, rtol=1e-5, atol=1e-5)

@@ -306,7 +306,7 @@ def test_positions_that_begin_at_another_number_are_refused() -> None:
 def test_files_for_another_model_are_refused(kind: adapters.Method, tmp_path: Path) -> None:
     model = build("gpt2").model
     adapters.inject(model, kind).save_pretrained(tmp_path)
-    with pytest.raises(LayerMismatchError, match="it is no model of transformers"):
+    with pytest.raises(LayerMismatchError, match="it is not a model of transformers"):
         adapters.load(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     with pytest.raises(LayerMismatchError, match="it has an encoder and a decoder"):
         adapters.load(build("t5").model, tmp_path)
@@ -365,8 +365,8 @@ PREFIX, PROMPT = PrefixTuning(3), PromptTuning(3)
         (lambda: build("whisper").model, PROMPT, "it has an encoder and a decoder"),
         (lambda: build("clip").model, PROMPT, "it takes more than text|no transformer below it"),
         (lambda: build("vit").model, PROMPT, "it takes no input_ids and no inputs_embeds"),
-        (lambda: build("unet").model, PROMPT, "it is no model of transformers"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), PREFIX, "it is no model of transformers"),
+        (lambda: build("unet").model, PROMPT, "it is not a model of transformers"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), PREFIX, "it is not a model of transformers"),
         (lambda: build("llama").model.model, PROMPT, "it has no transformer below it: use a model with a head"),
         (mamba, PROMPT, "it takes cache_params"),
         (mamba, PREFIX, "it takes no past_key_values"),

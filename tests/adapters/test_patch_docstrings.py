@@ -1,0 +1,25 @@
+"""The examples in the docstrings of patches and of the calls that make and use them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import adapters
+from tests.docstrings import run_example, undocumented
+
+NAMES = {
+    name: getattr(adapters, name)
+    for name in ("Patch", "RankAllocator", "combine", "initialize", "inject", "parallel_plan", "patches", "use")
+}
+
+
+def test_all_have_one() -> None:
+    assert undocumented(NAMES) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    run_example(NAMES[name], {"torch": torch, "adapters": adapters, "model": model, "x": torch.randn(2, 8)})

@@ -1,0 +1,1 @@
+"""The kinds of layouts, and what several methods share."""
