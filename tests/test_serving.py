@@ -23,17 +23,44 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.thinned import exhaustive
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "serve.py"
 TEXTS = ("salt", "red leaves", "bees")
-STAYING, MOVING, SPARE = 200, 16, 8  # Adapters that are there all the time, that come and go, and what those become.
-EACH = 10  # Requests for each of them.
-MOVES = 60  # How often one of them comes or goes meanwhile.
-CLIENTS = 64
 LAYERS = (4, 5)
 NBYTES = len(LAYERS) * 2 * 384 * 4  # Of an adapter.
-BUDGET = 150 * NBYTES  # Not enough for all.
 GROWTH = 24 * 2**20  # Of the server's memory, after the first requests.
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sizes of a test.
+
+    Attributes:
+        staying: How many adapters are there all the time.
+        moving: How many come and go.
+        spare: How many more those become that come again.
+        each: Requests for each of them.
+        moves: How often one of them comes or goes meanwhile.
+        clients: How many ask at once.
+        resident: How many adapters there is memory for, which is not enough for all.
+    """
+
+    staying: int
+    moving: int
+    spare: int
+    each: int
+    moves: int
+    clients: int
+    resident: int
+
+    @property
+    def budget(self) -> int:
+        return self.resident * NBYTES
+
+
+LOADS = [Load(60, 8, 4, 6, 30, 32, 45), exhaustive(Load(200, 16, 8, 10, 60, 64, 150))]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +105,7 @@ class Served:
         settled: Which one of these it is at least, by now.
     """
 
+    load: Load
     url: str
     process: subprocess.Popen[bytes]
     folder: Path
@@ -123,7 +151,7 @@ class Served:
 
 
 @torch.no_grad()
-def expected(example: types.ModuleType) -> dict[int | None, Tensor]:
+def expected(example: types.ModuleType, load: Load) -> dict[int | None, Tensor]:
     """What the base makes of the texts, and each adapter, where it is added to the weights by hand."""
     model, tokenizer = example.load_base()
     tokens = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
@@ -140,7 +168,7 @@ def expected(example: types.ModuleType) -> dict[int | None, Tensor]:
         return nn.functional.normalize((output * tokens["attention_mask"].unsqueeze(-1)).sum(1), dim=-1)
 
     answers: dict[int | None, Tensor] = {None: embed()}
-    for key in range(STAYING + MOVING + SPARE):
+    for key in range(load.staying + load.moving + load.spare):
         changes = [(model.get_parameter(f"{path}.weight"), up @ down) for path, (down, up) in factors(key).items()]
         kept = [weight.clone() for weight, _ in changes]
         for weight, change in changes:
@@ -151,24 +179,27 @@ def expected(example: types.ModuleType) -> dict[int | None, Tensor]:
     return answers
 
 
-@pytest.fixture(scope="module")
-def served(example: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture(scope="module", params=LOADS, ids=lambda load: str(load.staying))
+def served(
+    request: pytest.FixtureRequest, example: types.ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     torch.set_num_threads(1)
+    load = request.param
     folder = tmp_path_factory.mktemp("adapters")
-    for key in range(STAYING):
+    for key in range(load.staying):
         write(key, folder / f"a{key}")
-    history = {f"a{key}": [key if key < STAYING else None] for key in range(STAYING + MOVING)}
+    history = {f"a{key}": [key if key < load.staying else None] for key in range(load.staying + load.moving)}
     log = tmp_path_factory.mktemp("log") / "server"
-    command = [sys.executable, PROGRAM, folder, "--port", "0", "--budget", str(BUDGET)]
+    command = [sys.executable, PROGRAM, folder, "--port", "0", "--budget", str(load.budget)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        answers = expected(example)  # While it starts.
+        answers = expected(example, load)  # While it starts.
         deadline = time.monotonic() + 120
         while not (found := re.search(r"running on (http://[\d.:]+)", log.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        yield Served(found[1], process, folder, answers, {None: [None], **history})
+        yield Served(load, found[1], process, folder, answers, {None: [None], **history})
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
         assert "Application shutdown complete" in log.read_text() and "Traceback" not in log.read_text()
@@ -178,26 +209,26 @@ def served(example: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_every_request_is_answered_by_its_own_adapter_while_others_come_and_go(served: Served) -> None:
-    answers = torch.stack([*served.answers.values()])
+    load, answers = served.load, torch.stack([*served.answers.values()])
     for row in range(len(TEXTS)):  # An answer tells which adapter has given it.
         distances = torch.cdist(answers[:, row], answers[:, row]).fill_diagonal_(1)
         assert distances.min() > 0.03
 
     chance = random.Random(0)
     statuses: dict[str | None, list[int]] = {name: [] for name in served.history}
-    moving = [f"a{STAYING + number}" for number in range(MOVING)]
+    moving = [f"a{load.staying + number}" for number in range(load.moving)]
     free, memory = list(moving), []
-    todo: list[str | None] = [*served.history] * EACH + ["move"] * MOVES
+    todo: list[str | None] = [*served.history] * load.each + ["move"] * load.moves
     chance.shuffle(todo)
 
     async def move(client: httpx.AsyncClient) -> None:
         """Load or unload one of those that come and go; each time another adapter comes under the name."""
         name = free.pop(chance.randrange(len(free)))
-        key = chance.randrange(STAYING, STAYING + MOVING + SPARE)
+        key = chance.randrange(load.staying, load.staying + load.moving + load.spare)
         await served.change(client, name, key if served.history[name][-1] is None else None)
         free.append(name)
         state = (await client.get("/adapters")).json()
-        assert state["nbytes"] <= BUDGET == state["budget"] and len(state["resident"]) <= BUDGET // NBYTES
+        assert state["nbytes"] <= load.budget == state["budget"] and len(state["resident"]) <= load.resident
         memory.append(served.memory)
 
     async def work() -> None:
@@ -208,16 +239,16 @@ def test_every_request_is_answered_by_its_own_adapter_while_others_come_and_go(s
                 else:
                     statuses[name].append(await served.ask(client, name, chance.randrange(len(TEXTS))))
 
-    async def load() -> None:
+    async def ask() -> None:
         async with asyncio.timeout(240), asyncio.TaskGroup() as tasks:
-            for _ in range(CLIENTS):
+            for _ in range(load.clients):
                 tasks.create_task(work())
 
-    asyncio.run(load())
-    assert sum(map(len, statuses.values())) == (STAYING + MOVING + 1) * EACH > 2_000
-    assert all(statuses[name] == [200] * EACH for name in statuses if name not in moving)
+    asyncio.run(ask())
+    assert sum(map(len, statuses.values())) == (load.staying + load.moving + 1) * load.each > 400
+    assert all(statuses[name] == [200] * load.each for name in statuses if name not in moving)
     assert {200, 404} == {status for name in moving for status in statuses[name]}
-    assert max(memory) < max(memory[: MOVES // 4]) + GROWTH
+    assert max(memory) < max(memory[: load.moves // 4]) + GROWTH
 
 
 def test_what_is_wrong_with_a_request_is_said_in_a_sentence(served: Served) -> None:
@@ -266,8 +297,8 @@ def test_a_file_that_breaks_later_fails_for_those_who_ask_for_it_alone(served: S
     async def load() -> None:
         async with served.client() as client:
             assert (await client.put("/adapters/broken")).status_code == 201
-            for start in range(0, STAYING, 40):  # It leaves the memory.
-                await asyncio.gather(*(served.ask(client, f"a{start + step}", 0) for step in range(40)))
+            for start in range(0, served.load.staying, 20):  # It leaves the memory.
+                await asyncio.gather(*(served.ask(client, f"a{start + step}", 0) for step in range(20)))
             (served.folder / "broken" / "adapter_model.safetensors").write_bytes(b"")
             broken = [client.post("/embed", json={"text": "salt", "adapter": "broken"}) for _ in range(3)]
             sound = [served.ask(client, f"a{number}", 1) for number in range(20)]

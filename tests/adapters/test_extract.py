@@ -8,8 +8,6 @@ import os
 import pty
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from adapters import AdapterError, LoRA
 from tests.adapters.cli.files import MINILM, by_peft
 from tests.adapters.pretrained import build
 from tests.adapters.test_methods import perturb
+from tests.processes import COMMAND, start
 
 
 def build_model(name: str) -> Any:
@@ -337,14 +336,8 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         tensors = {f"{n}.weight": torch.randn(600, 600) for n in range(60)}
         weights.save(tensors, tmp_path / f"{name}.safetensors")
     terminal, end = pty.openpty()
-    command = [Path(sys.executable).with_name("fluxion"), "extract", "base.safetensors", "tuned.safetensors", "out"]
-    running = subprocess.Popen(
-        [*command, "--energy", "0.9"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=end,
-        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
-    )
+    command = (COMMAND, "extract", "base.safetensors", "tuned.safetensors", "out", "--energy", "0.9")
+    running = start(*command, settings={"COLUMNS": "120", "NO_COLOR": "1"}, cwd=tmp_path, stderr=end)
     os.close(end)
     shown = b""
     while not re.search(rb"MB +[0-9.]+ [kM]B/s +\d+:\d\d:\d\d", shown):

@@ -24,6 +24,7 @@ from torch import nn
 import adapters
 from adapters import AdapterError, LoRA, Patch
 from tests.adapters.models import BUILDERS, build, perturb, snapshot
+from tests.thinned import exhaustive
 
 NAMES = ("a", "b", "c", "d.e")
 SCALES = (0.0, 0.5, 1.0, -2.0)
@@ -216,12 +217,11 @@ class Sequences(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-# A failure is shown as it is found: making a sequence of calls shorter would take minutes.
-SETTINGS = settings(max_examples=5, stateful_step_count=20, phases=[Phase.explicit, Phase.generate])
-
-
+@pytest.mark.parametrize("count", [2, exhaustive(20)])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_sequences(name: str) -> None:
+def test_sequences(name: str, count: int) -> None:
     torch.default_generator.manual_seed(0)
     machine = type("Machine", (Sequences,), {"name": name})
-    run_state_machine_as_test(machine, settings=SETTINGS)
+    # A failure is shown as it is found: making a sequence of calls shorter would take minutes.
+    phases = [Phase.explicit, Phase.generate]
+    run_state_machine_as_test(machine, settings=settings(max_examples=count, stateful_step_count=20, phases=phases))

@@ -15,6 +15,7 @@ import adapters
 from adapters import LoRA, Patch
 from tests.adapters.models import Case, perturb, snapshot
 from tests.adapters.pretrained import build
+from tests.thinned import exhaustive
 
 
 def patched(name: str, method: LoRA | None = None, **options: Any) -> tuple[Case, Patch]:
@@ -66,8 +67,10 @@ def trainer(folder: Path, case: Case, **options: Any) -> Trainer:
     return Trainer(model=case.model, args=arguments, train_dataset=Sentences())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("llama", True), ("gpt2", False), exhaustive("llama", False), exhaustive("gpt2", True)],
+)
 def test_trainer_trains_and_resumes(name: str, checkpointing: bool, tmp_path: Path) -> None:
     """A run that is resumed half way ends with the bits of one that was not, and the base has not moved."""
     method = LoRA(rank=2, dropout=0.2)

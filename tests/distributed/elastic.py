@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from tests.distributed.worker import STEPS, patched, shard, train, trained
 EVERY, KILLED_AT = 5, 13
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def run(folder: Path) -> None:
+    """Train to the end; again from the last checkpoint, after one of the processes has ended the first time."""
+    folder.mkdir(exist_ok=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     killed = folder / "killed"
     again = killed.exists()
@@ -46,7 +45,6 @@ def main(folder: Path) -> None:
         if (step + 1) % EVERY == 0:
             checkpoint.save(trained(model, optimizer), checkpoint_id=folder / str(step + 1))
     patch.save_pretrained(folder / "adapter")
-    dist.destroy_process_group()
 
 
 def begun(mesh: DeviceMesh) -> tuple[nn.Module, Patch, Any]:
@@ -60,7 +58,3 @@ def note(folder: Path, run: str, step: int, losses: list[float]) -> None:
     if dist.get_rank() == 0:
         with (folder / "losses").open("a") as file:
             file.write(f"{run} {step} {losses[0]!r}\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

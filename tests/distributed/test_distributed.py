@@ -1,4 +1,4 @@
-"""Several processes with a model between them compute, train and save what one does: by gloo, two of them and four."""
+"""Several processes with a model between them compute, train and save what one does: by gloo, two of them or four."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ ROOT = HERE.parents[1]
 Found = dict[str, list[Any]]
 
 
-def launch(script: str, processes: int, *arguments: object, restarts: int = 0) -> None:
-    """Run a script in so many processes, on this machine, as `torchrun` does; they find each other by a free port."""
-    options = ["--standalone", "--nproc-per-node", processes, "--max-restarts", restarts]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, HERE / script, *arguments]
+OF_TWO = (
+    *("fsdp", "units", "ddp", "tensor_parallel", "messages", "checkpoint", "accelerate", "methods", "combined"),
+    *("ignored", "compiled", "too_late", "loaded_after_sharding", "used", "units_that_cannot_leave"),
+    *("an_error_of_the_one_that_writes", "elastic"),
+)
+OF_FOUR = ("fsdp", "ddp", "tensor_parallel", "both", "messages", "used")
+RESTARTS = 3  # One is for the process that is killed. Now and then, another program takes the port meanwhile.
+
+
+def launch(processes: int, *arguments: object) -> None:
+    """Run the scenarios in so many processes, on this machine, as `torchrun` does."""
+    options = ["--standalone", "--nproc-per-node", processes, "--max-restarts", RESTARTS]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, HERE / "worker.py", *arguments]
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # After a restart, those who share one store may find where a killed process was to be found.
     surroundings = {**os.environ, **own, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -27,9 +36,9 @@ def launch(script: str, processes: int, *arguments: object, restarts: int = 0) -
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def outcomes(processes: int, folder: Path) -> Found:
-    """What came out in each process."""
-    launch("worker.py", processes, folder)
+def outcomes(processes: int, folder: Path, names: tuple[str, ...]) -> Found:
+    """Outcomes of scenarios, in each process."""
+    launch(processes, folder, *names)
     found: Found = json.loads((folder / "found.json").read_text())
     assert all(len(each) == processes for each in found.values())
     several = ((name, one) for name, each in found.items() for one in each if isinstance(one, dict))
@@ -39,17 +48,23 @@ def outcomes(processes: int, folder: Path) -> Found:
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return outcomes(2, tmp_path_factory.mktemp("two"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of two processes."""
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def of_two(folder: Path) -> Found:
+    return outcomes(2, folder, OF_TWO)
 
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What is different with more of them."""
-    return outcomes(4, tmp_path_factory.mktemp("four"))
+    """Scenarios that differ with more processes."""
+    return outcomes(4, tmp_path_factory.mktemp("four"), OF_FOUR)
 
 
-@pytest.fixture(params=["of_two", "of_four"])
+@pytest.fixture(params=["of_two", pytest.param("of_four", marks=pytest.mark.exhaustive)])
 def found(request: pytest.FixtureRequest) -> Found:
     either: Found = request.getfixturevalue(request.param)
     return either
@@ -66,6 +81,16 @@ def test_losses_are_those_of_one_process(found: Found, way: str) -> None:
     assert_near(found[way])
 
 
+def test_losses_are_those_of_one_process_with_units_of_any_size(of_two: Found) -> None:
+    assert_near(of_two["units"])
+
+
+@pytest.mark.exhaustive
+def test_losses_are_those_of_one_process_with_units_of_another_model(tmp_path: Path) -> None:
+    assert_near(outcomes(2, tmp_path, ("units_of_llama",))["units_of_llama"])
+
+
+@pytest.mark.exhaustive
 def test_losses_are_those_of_one_process_where_ways_meet(of_four: Found) -> None:
     assert_near(of_four["both"])
 
@@ -129,12 +154,12 @@ def test_accelerate(of_two: Found) -> None:
     assert of_two["accelerate"] == [True] * 2
 
 
-def test_a_killed_process_costs_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
-    launch("elastic.py", 2, tmp_path, restarts=3)  # Now and then, another program takes the port meanwhile.
-    lines = [line.split() for line in (tmp_path / "losses").read_text().splitlines()]
+@pytest.mark.usefixtures("of_two")
+def test_a_killed_process_costs_the_steps_since_the_checkpoint(folder: Path) -> None:
+    lines = [line.split() for line in (folder / "elastic" / "losses").read_text().splitlines()]
     steps = {run: [int(step) for name, step, _ in lines if name == run] for run in ("whole", "first", "again")}
     assert steps == {"whole": [*range(20)], "first": [*range(13)], "again": [*range(10, 20)]}
     losses = [{step: loss for name, step, loss in lines if (name == "whole") == whole} for whole in (True, False)]
     assert losses[0] == losses[1]  # To the last digit.
-    files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "adapter")]
+    files = [folder / "elastic" / name / "adapter_model.safetensors" for name in ("whole", "adapter")]
     assert files[0].read_bytes() == files[1].read_bytes()

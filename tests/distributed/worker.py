@@ -1,6 +1,7 @@
-"""What `test_distributed.py` runs on several processes: every scenario, and a table of what came out.
+"""Scenarios that `test_distributed.py` runs on several processes, and a table of what came out.
 
-Each process computes the same on its own too: that is what training on several has to be equal to.
+Each process computes the same on its own too: that is what training on several has to be equal to. Called with a folder
+and the names of scenarios; after them comes the one of `elastic.py`, if it is named.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,6 @@ METHODS: dict[str, adapters.Method] = {
     "full": adapters.Full(),
 }
 FEW = 4
-FOR_FOUR = ["both", "ddp", "fsdp", "messages", "tensor_parallel", "used"]
 
 
 def patched(kind: str, method: adapters.Method | None = None) -> tuple[nn.Module, Patch]:
@@ -167,7 +167,7 @@ class Scenarios:
         self.folder, self.found = folder, {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh("cpu", (self.world,))
-        # Two processes are enough to try each way with each model, and four for both ways together.
+        # Two processes are enough to try each way with each model.
         self.kinds = KINDS if self.world == 2 else {"chain": KINDS["chain"]}
         self.expected: dict[str, list[float]] = {}
         self.saved: dict[str, bytes] = {}
@@ -187,9 +187,8 @@ class Scenarios:
     def divide(self, model: nn.Module, mesh: DeviceMesh | None = None) -> None:
         parallelize_module(model, mesh or self.mesh, adapters.parallel_plan(model, plan_of(model)))
 
-    def run(self) -> None:
-        every = [name.removeprefix("check_") for name in dir(self) if name.startswith("check_")]
-        for name in FOR_FOUR if self.world == 4 else [name for name in every if name != "both"]:
+    def run(self, names: Sequence[str]) -> None:
+        for name in names:
             try:
                 outcome: Any = getattr(self, f"check_{name}")()
             except Exception:
@@ -203,13 +202,19 @@ class Scenarios:
     # Training
 
     def check_fsdp(self) -> dict[str, float]:
-        found = {}
-        for kind, (_, words, _) in self.kinds.items():
-            for units in UNITS if self.world == 2 else ("block",):
-                model, patch = patched(kind)
-                shard(model, self.mesh, units)
-                found[f"{kind}, {units}"] = self.off(kind, train(model, patch, words, self.mesh))
-        return found
+        return {kind: self.sharded(kind, "block") for kind in self.kinds}
+
+    def check_units(self) -> dict[str, float]:
+        """Each way of cutting a model into units, small ones and large ones."""
+        return {units: self.sharded("chain", units) for units in UNITS}
+
+    def check_units_of_llama(self) -> dict[str, float]:
+        return {units: self.sharded("llama", units) for units in UNITS}
+
+    def sharded(self, kind: str, units: str) -> float:
+        model, patch = patched(kind)
+        shard(model, self.mesh, units)
+        return self.off(kind, train(model, patch, KINDS[kind][1], self.mesh))
 
     def check_ddp(self) -> dict[str, float]:
         found = {}
@@ -488,13 +493,18 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def main() -> None:
+def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    Scenarios(Path(sys.argv[1])).run()
+    if not (folder / "found.json").exists():  # After a process was killed, all start again.
+        Scenarios(folder).run([name for name in names if name != "elastic"])
     dist.barrier()
+    if "elastic" in names:
+        from tests.distributed import elastic
+
+        elastic.run(folder / "elastic")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -14,6 +14,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 import weights
+from tests.thinned import exhaustive
 from tests.weights.hub_server import FAULTS, WRITER, Fault, HubServer
 from tests.weights.test_hub import contents, folder, serve
 
@@ -33,9 +34,12 @@ def number_of_requests(hub: HubServer, run: Callable[[], object]) -> int:
     return next(hub.counted)
 
 
-def plans(number: int) -> Iterator[dict[int, Fault]]:
-    """Each request failing in each way, and everything failing from each request on."""
-    for n in range(number):
+every = pytest.mark.parametrize("step", [3, exhaustive(1)])
+
+
+def plans(number: int, step: int) -> Iterator[dict[int, Fault]]:
+    """Every request, or one in `step`, failing in each way, and everything failing from there on."""
+    for n in range(0, number, step):
         yield from ({n: fault} for fault in FAULTS)
         yield dict.fromkeys(range(n, n + 100), "drop")
         yield dict.fromkeys(range(n, n + 100), 503)
@@ -62,7 +66,8 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
     return lambda: monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{next(numbers)}"))
 
 
-def test_downloads(hub: HubServer, folder: Path, fresh_cache: Callable[[], None]) -> None:
+@every
+def test_downloads(hub: HubServer, folder: Path, fresh_cache: Callable[[], None], step: int) -> None:
     serve(hub, folder)
 
     def right() -> None:
@@ -70,14 +75,15 @@ def test_downloads(hub: HubServer, folder: Path, fresh_cache: Callable[[], None]
 
     number = number_of_requests(hub, right)
     outcomes = []
-    for plan in plans(number):
+    for plan in plans(number, step):
         fresh_cache()
         outcomes.append(under(hub, plan, right))
         right()
     assert {True, False} == set(outcomes)
 
 
-def test_lazy_reads(hub: HubServer, folder: Path, fresh_cache: Callable[[], None]) -> None:
+@every
+def test_lazy_reads(hub: HubServer, folder: Path, fresh_cache: Callable[[], None], step: int) -> None:
     serve(hub, folder)
     expected = dict(weights.open(folder))
 
@@ -87,14 +93,17 @@ def test_lazy_reads(hub: HubServer, folder: Path, fresh_cache: Callable[[], None
         assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
 
     number = number_of_requests(hub, right)
-    for plan in plans(number):
+    for plan in plans(number, step):
         fresh_cache()
         under(hub, plan, right)
         right()
 
 
+@every
 @pytest.mark.parametrize("part_size", [None, 100])
-def test_publishing(hub: HubServer, folder: Path, fresh_cache: Callable[[], None], part_size: int | None) -> None:
+def test_publishing(
+    hub: HubServer, folder: Path, fresh_cache: Callable[[], None], part_size: int | None, step: int
+) -> None:
     hub.part_size = part_size
     sent = contents(folder)
 
@@ -102,7 +111,7 @@ def test_publishing(hub: HubServer, folder: Path, fresh_cache: Callable[[], None
         weights.publish(folder, "me/style", token=WRITER)
 
     number = number_of_requests(hub, run)
-    for plan in plans(number):
+    for plan in plans(number, step):
         hub.repos.clear()
         hub.large.clear()
         hub.parts.clear()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import weights
+from tests.thinned import exhaustive
 from tests.weights.hub_server import HubServer
 
 TENSORS = {
@@ -257,7 +258,8 @@ for scale in (3.0, 2.0):
     remove(out)
 taken = (time.perf_counter() - start) / 2
 resumed = ended = other = 0
-for number in range(30):
+rounds = int(sys.argv[3])
+for number in range(rounds):
     scale = 2.0 if number % 10 else 3.0
     child = os.fork()
     if child == 0:
@@ -279,7 +281,7 @@ for number in range(30):
         assert contents(out) == expected[scale]
         assert not list(folder.glob(".*"))
         remove(out)
-assert resumed > 2, resumed
+assert resumed > rounds // 15, resumed
 print(resumed, ended)
 path = source(1)
 run(path, "2.0", 2.0, shards)
@@ -342,9 +344,10 @@ def run(script: str, folder: Path, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("rounds", [12, exhaustive(100)])
 @pytest.mark.parametrize("shards", [0, 150_000])
-def test_kill_9_at_any_moment_then_the_same_bytes(tmp_path: Path, shards: int) -> None:
-    run(KILLED, tmp_path, shards)
+def test_kill_9_at_any_moment_then_the_same_bytes(tmp_path: Path, shards: int, rounds: int) -> None:
+    run(KILLED, tmp_path, shards, rounds)
 
 
 def test_a_full_disk_leaves_the_old_file_and_can_be_gone_on_from(tmp_path: Path) -> None:

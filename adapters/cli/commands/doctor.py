@@ -21,18 +21,25 @@ from adapters.cli.options import as_json
 
 _PARTNERS = ("transformers", "diffusers", "accelerate", "peft", "gguf", "torchao", "bitsandbytes")
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
-_TIMEOUT = 3.0  # seconds
 _LEAST_SPACE = 1_000_000_000  # bytes
 
 
 @click.command()
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=3.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the Hub may take to answer.",
+)
 @as_json
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, timeout: float, as_json: bool) -> None:
     """Look for what could be wrong here: versions, devices, the Hub, other packages.
 
-    The Hub is waited for no longer than three seconds, and not asked at all with HF_HUB_OFFLINE=1. The code at the end
-    is 1 if something is wrong. Tokens are never shown.
+    The Hub is not asked at all with HF_HUB_OFFLINE=1. The code at the end is 1 if something is wrong. Tokens are never
+    shown.
 
     \b
     Example:
@@ -43,7 +50,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
         "installation": _installation(problems),
         "versions": _versions(problems),
         "devices": _devices(problems),
-        "hub": _hub(problems),
+        "hub": _hub(problems, timeout),
         "cache": _cache(problems),
     }
     if as_json:
@@ -128,7 +135,7 @@ def _computing(device: str) -> list[str]:
     return found
 
 
-def _hub(problems: list[str]) -> dict[str, Any]:
+def _hub(problems: list[str], timeout: float) -> dict[str, Any]:
     try:
         from huggingface_hub import constants, get_token
     except Exception as error:
@@ -139,17 +146,17 @@ def _hub(problems: list[str]) -> dict[str, Any]:
     found = {"endpoint": site, "offline": constants.HF_HUB_OFFLINE, "token": bool(get_token())}
     if constants.HF_HUB_OFFLINE:
         return found
-    answer: dict[str, Any] = {"problem": f"{site} has not answered in {_TIMEOUT:g} seconds: check the network."}
-    asking = threading.Thread(target=lambda: answer.update(_asked(site)), daemon=True)
+    answer: dict[str, Any] = {"problem": f"{site} has not answered in {timeout:g} seconds: check the network."}
+    asking = threading.Thread(target=lambda: answer.update(_asked(site, timeout)), daemon=True)
     asking.start()  # What the client does may take longer than the time it is given: looking up a name, for one.
-    asking.join(_TIMEOUT)
+    asking.join(timeout)
     answer = dict(answer)
     if problem := answer.pop("problem"):
         problems.append(f"{problem} Without the Hub, local files and what is in the cache still work.")
     return {**found, "reached": False, "user": None, **answer}
 
 
-def _asked(site: str) -> dict[str, Any]:
+def _asked(site: str, timeout: float) -> dict[str, Any]:
     """Whether the Hub answers, and who the token belongs to."""
     from huggingface_hub import HfApi, constants, get_session, get_token
     from huggingface_hub.errors import HfHubHTTPError
@@ -157,7 +164,7 @@ def _asked(site: str) -> dict[str, Any]:
     try:
         if token := get_token():
             return {"reached": True, "user": HfApi().whoami(token)["name"], "problem": None}
-        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+        get_session().head(constants.ENDPOINT, timeout=timeout)
     except HfHubHTTPError as error:
         status = error.response.status_code
         way = "run `hf auth login`, or set HF_TOKEN to one that is valid." if status == 401 else "try again later."

@@ -27,8 +27,8 @@ class Branch(fl.Chain):
         method: The hyperparameters and the formula.
         matrix: The weight as a matrix; `Matrix.whole` where the method changes no weight.
         parameter: The name of the weight in its layer.
-        changes: The parameters of the layer that the branch changes, the weight first. Empty for a method that cannot be
-            merged.
+        changes: The parameters of the layer that the branch changes, the weight first. Empty for a method that cannot
+            be merged.
         bypass: Whether the method computes it beside the layer, if that is linear in its weight.
         common: The names of the tensors that all branches of the method share, in the patch.
         constants: The names of parameters that are never trained.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, BertConfig, BertModel
 
 import adapters
 import weights
@@ -93,6 +93,17 @@ def with_value(path: Path, to: Path, change: float, layer: str) -> Path:
     changed.view(-1)[0] += change
     layers = {**adapter.layers, layer: replace(content, tensors={**content.tensors, name: changed})}
     return weights.write_adapter(replace(adapter, layers=layers), to, "fluxion")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model like MiniLM, one tuned from it, and adapters for it."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=100, **sizes)).save_pretrained(folder / "model")
+    by_kohya(folder / "style.safetensors", by_peft(folder / "style", folder / "model"))
+    adapters.merge_files(folder / "model", {folder / "style": 1.0}, folder / "tuned")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,13 +14,13 @@ import weights
 from adapters.cli import Commands, main
 from fluxion.errors import ChainError
 from tests.adapters.cli.files import refused
+from tests.processes import installed
 from tests.weights.hub_server import HubServer
 
 
 def test_the_installed_command_says_its_version() -> None:
-    command = Path(sys.executable).with_name("fluxion")
-    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"fluxion, version {version('fluxion-adapters')}\n"
+    said, _ = installed("--version").communicate()
+    assert said.decode() == f"fluxion, version {version('fluxion-adapters')}\n"
     assert fl.__version__ == version("fluxion-adapters")
 
 
@@ -104,16 +102,6 @@ def test_a_path_with_a_line_break_is_told_in_one_line(tmp_path: Path) -> None:
 def test_an_empty_source_is_not_the_current_folder(arguments: tuple[str, ...]) -> None:
     done = CliRunner().invoke(main, [*arguments])
     assert done.exit_code == 2 and done.stderr.endswith("It is empty: give a path, or a place on the Hub.\n")
-
-
-def installed(*arguments: object, **settings: str) -> subprocess.Popen[bytes]:
-    """The command in a process of its own."""
-    return subprocess.Popen(
-        [Path(sys.executable).with_name("fluxion"), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(adapters.__file__).parents[1]), **settings},
-    )
 
 
 def test_a_reader_who_has_enough_hears_nothing(style: Path) -> None:

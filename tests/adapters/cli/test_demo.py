@@ -3,8 +3,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from adapters.cli.demo.data import DOMAINS, load_digits
 from adapters.cli.demo.destination import Folder
 from adapters.cli.demo.model import DigitClassifier, load_model
 from adapters.cli.demo.proof import Snapshot
+from tests.processes import COMMAND, start
 from tests.weights.hub_server import WRITER, HubServer
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-COMMAND = [str(Path(sys.executable).with_name("fluxion")), "demo"]
 
 
 def demo(*arguments: object) -> Result:
@@ -52,10 +50,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def output(home: Path) -> str:
     """What the command prints into a pipe, without network and account."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / ".hf"), "COLUMNS": "80"}
-    done = subprocess.run(COMMAND, cwd=home, env=env, capture_output=True, encoding="utf-8", timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / ".hf"), "COLUMNS": "80"}
+    running = start(COMMAND, "demo", settings=settings, cwd=home, encoding="utf-8")
+    said, wrong = running.communicate(timeout=120)
+    assert (running.returncode, wrong) == (0, "")
+    return said
 
 
 def percents(line: str) -> list[float]:
@@ -116,17 +115,9 @@ def test_what_was_saved_works_in_a_fresh_model(output: str, home: Path, table: d
     assert 100 * right == pytest.approx(table["rotated"]["rotated"], abs=0.06)
 
 
-def as_in_a_terminal() -> None:
-    """Where the tests run in the background of a script, Ctrl-C is ignored, and would be by what they start."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 def test_ctrl_c_while_training_leaves_nothing(tmp_path: Path) -> None:
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        COMMAND, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_in_a_terminal
-    ) as process:
+    with start(COMMAND, "demo", cwd=tmp_path, text=True) as process:
         assert process.stdout is not None
         next(line for line in process.stdout if "targets=" in line)
         process.send_signal(signal.SIGINT)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import weights
-from adapters.cli.commands.diff import _distance
 from tests.adapters.cli.files import MINILM, done, fluxion, refused, serve, with_value
 from tests.weights.hub_server import HubServer
 
@@ -92,11 +91,12 @@ def test_an_adapter_and_a_checkpoint(style: Path) -> None:
     assert {one["what"] for one in differences(style, MINILM)} == {"only in A", "only in B"}
 
 
-def test_on_the_hub(hub: HubServer, style: Path) -> None:
-    serve(hub, "someone/style-lora", style)
-    serve(hub, "someone/model", MINILM)
-    assert differences("someone/style-lora", style) == []
-    assert differences("someone/model", MINILM) == []
+def test_on_the_hub(hub: HubServer, small: Path) -> None:
+    serve(hub, "someone/style-lora", small / "style")
+    serve(hub, "someone/model", small / "model")
+    assert differences("someone/style-lora", small / "style") == []
+    assert differences("someone/model", small / "model") == []
+    assert differences("someone/model", small / "tuned") != []
 
 
 def test_code_2_where_there_is_nothing_to_compare(style: Path, tmp_path: Path) -> None:
@@ -118,16 +118,24 @@ def test_code_2_where_there_is_nothing_to_compare(style: Path, tmp_path: Path) -
         ([], [], (0.0, 0.0)),
     ],
 )
-def test_distance(a: list[float], b: list[float], distance: tuple[float, float]) -> None:
-    assert _distance(torch.tensor(a), torch.tensor(b)) == distance
+def test_distance(a: list[float], b: list[float], distance: tuple[float, float], tmp_path: Path) -> None:
+    assert distance_of(torch.tensor(a), torch.tensor(b), tmp_path) == distance
 
 
-def test_distance_of_other_types() -> None:
-    assert _distance(torch.tensor([2**60]), torch.tensor([2**60 + 1]))[0] == 1.0
-    assert _distance(torch.tensor([True]), torch.tensor([False])) == (1.0, 1.0)
-    assert _distance(torch.tensor([1 + 1j]), torch.tensor([1 + 2j]))[0] == 1.0
-    assert _distance(torch.tensor([1.0]).to(torch.float8_e4m3fn), torch.tensor([2.0]).to(torch.float8_e4m3fn))[0] == 1.0
-    assert _distance(torch.tensor(2.0), torch.tensor(2.0)) == (0.0, 0.0)
+def distance_of(a: torch.Tensor, b: torch.Tensor, folder: Path) -> tuple[float, float]:
+    paths = [weights.save({"x": tensor}, folder / f"{name}.safetensors") for name, tensor in (("a", a), ("b", b))]
+    found = differences(*paths)
+    assert [one["what"] for one in found] == ["values"] * len(found)
+    return (float(found[0]["largest"]), float(found[0]["relative"])) if found else (0.0, 0.0)
+
+
+def test_distance_of_other_types(tmp_path: Path) -> None:
+    assert distance_of(torch.tensor([2**60]), torch.tensor([2**60 + 1]), tmp_path)[0] == 1.0
+    assert distance_of(torch.tensor([True]), torch.tensor([False]), tmp_path) == (1.0, 1.0)
+    assert distance_of(torch.tensor([1 + 1j]), torch.tensor([1 + 2j]), tmp_path)[0] == 1.0
+    one, two = (torch.tensor([number]).to(torch.float8_e4m3fn) for number in (1.0, 2.0))
+    assert distance_of(one, two, tmp_path)[0] == 1.0
+    assert distance_of(torch.tensor(2.0), torch.tensor(2.0), tmp_path) == (0.0, 0.0)
 
 
 def test_a_pipeline_of_models_with_dots_in_their_names(tmp_path: Path) -> None:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
-from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import constants
 
 from tests.adapters.cli.files import document, done, fluxion
-from tests.adapters.cli.test_cli import installed
+from tests.processes import ROOT, installed
 from tests.weights.conftest import point_client_at
 from tests.weights.hub_server import READER, WRITER, HubServer
 
-module = import_module("adapters.cli.commands.doctor")  # The package has the command under that name.
 
-
-def problem() -> str:
+def problem(*options: object) -> str:
     """What is wrong, if it is one thing."""
-    assert fluxion("doctor").exit_code == 1
-    (only,) = document("doctor")["problems"]
+    result = fluxion("doctor", *options, "--json")
+    assert result.exit_code == 1
+    (only,) = json.loads(result.stdout)["problems"]
     return only
 
 
@@ -80,9 +81,9 @@ def test_a_hub_that_never_answers(hub_home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(hub_home), "HF_TOKEN": WRITER}
-        out, error = (running := installed("doctor", **settings)).communicate()
+        out, error = (running := installed("doctor", "--timeout", 0.1, **settings)).communicate()
     assert (running.returncode, error) == (1, b"")
-    assert f"Wrong: {address} has not answered in 3 seconds".encode() in out
+    assert f"Wrong: {address} has not answered in 0.1 seconds".encode() in out
 
 
 def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path, monkeypa
 
 
 def test_no_room(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_SPACE", 1 << 80)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999_999_999))
     assert "left: make room, or set HF_HOME to a folder on another disk." in problem()
 
 
@@ -111,7 +112,7 @@ def test_what_is_too_old(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_torch_that_cannot_be_imported(hub_home: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.99: cannot open')\n")
-    path = os.pathsep.join([str(tmp_path), str(Path(module.__file__).parents[2])])
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     out, error = installed("doctor", PYTHONPATH=path, HF_HUB_OFFLINE="1").communicate()
     assert error == b""
     assert b"torch cannot be imported, ImportError: libcudart.so.99: cannot open: install it again" in out

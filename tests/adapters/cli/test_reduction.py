@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import weights
-from adapters.cli.commands.combine import _WAYS
+from adapters.cli import main
 from adapters.patch.combine import PRUNINGS
 from tests.adapters.cli.files import MINILM, document, done, fluxion, refused
 
@@ -91,4 +91,5 @@ def test_wrong_calls_end_with_2(arguments: tuple[object, ...]) -> None:
 
 
 def test_the_ways_to_combine_are_those_there_are() -> None:
-    assert set(_WAYS) == {"exact", "svd", *PRUNINGS}
+    (how,) = (option for option in main.commands["combine"].params if option.name == "how")
+    assert set(how.type.choices) == {"exact", "svd", *PRUNINGS}

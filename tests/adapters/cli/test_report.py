@@ -3,17 +3,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import adapters
 import weights
 from tests.adapters.cli.files import MINILM, document, done, fluxion, refused, serve, two_methods
+from tests.processes import COMMAND, start
 from tests.weights.hub_server import HubServer
 
 
@@ -84,11 +82,11 @@ def test_a_wrong_base(style: Path, page: Path, tmp_path: Path) -> None:
     assert "0 of 12 layers fit; 12 problems" in page.read_text("utf-8")
 
 
-def test_on_the_hub(hub: HubServer, style: Path, page: Path) -> None:
-    serve(hub, "someone/style-lora", style)
-    serve(hub, "someone/model", MINILM)
+def test_on_the_hub(hub: HubServer, small: Path, page: Path) -> None:
+    serve(hub, "someone/style-lora", small / "style")
+    serve(hub, "someone/model", small / "model")
     done("report", "someone/style-lora", "--base", "someone/model", "--output", page)
-    assert "12 of 12 layers fit" in page.read_text("utf-8")
+    assert "4 of 4 layers fit" in page.read_text("utf-8")
 
 
 def test_several_methods(tmp_path: Path) -> None:
@@ -127,12 +125,8 @@ def test_ctrl_c_leaves_the_old_page(style: Path, page: Path, tmp_path: Path) -> 
     many = {f"{path}.{number}": layer for path, layer in file.layers.items() for number in range(500)}
     weights.write_adapter(replace(file, layers=many), tmp_path / "large.safetensors", "fluxion")
     terminal, its_side = os.openpty()
-    running = subprocess.Popen(
-        [Path(sys.executable).with_name("fluxion"), "report", tmp_path / "large.safetensors", "--output", page],
-        stdout=subprocess.PIPE,
-        stderr=its_side,
-        env={**os.environ, "PYTHONPATH": str(Path(adapters.__file__).parents[1]), "TERM": "xterm"},
-    )
+    command = (COMMAND, "report", tmp_path / "large.safetensors", "--output", page)
+    running = start(*command, settings={"TERM": "xterm"}, stderr=its_side)
     os.close(its_side)
     shown = b""
     while b"Measuring" not in shown:

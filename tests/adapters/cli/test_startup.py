@@ -11,7 +11,7 @@ import pytest
 
 import adapters
 from adapters.cli import main
-from tests.adapters.cli.test_cli import installed
+from tests.processes import installed
 
 HEAVY = ["torch", "numpy", "rich", "safetensors", "huggingface_hub", "weights", "fluxion"]
 
