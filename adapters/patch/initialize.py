@@ -24,8 +24,8 @@ from adapters.patch.patch import Patch
 from adapters.runtime.adapted_layer import AdaptedLayer
 
 Statistics = dict[int, Any]
-"""What the initialisation of each branch needs, by the id of its A, which is one for tied layers: the covariance of
-inputs, a gradient, or a quantization error."""
+"""Statistics for each branch by the id of its A, which is one for tied layers: the covariance of inputs, a gradient, or
+a quantization error."""
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -26,7 +26,7 @@ changing = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What was found in a model.
+    """Patches and members of a model, as they were when it was looked through.
 
     Attributes:
         patches: Its patches by name.
