@@ -20,7 +20,14 @@ from weights.formats.common import key_ends, single_file
 from weights.methods.core import lycoris, peft
 
 CACHED = (
-    *(weights.formats.formats, lycoris.lycoris_layouts, peft.peft_layouts, family.families, family.component_names),
+    *(
+        weights.formats.formats,
+        lycoris.lycoris_layouts,
+        lycoris.layouts_with,
+        peft.peft_layouts,
+        family.families,
+        family.component_names,
+    ),
     *(names._index, key_ends._ends, key_ends._most_names, key_ends.biases, single_file._complete),
 )
 FORMAT = """

@@ -19,7 +19,7 @@ from weights.formats.common.format import refuse
 from weights.formats.common.key_ends import ALPHA, LARGER, biases, split
 from weights.formats.common.probe import Probe
 from weights.methods.core.factors import missing, partner
-from weights.methods.core.lycoris import lycoris_layouts
+from weights.methods.core.lycoris import layouts_with, lycoris_layouts
 
 _EMBEDDING = "bundle_emb."
 
@@ -51,6 +51,7 @@ def read(
     others = {key: file[key] for key in file if is_other(key)}
     named: dict[str, dict[str, str]] = {}
     problems: list[str] = []
+    bias_ends = biases()
     for key in file:
         if key in own or key in others:
             continue
@@ -59,19 +60,16 @@ def read(
         if path is None or (end == "weight" and not flattened and f"{stem}.on_input" not in file):
             problems.append(f"the key {key!r} is not expected")
             continue
-        if end in biases():  # A bias is a layer of its own here.
-            path, end = f"{path}{'_' if flattened else '.'}bias", biases()[end]
+        if end in bias_ends:  # A bias is a layer of its own here.
+            path, end = f"{path}{'_' if flattened else '.'}bias", bias_ends[end]
         if named.setdefault(path, {}).setdefault(end, key) != key:
             problems.append(f"{key!r} and {named[path][end]!r} are the same tensor of a layer")
     layers: dict[str, LayerWeights] = {}
     for path, ends in named.items():
-        if problem := _incomplete(ends):
-            problems.append(problem)
-            continue
         try:
             layers[path] = _layer({end: file[key] for end, key in ends.items()})
         except ValueError as error:
-            problems.append(f"layer {path!r} has {error}")
+            problems.append(_incomplete(ends) or f"layer {path!r} has {error}")
     refuse(probe.path, name, problems)
     parts = {path.partition(".")[0] for path in layers if "." in path}.intersection(components)
     return AdapterFile(
@@ -116,7 +114,7 @@ def _layer(found: Mapping[str, Tensor]) -> LayerWeights:
     if LARGER in found:
         raise ValueError(f"a {LARGER}: it makes the weight larger, which an adapter of a layer cannot")
     named = {end: tensor for end, tensor in found.items() if end != ALPHA}
-    for layout in lycoris_layouts():
+    for layout in layouts_with(frozenset(named)):
         tensors = layout.named(named)
         if tensors is not None and (layout.has_alpha or ALPHA not in found):
             break

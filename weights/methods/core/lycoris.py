@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -62,10 +62,9 @@ class LycorisLayout:
 
     def named(self, found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The tensors of a layer by their own names, from the ends of a file; None where they are of another layout."""
-        ends = self.ends
-        if not found.keys() <= ends.keys():
+        if not found.keys() <= self.ends.keys():
             return None
-        tensors = {ends[end]: found[end] for end in sorted(found)}
+        tensors = {self.ends[end]: found[end] for end in sorted(found)}
         return tensors if self.fits(tensors) else None
 
     def fits(self, tensors: Tensors) -> bool:
@@ -86,6 +85,12 @@ class LycorisLayout:
 def lycoris_layouts() -> tuple[LycorisLayout, ...]:
     """The layouts of all methods that LyCORIS's files can hold."""
     return tuple(layout for some in stated("weights.methods", "LYCORIS", LycorisLayout).values() for layout in some)
+
+
+@lru_cache(maxsize=256)
+def layouts_with(ends: frozenset[str]) -> tuple[LycorisLayout, ...]:
+    """The layouts whose tensors may have these ends in a file."""
+    return tuple(layout for layout in lycoris_layouts() if ends <= layout.ends.keys())
 
 
 # What several methods read and write
