@@ -6,13 +6,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test lint bench docs site setup clean
+.PHONY: demo test test-all lint bench docs site setup clean
 
 demo: $(VENV)/.run
 	$(BIN)/fluxion demo
 
+TEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(TEST)
+
+test-all: setup
+	$(TEST) -m ""
 
 lint: setup
 	$(BIN)/ruff check .

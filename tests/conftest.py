@@ -19,6 +19,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+# Those that take longest, which begin first, so that no core waits for another one at the end.
+LONGEST = (
+    "tests/distributed",
+    "tests/test_serving.py",
+    "tests/adapters/cli/test_demo.py",
+    "tests/browser",
+    "tests/adapters/test_compile.py",
+    "tests/faults",
+    "tests/test_examples.py",
+    "tests/test_packaging.py",
+    "tests/weights/test_streaming.py",
+    "tests/adapters/cli/test_examples.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first."""
+    others = len(LONGEST)
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), others))
+
+
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
     """One thread, as the number of threads changes the last bits of sums, and the same random numbers each time."""

@@ -18,6 +18,8 @@ import pytest
 import fluxion
 
 ROOT = Path(__file__).parents[1]
+# A fresh environment imports what is installed in it, wherever these tests are told to import from.
+SURROUNDINGS = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def test_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None
     install(python, wheel)
 
     def run(*command: str | Path) -> str:
-        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=SURROUNDINGS)
+        return done.stdout
 
     assert fluxion.__version__ in run(tmp_path / "env" / "bin" / "fluxion", "--version")
     program = (
@@ -90,7 +93,7 @@ def test_a_distribution_with_the_same_import_name_is_explained(built: Path, tmp_
 
     def fluxion_says(*arguments: str) -> tuple[int, str]:
         command = [python.with_name("fluxion"), *arguments]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**SURROUNDINGS, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
