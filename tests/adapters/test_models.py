@@ -146,9 +146,9 @@ def test_layers_that_are_given_no_rows_refuse(name: str, pattern: str) -> None:
     case = build(name)
     for seed, letter in enumerate("ab"):
         perturb(adapters.inject(case.model, LORA, pattern, name=letter), seed)
-    with adapters.use(case.model, rows=ROWS), pytest.raises(AdapterError, match="a layer was given a batch of"):
+    with adapters.use(case.model, rows=ROWS), pytest.raises(AdapterError, match="rows= has 4 entries for a batch of"):
         case()
-    with adapters.use(case.model, rows=[None] * 4), pytest.raises(AdapterError, match="names 4 rows"):
+    with adapters.use(case.model, rows=[None] * 4), pytest.raises(AdapterError, match="rows= has 4 entries"):
         case()
 
 
