@@ -27,6 +27,7 @@ from adapters.methods.lora import LoRA
 from adapters.patch.combine import Combination, How, WeightedSum, check_additive
 from adapters.targets.target import Target
 from weights.disk.header import TensorInfo
+from weights.formats import canonical
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def combine_files(
         raise AdapterError("There are no adapters to combine: give some, with their weights.")
     flattened = base is None and all(file.flattened for _, file, _ in given)
     if flattened and Path(destination).suffix == ".safetensors":
-        format = format or "lycoris"
+        format = canonical(format or "lycoris")
     found = _by_themselves(given, flattened and format == "lycoris") if base is None else _in_base(given, base)
     layers: dict[str, weights.LayerWeights] = {}
     errors: dict[str, float] = {}

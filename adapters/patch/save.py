@@ -19,9 +19,10 @@ from adapters.patch.parameters import named_tensors
 from adapters.patch.record import PatchRecord
 from adapters.targets.models import Models, component_of
 from adapters.targets.target import fingerprint
+from weights.formats import canonical
 from weights.hub.card import CARD
 
-Format = Literal["peft", "diffusers", "lycoris", "mlx", "fluxion"]
+Format = Literal["peft", "diffusers", "lycoris", "kohya", "mlx", "fluxion"]
 """The formats that a patch is written in. Formats that were registered besides have names of their own."""
 
 
@@ -107,7 +108,7 @@ def write_file(file: weights.AdapterFile, path: Path, format: str | None) -> str
         else:
             return "peft"
     weights.write_adapter(file, path, format=format)
-    return format
+    return canonical(format)
 
 
 def publish(
@@ -131,7 +132,7 @@ def publish(
 
     def run() -> str:
         with tempfile.TemporaryDirectory() as folder:
-            alone = [f"{name}.safetensors"] if format == "lycoris" else []
+            alone = [f"{name}.safetensors"] if format and canonical(format) == "lycoris" else []
             written = write_file(file, Path(folder, *alone), format)
             card = weights.model_card(file, written, repo_id=repo_id, license=license, tags=tags)
             Path(folder, CARD).write_text(card, encoding="utf-8")

@@ -275,3 +275,15 @@ def test_tensors_of_any_name_come_with_the_settings_beside_them(hub: HubServer) 
     content = b"".join(bytes(chunk) for chunk in encode(tensors))
     hub.add("me/tuned", {"adapter_config.json": b'{"r": 2, "lora_alpha": 4}', "adapter_0.safetensors": content})
     assert weights.read_adapter("me/tuned").layers["fc"].hyperparameters["alpha"] == 4
+
+
+def test_kohya_is_another_name_of_lycoris(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    patch = adapters.inject(model, LoRA(rank=2), seed=0)
+    for name in ("lycoris", "kohya"):
+        patch.save_pretrained(tmp_path / f"{name}.safetensors", format=name)
+    assert (tmp_path / "kohya.safetensors").read_bytes() == (tmp_path / "lycoris.safetensors").read_bytes()
+    sources = {tmp_path / "kohya.safetensors": 1.0}
+    for name in ("lycoris", "kohya"):
+        assert adapters.combine_files(sources, tmp_path / f"{name}2.safetensors", format=name).format == "lycoris"
+    assert "model.safetensors" not in patch.push_to_hub("me/style", format="kohya", dry_run=True)
