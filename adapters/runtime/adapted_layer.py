@@ -47,8 +47,10 @@ class AdaptedLayer(TransparentNode):
         state = self.__dict__
         path: FastPath | None = state["_fast_path"]
         if path is None or not path.holds():
-            path = FastPath(self, self.base)
-            state["_fast_path"] = path if path.holds() else None  # A branch may have come or left meanwhile.
+            path = state["_fast_path"] = FastPath(self, self.base)
+            if not path.holds():  # There are hooks, or a branch came or left meanwhile.
+                state["_fast_path"] = None
+                return None
         return None if state["_merged"] else path.run(x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
