@@ -69,14 +69,12 @@ class FastPath:
         for branch, scale in chosen:
             if (update := self._update(branch, scale)) is None:
                 return None
-            updates.append(update)
-        if len(updates) != 1:
-            if not updates or any(update.dropout for update in updates):  # Each drops inputs of its own.
-                return None
-            update = LowRank.join([update.to(dtype) for update in updates])
-        elif update.dropout and not dtype.is_floating_point:
+            updates.append(update.to(dtype))
+        if len(updates) == 1 and not (updates[0].dropout and dtype.is_complex):
+            return linear(x, weight, bias, updates[0])
+        if not updates or any(update.dropout for update in updates):  # Each drops inputs of its own.
             return None
-        return linear(x, weight, bias, update.to(dtype))
+        return linear(x, weight, bias, LowRank.join(updates))
 
     def _update(self, branch: Branch, scale: float) -> LowRank | None:
         """The update of a branch at a strength; None for a branch that is more than that."""
