@@ -46,9 +46,9 @@ class AdaptedLayer(TransparentNode):
         """The output of the fast path, or None where it does not apply."""
         state = self.__dict__
         path: FastPath | None = state["_fast_path"]
-        if path is None or not path.holds():
+        if path is None or not path.holds(state):
             path = state["_fast_path"] = FastPath(self, self.base)
-            if not path.holds():  # There are hooks, or a branch came or left meanwhile.
+            if not path.holds(state):  # There are hooks, or a branch came or left meanwhile.
                 state["_fast_path"] = None
                 return None
         return None if state["_merged"] else path.run(x)

@@ -19,7 +19,7 @@ from adapters.activation.switch import Switch
 from adapters.lowrank.linear import linear, linear_of_rows
 from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core.method import Branch
-from adapters.runtime.watch import Watch
+from adapters.runtime.watch import Watch, extras_of
 from fluxion.calls import GLOBAL_HOOKS, PLAIN_CALLS
 
 _forward, _Parameter = nn.Linear.forward, nn.Parameter
@@ -32,18 +32,27 @@ _is_autocast_enabled, _is_transformed = torch._C._is_any_autocast_enabled, torch
 class FastPath:
     """A node as it was found. What somebody changes, hooks or overrides by hand since is noticed in each call.
 
-    Attributes:
-        holds: Tells whether the node and its layer have the same attributes and children, and no hooks.
+    It does not refer to the node, so that a model is freed as soon as nothing else has it.
     """
 
     def __init__(self, node: nn.Module, layer: nn.Module) -> None:
-        self.holds = Watch((node, layer), content=False).holds
-        inner, *others = node._modules.values()
-        self._layer, self._parameters = layer, layer._parameters
+        self._children = inner, *others = [*node._modules.values()]
+        self._layer, self._base, self._parameters = layer, vars(layer), layer._parameters
+        self._sizes = len(vars(node)), len(self._base)  # A new table of hooks is one more.
+        self._extras, self._base_extras = extras_of(vars(node)), extras_of(self._base)
         self._branches = [child for child in others if isinstance(child, Branch)]
         self._applies = inner is layer and type(layer).__call__ in PLAIN_CALLS
         self._found: dict[Branch, _Found | None] = {}  # Of those that were active: hundreds may never be.
         self._mixed: _Mixed | None = None
+
+    def holds(self, state: dict[str, Any]) -> bool:
+        """Whether a node of this `__dict__` and its layer have the same attributes and children, and no hooks."""
+        return (
+            (len(state), len(self._base)) == self._sizes
+            and [*state["_modules"].values()] == self._children
+            and not (self._extras and any(map(state.get, self._extras)))
+            and not any(map(self._base.get, self._base_extras))
+        )
 
     def run(self, x: Any) -> Tensor | None:
         """The output for an input, or None where the layer or an active branch has to run by itself."""
