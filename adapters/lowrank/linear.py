@@ -34,7 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: LowRank) -> T
     if x.numel() >= _FEW and not (update.dropout or torch.is_grad_enabled()) and _is_merging_cheaper(x, weight):
         return _linear(x, torch.addmm(weight, update.up, update.down, alpha=update.scale), bias)
     tokens = x if x.ndim == 2 else x.flatten(0, -2)  # In two dimensions no view is written to, which autograd copies.
-    output = _linear(tokens, weight, bias)
+    # Torch rounds a batch that is not contiguous in its own way: an update of zero has to change no bit of that.
+    flat = x.ndim == 2 or x.is_contiguous()
+    output = _linear(tokens, weight, bias) if flat else _linear(x, weight, bias).flatten(0, -2)
     if update.dropout:
         # Drawn whether there are gradients or not: reentrant checkpointing runs a layer in both ways.
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
