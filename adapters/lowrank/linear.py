@@ -17,6 +17,7 @@ from torch.nn.functional import linear as _linear
 from adapters.activation.mixed_batch import Rows
 from adapters.lowrank.low_rank import LowRank
 
+_FEW = 4096  # Elements of an input, below which a call costs more than the arithmetic.
 # Tokens of a row from which on an update for each row takes less than sorting them: in a loop, and in one product.
 _MANY = (4, 32)
 
@@ -30,16 +31,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: LowRank) -> T
         bias: `(outputs,)`.
         update: In the dtype of the input.
     """
+    if x.numel() >= _FEW and not (update.dropout or torch.is_grad_enabled()) and _is_merging_cheaper(x, weight):
+        return _linear(x, torch.addmm(weight, update.up, update.down, alpha=update.scale), bias)
     tokens = x if x.ndim == 2 else x.flatten(0, -2)  # In two dimensions no view is written to, which autograd copies.
-    output = _linear(tokens, weight, bias)
+    # Torch rounds a batch that is not contiguous in its own way: an update of zero has to change no bit of that.
+    flat = x.ndim == 2 or x.is_contiguous()
+    output = _linear(tokens, weight, bias) if flat else _linear(x, weight, bias).flatten(0, -2)
     if update.dropout:
         # Drawn whether there are gradients or not: reentrant checkpointing runs a layer in both ways.
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         inner = _dropped_linear(tokens, update.down, update.dropout, seed)
     else:
         inner = _linear(tokens, update.down)
-    output = _add_product(output, inner, update.up.t(), update.scale)
+    up, scale = update.up.t(), update.scale
+    output = output.addmm_(inner, up) if scale == 1 else output.addmm_(inner, up, alpha=scale)  # A keyword costs time.
     return output if x.ndim == 2 else output.view(*x.shape[:-1], len(weight))
+
+
+def _is_merging_cheaper(x: Tensor, weight: Tensor) -> bool:
+    """Whether a merged weight costs clearly less: for many tokens, in a dtype that is precise enough for it."""
+    outputs, inputs = weight.shape
+    return x.numel() * (inputs + outputs) > 1.5 * inputs * inputs * outputs and x.dtype.itemsize >= 4
 
 
 def linear_of_rows(
@@ -73,21 +85,15 @@ def linear_of_rows(
         if len(several) > 1:
             down, up = torch.stack([one.down for one in several]), torch.stack([one.up for one in several])
             some, result = some.unflatten(0, (len(several), -1)), result.unflatten(0, (len(several), -1))
-            _add_product(result, torch.bmm(some, down.mT), up.mT, several[0].scale)
+            result.baddbmm_(torch.bmm(some, down.mT), up.mT, alpha=several[0].scale)
         elif several:
-            _add_product(result, _linear(some, several[0].down), several[0].up.t(), several[0].scale)
+            result.addmm_(_linear(some, several[0].down), several[0].up.t(), alpha=several[0].scale)
     return output if order is None else output.index_select(0, rows.places.to(x.device))
 
 
 def _kind(part: tuple[int, LowRank | None]) -> object:
     count, update = part
     return update and (count, update.rank, update.scale)
-
-
-def _add_product(output: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """A product of two matrices, or of two batches of them, added in place."""
-    add = output.addmm_ if output.ndim == 2 else output.baddbmm_
-    return add(left, right) if scale == 1 else add(left, right, alpha=scale)  # A keyword takes longer.
 
 
 class _DroppedLinear(torch.autograd.Function):

@@ -83,7 +83,7 @@ class LowRank:
 
     def to(self, dtype: torch.dtype) -> LowRank:
         """The update with factors of a dtype."""
-        if self.up.dtype is self.down.dtype is dtype:
+        if self.up.dtype is dtype is self.down.dtype:
             return self
         return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
 

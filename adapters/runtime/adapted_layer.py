@@ -46,9 +46,11 @@ class AdaptedLayer(TransparentNode):
         """The output of the fast path, or None where it does not apply."""
         state = self.__dict__
         path: FastPath | None = state["_fast_path"]
-        if path is None or not path.holds():
-            path = FastPath(self, self.base)
-            state["_fast_path"] = path if path.holds() else None  # A branch may have come or left meanwhile.
+        if path is None or not path.holds(state):
+            path = state["_fast_path"] = FastPath(self, self.base)
+            if not path.holds(state):  # There are hooks, or a branch came or left meanwhile.
+                state["_fast_path"] = None
+                return None
         return None if state["_merged"] else path.run(x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

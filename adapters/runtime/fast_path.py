@@ -19,7 +19,7 @@ from adapters.activation.switch import Switch
 from adapters.lowrank.linear import linear, linear_of_rows
 from adapters.lowrank.low_rank import LowRank
 from adapters.methods.core.method import Branch
-from adapters.runtime.watch import Watch
+from adapters.runtime.watch import Watch, extras_of
 from fluxion.calls import GLOBAL_HOOKS, PLAIN_CALLS
 
 _forward, _Parameter = nn.Linear.forward, nn.Parameter
@@ -30,17 +30,29 @@ _is_autocast_enabled, _is_transformed = torch._C._is_any_autocast_enabled, torch
 
 
 class FastPath:
-    """A node as it was found. What somebody changes, hooks or overrides by hand since is noticed in each call."""
+    """A node as it was found. What somebody changes, hooks or overrides by hand since is noticed in each call.
+
+    It does not refer to the node, so that a model is freed as soon as nothing else has it.
+    """
 
     def __init__(self, node: nn.Module, layer: nn.Module) -> None:
-        self._watch = Watch((node, layer), content=False)
-        inner, *others = node._modules.values()
-        self._layer, self._parameters = layer, layer._parameters
+        self._children = inner, *others = [*node._modules.values()]
+        self._layer, self._base, self._parameters = layer, vars(layer), layer._parameters
+        self._sizes = len(vars(node)), len(self._base)  # A new table of hooks is one more.
+        self._extras, self._base_extras = extras_of(vars(node)), extras_of(self._base)
         self._branches = [child for child in others if isinstance(child, Branch)]
-        self._applies = self._watch.is_plain and inner is layer and type(layer).__call__ in PLAIN_CALLS
-        self._updates: dict[Branch, _Found] = {}  # Of those that were active: hundreds may never be.
+        self._applies = inner is layer and type(layer).__call__ in PLAIN_CALLS
+        self._found: dict[Branch, _Found | None] = {}  # Of those that were active: hundreds may never be.
         self._mixed: _Mixed | None = None
-        self.holds = self._watch.holds  # Whether neither the node nor its layer has other attributes or children.
+
+    def holds(self, state: dict[str, Any]) -> bool:
+        """Whether a node of this `__dict__` and its layer have the same attributes and children, and no hooks."""
+        return (
+            (len(state), len(self._base)) == self._sizes
+            and [*state["_modules"].values()] == self._children
+            and not (self._extras and any(map(state.get, self._extras)))
+            and not any(map(self._base.get, self._base_extras))
+        )
 
     def run(self, x: Any) -> Tensor | None:
         """The output for an input, or None where the layer or an active branch has to run by itself."""
@@ -67,26 +79,18 @@ class FastPath:
             if (update := self._update(branch, scale)) is None:
                 return None
             updates.append(update.to(dtype))
-        if len(updates) == 1:
-            update = updates[0]
-            if update.dropout and not dtype.is_floating_point:
-                return None
-        elif not updates or any(update.dropout for update in updates):  # Each drops inputs of its own.
+        if len(updates) == 1 and not (updates[0].dropout and dtype.is_complex):
+            return linear(x, weight, bias, updates[0])
+        if not updates or any(update.dropout for update in updates):  # Each drops inputs of its own.
             return None
-        else:
-            update = LowRank.join(updates)
-        return linear(x, weight, bias, update)
+        return linear(x, weight, bias, LowRank.join(updates))
 
     def _update(self, branch: Branch, scale: float) -> LowRank | None:
         """The update of a branch at a strength; None for a branch that is more than that."""
-        found = self._updates.get(branch)
+        found = self._found.get(branch)
         if found is None or found.scale != scale or not found.watch.holds():
-            watch = Watch((branch, *branch._modules.values()))
-            update = branch.method.low_rank(branch) if branch.bypass and watch.is_plain else None
-            if update is not None and not type(update.up) is type(update.down) is _Parameter:
-                update = None
-            found = self._updates[branch] = _Found(watch, scale, None if update is None else update.scaled(scale))
-        return found.update
+            found = self._found[branch] = _find(branch, scale)
+        return None if found is None else found.update
 
     def _run_rows(self, rows: Rows, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output for a mixed batch, where no gradients are wanted."""
@@ -126,7 +130,17 @@ class _Found:
 
     watch: Watch
     scale: float
-    update: LowRank | None
+    update: LowRank
+
+
+def _find(branch: Branch, scale: float) -> _Found | None:
+    if not branch.bypass or branch.method.low_rank(branch) is None:
+        return None
+    watch = Watch((branch, *branch._modules.values()))
+    update = branch.method.low_rank(branch)  # As it is since it is watched: another thread may change it.
+    if update is None or not type(update.up) is type(update.down) is _Parameter or not watch.holds():
+        return None
+    return _Found(watch, scale, update.scaled(scale))
 
 
 @dataclass(slots=True)

@@ -143,11 +143,14 @@ def test_adapters_in_another_dtype(base: torch.dtype, own: torch.dtype, mode: An
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 200])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_patch_of_zeros_changes_no_bit(dtype: torch.dtype, tokens: int, grad: bool) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_patch_of_zeros_changes_no_bit(dtype: torch.dtype, tokens: int, grad: bool, turned: bool) -> None:
     node = adapted(LoRA(rank=2), LoRA(rank=3, alpha=1), dtype=dtype, inputs=48, outputs=40)
     for branch in node.branches:
         nn.init.zeros_(branch.lora_B.weight)  # type: ignore[union-attr, arg-type]
     x = torch.randn(2, tokens, 48, dtype=dtype)
+    if turned:
+        x = torch.randn(2, 48, tokens, dtype=dtype).transpose(1, 2)
     with torch.set_grad_enabled(grad):
         assert is_short(node, x)
         assert torch.equal(node(x), node.base(x))
