@@ -39,11 +39,11 @@ class Adapter(Generic[T]):
     """Mixin for chains that adapt a target.
 
     Example:
-        >>> class Scaled(fl.Chain, Adapter[fl.Linear]):
+        >>> class Scaled(fl.Chain, adapters.Adapter[fl.Linear]):
         ...     def __init__(self, target: fl.Linear) -> None:
         ...         with self.setup_adapter(target):
         ...             super().__init__(target, fl.Multiply(2.0))
-        >>> adapter = Scaled(model.Linear).inject(model)
+        >>> adapter = Scaled(model.Linear_1).inject(model)
         >>> adapter.eject()
     """
 

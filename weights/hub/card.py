@@ -82,6 +82,14 @@ def model_card(
 ) -> str:
     """The text of `README.md`: the Hub's fields as YAML, a table of methods, how to load it, and a tree of the layers.
 
+    Example:
+        >>> style = weights.read_adapter("out")
+        >>> print(weights.model_card(style, "peft", repo_id="me/style-lora", license="mit"))
+        ---
+        ...
+        license: mit
+        ...
+
     A base model that is a local path means nothing to others and is left out.
 
     Args:

@@ -40,6 +40,11 @@ def download(
 ) -> Path:
     """Download a repository's files into the Hub's cache and check each against its published hash.
 
+    Example:
+        >>> folder = weights.download("someone/style-lora", revision="main")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+
     What is in the cache already is not fetched again, and for a whole commit hash the Hub is not even asked. Where the
     Hub cannot be reached or refuses, files that are in the cache are returned, checked, as they are.
 

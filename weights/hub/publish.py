@@ -40,6 +40,11 @@ def publish(
 ) -> str:
     """Publish a folder's files (hidden ones left out) in one commit, and check what the Hub then has.
 
+    Example:
+        >>> print(weights.publish("out", "me/style-lora", dry_run=True))
+        Would publish 3 files to me/style-lora, main (a new repository): ...
+        >>> url = weights.publish("out", "me/style-lora", private=True)
+
     The folder must hold a `README.md` and at least one safetensors file; all must be sound, and none a pickle or a
     link that leads out of it. The repository is made if there is none, and so is the branch. Nothing is published
     over a change that somebody else makes meanwhile.

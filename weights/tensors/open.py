@@ -32,6 +32,12 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class TensorFiles(Mapping[str, Tensor]):
     """Lazy mapping of tensors by name over one safetensors file or several.
 
+    Example:
+        >>> path = weights.save({"fc.weight": torch.ones(3, 2)}, "model.safetensors")
+        >>> tensors = weights.open(path)
+        >>> tensors.infos["fc.weight"].shape, tensors["fc.weight"].sum()
+        ((3, 2), tensor(6.))
+
     A tensor is a fresh copy in memory: changing it changes no file, and a file cut short later raises an error
     instead of killing the process, as a memory map would.
 
@@ -119,6 +125,11 @@ def open_tensors(
 ) -> TensorFiles:
     """Open tensors for reading; exported as `weights.open`.
 
+    Example:
+        >>> tensors = weights.open("someone/model")
+        >>> {name: info.shape for name, info in tensors.infos.items()}
+        {'fc.bias': (3,), 'fc.weight': (3, 2)}
+
     Of several sets of tensors in a folder, `model` or `diffusion_pytorch_model` is the one that is meant.
 
     Of files on the Hub only the headers are fetched here, and each whole file when the first of its tensors is read.
@@ -150,6 +161,11 @@ def open_parts(
     source: str | PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> dict[str, TensorFiles]:
     """Open every component of a pipeline, or a single model under the empty name, as `weights.open` does.
+
+    Example:
+        >>> parts = weights.open_parts("someone/pipeline")
+        >>> {name: len(tensors) for name, tensors in parts.items()}
+        {'text_encoder': 1, 'unet': 2}
 
     A pipeline is a folder with `model_index.json`, or one that has its tensors in folders only.
 
@@ -195,6 +211,12 @@ def find_parts(folder: Folder, name: str) -> dict[str, tuple[Folder, str]]:
 
 def save(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file: atomic, synced, with the permissions of the umask, byte-identical for the same input.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 3)
+        >>> path = weights.save(model.state_dict(), "model.safetensors", {"license": "mit"})
+        >>> model.load_state_dict(weights.open(path))
+        <All keys matched successfully>
 
     Tensors may be anywhere in memory, strided and shared (each name gets its own copy). Where `path` is a symbolic
     link, the file it points to is replaced.

@@ -74,6 +74,11 @@ def rewrite(
 ) -> Path:
     """Copy a checkpoint with some tensors changed, a few of them in memory at a time.
 
+    Example:
+        >>> path = weights.rewrite("someone/model", "scaled", {"fc.weight": lambda weight: weight * 2})
+        >>> torch.equal(weights.open(path)["fc.weight"], 2 * weights.open("someone/model")["fc.weight"])
+        True
+
     Tensors without a change are copied as bytes. What is written appears under its name when all of it is on the disk.
     Until then it is in a hidden folder beside the destination, and the same call goes on there after it was cut off;
     a call with another source, key or layout starts from the beginning.
