@@ -15,14 +15,14 @@ from adapters.cli import commands
 from adapters.cli.console import plain, replace_what_cannot_be_encoded
 from adapters.cli.damage import damage
 
-# What a command needs beyond click it imports when it runs: torch takes seconds.
+# Commands import everything but click when they run: torch takes seconds.
 
 _FAULT, _INTERRUPTED, _NO_READER = 70, 130, 141  # Exit codes, as of sysexits.h and of shells.
 _EXPECTED = {"adapters.errors": "AdapterError", "fluxion.errors": "ChainError", "weights.errors": "WeightsError"}
 
 
 class Commands(click.Group):
-    """Commands that end expected errors in one clear line, and Ctrl-C with the shell's code for it."""
+    """Group of commands that prints an expected error in one line, and exits with the shell's code after Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> Any:
         replace_what_cannot_be_encoded()
@@ -36,7 +36,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Aborted!", err=True)
             ctx.exit(_INTERRUPTED)
-        except BrokenPipeError:  # Who reads has enough; what is left would make Python complain when it ends.
+        except BrokenPipeError:  # Python would fail again when it flushes the rest at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(_NO_READER)
         except Exception as error:
@@ -50,13 +50,13 @@ class Commands(click.Group):
 
 
 def _line(text: str) -> str:
-    """A message in one line, without anything that a terminal would obey."""
+    """A message in one line, without control characters."""
     return plain(" ".join(text.split()))
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether this can go wrong without a fault in the program; the message then says what to do."""
-    # What was never imported has raised nothing.
+    """Whether an error is one of input or of the system, whose message says what to do."""
+    # A module that was never imported has raised nothing.
     raised = (getattr(sys.modules[module], name) for module, name in _EXPECTED.items() if module in sys.modules)
     return isinstance(error, (OSError, *raised))
 

@@ -1,4 +1,4 @@
-"""What commands print, on terminals of any width, as plain text in a file or a pipe, and as JSON."""
+"""Output of commands: on terminals of any width, as plain text in a file or a pipe, and as JSON."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from weights.disk.header import TensorInfo
 
 
-_LONGEST = 500  # letters
+_LONGEST = 500  # characters
 
 
 def replace_what_cannot_be_encoded() -> None:
-    """See to it that no letter which the output has no code for ends a command. Names of files keep odd bytes."""
+    """Replace characters that stdout cannot encode, instead of failing. File names keep undecodable bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding.lower() == "utf-8" else "replace")
 
 
 def make_console() -> Console:
-    """A console that neither wraps nor cuts lines where there is no terminal."""
+    """Console that neither wraps nor cuts lines where there is no terminal."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print a document for other programs. JSON has no infinity and no NaN: these are texts in it."""
+    """Print a JSON document. JSON has no infinity and no NaN: these become strings."""
     click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
 
 
@@ -51,14 +51,14 @@ def _finite(value: Any) -> Any:
 
 
 def progress_in_bytes(text: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """A bar on terminals, at the standard error, with rate and time left; and what to call with bytes done and all."""
+    """Progress bar on stderr, on terminals only, with rate and time left; yields a function of bytes done and total."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     return _progress(text, DownloadColumn(), TransferSpeedColumn())
 
 
 def progress_in_layers(text: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """The same for layers."""
+    """Progress bar like `progress_in_bytes`; yields a function of layers done and total."""
     from rich.progress import MofNCompleteColumn, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
@@ -82,7 +82,7 @@ def _progress(text: str, *amounts: ProgressColumn) -> Iterator[Callable[[int, in
 
 
 def facts(console: Console, rows: Mapping[str, str]) -> None:
-    """Names and what is said of them, in two columns; what is empty is left out."""
+    """Print names and values in two columns; empty values are left out."""
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2))
@@ -95,12 +95,12 @@ def facts(console: Console, rows: Mapping[str, str]) -> None:
 
 
 def columns(*names: str, right: Collection[str] = (), cut: Collection[str] = ()) -> Table:
-    """A table without rows.
+    """Table without rows.
 
     Args:
-        names: The heads of its columns.
-        right: Those of which the rows stand at the right.
-        cut: Those that are cut at the edge where the terminal is narrow; others go on in the next line.
+        names: The headers of the columns.
+        right: Columns that are aligned to the right.
+        cut: Columns that are truncated where the terminal is narrow; others wrap.
     """
     from rich import box
     from rich.table import Table
@@ -117,17 +117,17 @@ def columns(*names: str, right: Collection[str] = (), cut: Collection[str] = ())
 
 
 def plain(text: str) -> str:
-    """A text from a file, where anything may be, with nothing in it that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    """Text from an untrusted file, without control characters."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def short(text: str) -> str:
-    """What a text from a file begins with."""
+    """Beginning of a text from an untrusted file, without control characters."""
     return plain(text[:_LONGEST])
 
 
 def megabytes(count: int) -> str:
-    """`90.9 MB`."""
+    """Size such as `90.9 MB`."""
     for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= least:
             return f"{count / least:,.1f} {unit}"
@@ -135,15 +135,15 @@ def megabytes(count: int) -> str:
 
 
 def type_of(tensor: Tensor | TensorInfo) -> str:
-    """`float32`."""
+    """Name of a dtype, such as `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def types(count: Mapping[str, int]) -> str:
-    """The type, or how many numbers there are of each of several."""
+    """The one dtype, or each of several with its number of parameters."""
     return ", ".join(f"{number:,} {name}" if len(count) > 1 else name for name, number in count.items())
 
 
 def shape_of(shape: Iterable[int]) -> str:
-    """`384×384`; a number by itself is `1`."""
+    """Shape such as `384×384`; that of a scalar is `1`."""
     return "×".join(map(str, shape)) or "1"

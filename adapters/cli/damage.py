@@ -1,7 +1,7 @@
-"""Whether this package is as it was installed: not where another distribution has its files in the same folder.
+"""Check of the installed files, which another distribution may have overwritten.
 
-That other one is AdapterHub's, `adapters`. Files of the last one installed take the place of the other's, and neither
-works. Only Python's own modules are imported here, as nothing else can be relied on then.
+That other one is AdapterHub's `adapters`, with the same import name: the files of the last one installed replace the
+other's, and neither works. Only the standard library is imported here, as nothing else can be relied on then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def owners() -> list[str]:
 
 
 def altered() -> list[str]:
-    """Files of this package that are not as they were installed: others' are in their place, or none."""
+    """Files of this package that are missing or have another hash than when they were installed."""
     try:
         files = metadata.files(NAME) or []
     except metadata.PackageNotFoundError:  # used without being installed
@@ -39,19 +39,19 @@ def altered() -> list[str]:
 
 
 def damage() -> str | None:
-    """Why this package cannot work as it is installed, with the way out; None if nothing is wrong."""
+    """Message on why this installation cannot work and how to repair it; None if nothing is wrong."""
     others, files = owners(), altered()
     if others:
         uninstall = f"pip uninstall -y {' '.join(name.split()[0] for name in others)}"
         replaced = f", {len(files)} of them in the place of ours" if files else ""
         return (
             f"Another distribution, {', '.join(others)}, has the import name `adapters` too, and its files are among"
-            f" those of {NAME}{replaced}. Keep the two in different environments. To mend this one:"
+            f" those of {NAME}{replaced}. Keep the two in different environments. To repair this one:"
             f" {uninstall} && pip install --force-reinstall --no-deps {NAME}"
         )
     if files:
         return (
             f"{len(files)} of the files of {NAME} are missing or changed, such as {files[0]}."
-            f" To mend this: pip install --force-reinstall --no-deps {NAME}"
+            f" To repair this: pip install --force-reinstall --no-deps {NAME}"
         )
     return None

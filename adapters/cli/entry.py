@@ -1,7 +1,7 @@
-"""Where the command begins. In an installation this file is outside of `adapters`, as the module `_fluxion_command`.
+"""Entry point of the command. An installation has this file outside `adapters`, as the module `_fluxion_command`.
 
-So it can say what is wrong also where `adapters` cannot be imported, because another distribution has put its files
-in the place of those of this package.
+So it can say what is wrong also where `adapters` cannot be imported, because another distribution has overwritten the
+files of this package.
 """
 
 import runpy

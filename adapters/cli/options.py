@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and their checks."""
+"""Arguments and options that several commands share, and their checks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Source(click.ParamType):  # type: ignore[type-arg]  # Older versions of click have none.
-    """A path, or a place on the Hub. A shell completes it by the paths there are."""
+    """Path, or place on the Hub. A shell completes paths."""
 
     name = "source"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value:  # Python would take it for the current folder; more likely a variable of a script is not set.
+        if not value:  # Python would read it as the current folder; more likely a shell variable is unset.
             self.fail("It is empty: give a path, or a place on the Hub.", param, ctx)
         return value
 
@@ -34,7 +34,7 @@ class Source(click.ParamType):  # type: ignore[type-arg]  # Older versions of cl
 
 
 def check_new(path: Path) -> None:
-    """See to it that nothing is written over, and no folder is called like a file."""
+    """Refuse a destination that exists, or a folder named like a file of another format."""
     from weights.disk.atomic import tidy
 
     if path.suffix in _OTHERS:
@@ -45,7 +45,7 @@ def check_new(path: Path) -> None:
 
 
 def of_component(source: str, adapter: weights.AdapterFile, name: str) -> weights.AdapterFile:
-    """What is for one model of a pipeline, or an adapter of which it is said now for which it is."""
+    """The part of an adapter for one component of a pipeline; an adapter without components is assigned to it."""
     if not adapter.components:
         at = {path: f"{name}.{path}" if path else path for path in adapter.layers}
         layers = {at[path]: layer for path, layer in adapter.layers.items()}
@@ -60,7 +60,7 @@ def of_component(source: str, adapter: weights.AdapterFile, name: str) -> weight
 
 
 def scaled(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Sources of adapters and their scales, 1 where none is said."""
+    """Sources of adapters and their scales, by default 1."""
     found: list[tuple[str, float]] = []
     for value in values:
         source, equals, scale = value.rpartition("=")
@@ -70,7 +70,7 @@ def scaled(context: click.Context, option: click.Parameter, values: tuple[str, .
         try:
             found.append((source, float(scale)))
         except ValueError:
-            raise click.BadParameter(f"{scale!r} is no scale: write SOURCE=SCALE, such as style=0.7.") from None
+            raise click.BadParameter(f"{scale!r} is not a number: write SOURCE=SCALE, such as style=0.7.") from None
     return found
 
 
@@ -79,15 +79,15 @@ energy = click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
-    help="How much of each update's squared norm to keep, such as 0.95, by the least rank that does.",
+    help="The share of each update's energy (squared norm) to keep, such as 0.95, at the lowest rank.",
 )
 base = click.option(
-    "--base", metavar="MODEL", help="The base model, where the files do not say enough: its names and shapes are read."
+    "--base", metavar="MODEL", help="The base model, where the files do not suffice: its names and shapes are read."
 )
 
 
 def _canonical(format: str | None) -> str | None:
-    """The name of a format, for a name or an alias such as kohya."""
+    """The canonical name of a format, of which kohya, for one, is an alias."""
     if format is None:
         return None
     from weights.formats import canonical
@@ -100,11 +100,11 @@ to = click.option(
     "form",
     type=click.Choice(FORMATS),
     callback=lambda context, option, name: _canonical(name),
-    help="The format to write.  [default: peft in a folder, if that can hold the adapter, and else fluxion]",
+    help="The format to write; kohya is lycoris.  [default: peft if it can hold the adapter, otherwise fluxion]",
 )
 
 
 def need_size(rank: int | None, energy: float | None) -> None:
-    """See to it that it is said how large an adapter may be."""
+    """Refuse a call with neither rank nor energy."""
     if rank is None and energy is None:
-        raise click.UsageError("Say how large the adapter may be: --rank 32, or --energy 0.95.")
+        raise click.UsageError("Give the size of the adapter: --rank 32, or --energy 0.95.")

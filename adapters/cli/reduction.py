@@ -1,4 +1,4 @@
-"""What the commands share that make an adapter stand for something else: how large it may be, and how well it does."""
+"""Output of extract, resize and combine: rank and relative error of each layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show(made: Reduction, as_json: bool, **more: Any) -> None:
-    """Print what was made."""
+    """Print ranks, errors and left-out tensors, as a table or as JSON."""
     layers = [{"path": path, "rank": rank, "error": made.errors[path]} for path, rank in made.ranks.items()]
     if as_json:
         said = {"destination": str(made.path), "format": made.format, **more, "layers": layers}

@@ -1,4 +1,4 @@
-"""`fluxion combine`: adapters made into one."""
+"""`fluxion combine`: one adapter of several."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _WAYS = ("exact", "svd", "magnitude", "ties", "dare")
     callback=scaled,
     type=Source(),
     metavar="SOURCE[=WEIGHT]",
-    help="An adapter and its weight, 1 if that is not said. Repeat it for several.",
+    help="An adapter and its weight, by default 1. Repeat it for several.",
 )
-@click.option("--how", type=click.Choice(_WAYS), default="exact", show_default=True, help="How to combine.")
+@click.option("--how", type=click.Choice(_WAYS), default="exact", show_default=True, help="The way to combine.")
 @options.rank
 @options.energy
 @click.option(
     "--density",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SHARE",
-    help="How many entries of each update to keep, for magnitude, ties and dare.",
+    help="The share of each update's entries to keep, for magnitude, ties and dare.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Where the chance of dare comes from.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The random seed of dare.")
 @options.base
 @options.to
 @as_json
@@ -54,15 +54,15 @@ def combine(
     form: str | None,
     as_json: bool,
 ) -> None:
-    """Make one LoRA of several adapters.
+    """Combine several adapters into one LoRA.
 
-    Each SOURCE is a file, a folder, or a place on the Hub, with LoRA or, if the base is given, any other method that
-    adds to the weights. DESTINATION is a new folder, or the name of a new .safetensors file, which only lycoris,
-    diffusers and fluxion have.
+    Each SOURCE is a file, a folder, or a place on the Hub, with LoRA or, if the base is given, any other additive
+    method. DESTINATION is a new folder, or the name of a new .safetensors file, for lycoris, diffusers and fluxion
+    only.
 
-    exact is the weighted sum: ranks add up. svd is the nearest to it of the rank that is given, or that keeps enough of
-    it. magnitude sums the largest entries of each update; ties keeps of these what agrees in sign, and takes the mean;
-    dare drops entries by chance and makes the others larger. How far each layer is off is printed.
+    exact is the weighted sum: ranks add up. svd is its best approximation of --rank, or of the lowest rank that keeps
+    --energy. magnitude sums the largest entries of each update; ties takes the mean of those that agree in sign; dare
+    drops entries at random and rescales the others. The relative error of each layer is printed.
 
     \b
     Examples:

@@ -23,10 +23,10 @@ from adapters.cli.options import DTYPES, check_new, of_component, to
 @click.argument("source", type=Source())
 @click.argument("destination", type=click.Path(path_type=Path))
 @to
-@click.option("--base", metavar="MODEL", help="The base model, of which the names of the layers are taken.")
-@click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
-@click.option("--pickle", is_flag=True, help="Read a file as torch.save writes it, where there is no other.")
-@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as it is]")
+@click.option("--base", metavar="MODEL", help="The base model, for the names of the layers.")
+@click.option("--component", metavar="NAME", help="The component of a pipeline, such as unet.")
+@click.option("--pickle", is_flag=True, help="Read a file of torch.save, if there is no other.")
+@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The dtype to write.  [default: that of SOURCE]")
 def convert(
     source: str,
     destination: Path,
@@ -39,14 +39,14 @@ def convert(
     """Write an adapter in another format.
 
     SOURCE is a file, a folder, or a place on the Hub. DESTINATION is a new folder, or the name of a new .safetensors
-    file, which only lycoris, diffusers and fluxion have; lycoris has no folders.
+    file, for lycoris (also called kohya), diffusers and fluxion only; lycoris has no folders.
 
-    Files of kohya's scripts have names of layers without dots, and some files have those of an original model. To get
-    the names of the base model, say with --base where that is: a file, a folder, also of a pipeline, or a place on the
-    Hub. Nothing but the headers of its files is read.
+    kohya's files have layer names without dots, and some files have the names of an original model. To get the names of
+    the base model, give it with --base: a file, a folder, also of a pipeline, or a place on the Hub. Only the headers
+    of its files are read.
 
-    --component takes the part for one model out of a file for several. If the file does not say for which model it is,
-    --component says so. What training wrote into the metadata is kept by lycoris only.
+    --component selects the part of a file for one component of a pipeline, or assigns a file without components to it.
+    Only lycoris keeps the training metadata.
 
     \b
     Examples:
@@ -71,8 +71,7 @@ def convert(
         adapter = replace(adapter, base_model=adapter.base_model or base)
     elif adapter.flattened and form != "lycoris":
         raise click.ClickException(
-            f"{source} does not say where the names of its layers have dots: give its base model with --base, or write"
-            " it --to lycoris."
+            f"The layer names in {source} have no dots: give its base model with --base, or write it --to lycoris."
         )
     if kind is not None:
         adapter = _cast(adapter, getattr(torch, kind))
@@ -81,19 +80,19 @@ def convert(
 
 
 def _cast(adapter: weights.AdapterFile, to: dtype) -> weights.AdapterFile:
-    """An adapter with numbers of another type."""
+    """Adapter whose tensors have another dtype."""
     layers = {
         path: replace(layer, tensors=_all_cast(layer.tensors, to, f"layer {path!r}"))
         for path, layer in adapter.layers.items()
     }
-    return replace(adapter, layers=layers, shared=_all_cast(adapter.shared, to, "what all layers share"))
+    return replace(adapter, layers=layers, shared=_all_cast(adapter.shared, to, "the shared tensors"))
 
 
 def _all_cast(tensors: Mapping[str, Tensor], to: dtype, where: str) -> dict[str, Tensor]:
     cast = {name: tensor.to(to) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     for name, tensor in cast.items():
         if _infinities(tensor) > _infinities(tensors[name]):
-            raise click.ClickException(f"{where} has numbers in {name} that are too large for {to}: choose another.")
+            raise click.ClickException(f"{name} of {where} has values too large for {to}: choose another dtype.")
     return cast
 
 

@@ -1,4 +1,4 @@
-"""The command itself: its options, and what is wrong with them before any work is done."""
+"""`fluxion demo`: its options, and their checks before any work is done."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def _destination(output: Path | None, repo: str | None, private: bool) -> Destin
             raise click.UsageError("--repo publishes instead of saving to --output: give one of the two.")
         return HubRepo(repo, private)
     if private:
-        raise click.UsageError("--private is about a repository: give --repo too.")
+        raise click.UsageError("--private needs a repository: give --repo too.")
     return Folder(output or _DEFAULT_FOLDER)

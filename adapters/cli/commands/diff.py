@@ -1,4 +1,4 @@
-"""`fluxion diff`: what is different in two adapters or checkpoints."""
+"""`fluxion diff`: the differences of two adapters or checkpoints."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 
 _MOST_ROWS = 40  # of a table; --json has all
-_AT_ONCE = 1 << 22  # numbers
+_AT_ONCE = 1 << 22  # entries
 _NUMBER = re.compile(r"(?<![^._])[0-9]{1,9}(?![^._])")  # in the name of a layer
 
 
 class Incomparable(click.ClickException):
-    """An error of a command whose code 1 says that there are differences."""
+    """Error of a command whose exit code 1 means differences."""
 
     exit_code = 2
 
 
 class Comparison(click.Command):
-    """Such a command."""
+    """Command whose errors have exit code 2."""
 
     failure = Incomparable
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is different in one place.
+    """Difference at one layer or tensor.
 
     Attributes:
         name: The layer or the tensor.
-        what: What is different there.
-        a: What one has.
-        b: What the other has.
-        largest: The largest difference of two numbers.
-        relative: The length (norm) of the difference, by that of what the first has.
+        what: The property that differs.
+        a: Its value in A.
+        b: Its value in B.
+        largest: The largest absolute difference of two entries.
+        relative: The norm of the difference relative to that of A.
     """
 
     name: str
@@ -66,10 +66,10 @@ class Difference:
 def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
     """Compare two adapters, or two checkpoints.
 
-    A and B are files, folders, or places on the Hub. Two adapters are compared by what they say, whatever their
-    formats: layers, methods, hyperparameters and tensors. Anything else is compared tensor by tensor.
+    A and B are files, folders, or places on the Hub. Two adapters are compared by their layers, methods,
+    hyperparameters and tensors, whatever their formats. Anything else is compared tensor by tensor.
 
-    The code at the end is 0 if they are the same, 1 if they are different, and 2 if they cannot be compared.
+    Exit codes: 0 if they are the same, 1 if they differ, and 2 if they cannot be compared.
 
     \b
     Example:
@@ -86,7 +86,7 @@ def diff(context: click.Context, a: str, b: str, as_json: bool) -> None:
 
 
 def _compared(a: str, b: str) -> tuple[str, Iterator[Difference]]:
-    """What is compared, and the differences."""
+    """The kind of the two sources, adapters or checkpoints, and their differences."""
     import weights
 
     try:
@@ -95,7 +95,7 @@ def _compared(a: str, b: str) -> tuple[str, Iterator[Difference]]:
         return "checkpoints", _of_checkpoints(a, b)
 
 
-# What is different
+# Comparing
 
 
 def _of_adapters(a: weights.AdapterFile, b: weights.AdapterFile) -> Iterator[Difference]:
@@ -109,7 +109,7 @@ def _of_adapters(a: weights.AdapterFile, b: weights.AdapterFile) -> Iterator[Dif
 
 
 def _layers(adapter: weights.AdapterFile, other: weights.AdapterFile) -> dict[str, weights.LayerWeights]:
-    """The layers by names that two files have in common: without dots, or without component, if one has it so."""
+    """Layers under names that two files share: without dots or component where the other file has none."""
     from adapters.files.resolve.path_index import flat
 
     if len(adapter.components) == 1 and not other.components:
@@ -155,7 +155,7 @@ def _of_layers(name: str, a: weights.LayerWeights, b: weights.LayerWeights) -> I
 
 
 def _numbers(layer: weights.LayerWeights) -> dict[str, Any]:
-    """The hyperparameters of a layer, also those that a format has no place for."""
+    """Hyperparameters of a layer, with defaults for those that a format does not store."""
     from adapters.methods import METHODS
 
     known = fields(METHODS[layer.method]) if layer.method in METHODS else ()
@@ -179,7 +179,7 @@ _Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 def _of_tensors(
     a: _Kinds, b: _Kinds, read_a: Callable[[str], Tensor], read_b: Callable[[str], Tensor]
 ) -> Iterator[Difference]:
-    """The differences of tensors, given their types and shapes; of the tensors two are in memory at a time."""
+    """Differences of tensors, given their dtypes and shapes; two tensors are in memory at a time."""
     yield from _only(a, b, lambda kind: f"{shape_of(kind[1])} {kind[0]}")
     for name, (dtype, shape) in a.items():
         if name not in b:
@@ -196,15 +196,15 @@ def _of_tensors(
 
 
 def _only(a: Mapping[str, Any], b: Mapping[str, Any], told: Callable[[Any], str]) -> Iterator[Difference]:
-    """What only one of the two has."""
+    """Entries of only one of the two."""
     yield from (Difference(name, "only in A", a=told(a[name])) for name in a if name not in b)
     yield from (Difference(name, "only in B", b=told(b[name])) for name in b if name not in a)
 
 
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The largest difference of two numbers, and the length of the difference by that of A; 0 where all are the same.
+    """Largest absolute difference of two entries, and norm of the difference relative to that of A.
 
-    NaN is the same as NaN. What is different from NaN, or from infinity, is infinitely so.
+    NaN equals NaN. Any other difference from NaN or infinity is infinite.
     """
     import torch
 
@@ -212,7 +212,7 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     largest = squares = length = 0.0
     for one, other in zip(a.flatten().split(_AT_ONCE), b.flatten().split(_AT_ONCE), strict=True):
-        # Large ones are not exact as what the others become.
+        # Large integers are not exact in float64.
         whole = one.dtype == other.dtype and one.dtype in (torch.int64, torch.uint64)
         apart = (one != other).double() if whole else torch.zeros((), dtype=torch.float64)
         exact = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
@@ -227,7 +227,7 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     return largest, math.sqrt(squares / length) if length and math.isfinite(squares) else math.inf
 
 
-# What is said of them
+# Printing
 
 
 def _show(a: str, b: str, kind: str, differences: list[Difference]) -> None:
@@ -248,7 +248,7 @@ def _show(a: str, b: str, kind: str, differences: list[Difference]) -> None:
 
 
 def _table(title: str, rows: list[tuple[Difference, int]]) -> Table:
-    """The differences of one kind, each with how many there are of it."""
+    """Table of the differences of one kind, with the number of each."""
     from rich.table import Table
 
     measured = any(one.largest is not None for one, _ in rows)
@@ -264,7 +264,7 @@ def _table(title: str, rows: list[tuple[Difference, int]]) -> Table:
 
 
 def _grouped(differences: list[Difference]) -> list[tuple[Difference, int]]:
-    """One for all whose names differ in numbers only, with the largest of their measures, and how many they are."""
+    """Differences whose names differ in numbers only, as one with their largest measures, and their number."""
     groups: dict[object, list[Difference]] = {}
     for one in differences:
         groups.setdefault((*_NUMBER.split(one.name), one.what, one.a, one.b), []).append(one)

@@ -1,4 +1,4 @@
-"""`fluxion doctor`: whether everything is there that the library needs."""
+"""`fluxion doctor`: checks of the installation, versions, devices, the Hub and its cache."""
 
 from __future__ import annotations
 
@@ -31,15 +31,14 @@ _LEAST_SPACE = 1_000_000_000  # bytes
     default=3.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long the Hub may take to answer.",
+    help="The time that the Hub has to answer.",
 )
 @as_json
 @click.pass_context
 def doctor(context: click.Context, timeout: float, as_json: bool) -> None:
-    """Look for what could be wrong here: versions, devices, the Hub, other packages.
+    """Check versions, devices, the Hub and other packages for problems.
 
-    The Hub is not asked at all with HF_HUB_OFFLINE=1. The code at the end is 1 if something is wrong. Tokens are never
-    shown.
+    The Hub is not asked with HF_HUB_OFFLINE=1. The exit code is 1 if there are problems. Tokens are never shown.
 
     \b
     Example:
@@ -60,7 +59,7 @@ def doctor(context: click.Context, timeout: float, as_json: bool) -> None:
     context.exit(1 if problems else 0)
 
 
-# What is looked at. Each check says what there is, and adds what is wrong with it and what to do.
+# Checks. Each returns its findings, and adds problems with their fix.
 
 
 def _installation(problems: list[str]) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def _installation(problems: list[str]) -> dict[str, Any]:
 
 
 def _versions(problems: list[str]) -> dict[str, str | None]:
-    """The versions of what is needed and of what is worked with, None for what is not there."""
+    """Versions of required and supported packages; None for those that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), NAME: _version(NAME)}
     for name, needed, optional in _requirements():
         version = found[name] = _version(name)
@@ -82,7 +81,7 @@ def _versions(problems: list[str]) -> dict[str, str | None]:
 
 
 def _requirements() -> list[tuple[str, Any, bool]]:
-    """What the distribution asks for: name, versions, and whether that is for an extra only."""
+    """Requirements of the distribution: name, versions, and whether an extra only needs it."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in (metadata.requires(NAME) if _version(NAME) else None) or ()]
@@ -99,7 +98,7 @@ def _version(name: str) -> str | None:
 def _devices(problems: list[str]) -> list[dict[str, Any]]:
     try:
         import torch
-    except Exception as error:  # whatever a broken installation leads to
+    except Exception as error:  # A broken installation may raise anything.
         problems.append(f"torch cannot be imported, {_said(error)}: install it again, as https://pytorch.org says.")
         return []
     cpu = {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
@@ -121,7 +120,7 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _computing(device: str) -> list[str]:
-    """The types that a device can multiply matrices in."""
+    """Dtypes that a device can multiply matrices in."""
     import torch
 
     found: list[str] = []
@@ -148,7 +147,7 @@ def _hub(problems: list[str], timeout: float) -> dict[str, Any]:
         return found
     answer: dict[str, Any] = {"problem": f"{site} has not answered in {timeout:g} seconds: check the network."}
     asking = threading.Thread(target=lambda: answer.update(_asked(site, timeout)), daemon=True)
-    asking.start()  # What the client does may take longer than the time it is given: looking up a name, for one.
+    asking.start()  # The client may exceed its timeout: in a DNS lookup, for one.
     asking.join(timeout)
     answer = dict(answer)
     if problem := answer.pop("problem"):
@@ -157,7 +156,7 @@ def _hub(problems: list[str], timeout: float) -> dict[str, Any]:
 
 
 def _asked(site: str, timeout: float) -> dict[str, Any]:
-    """Whether the Hub answers, and who the token belongs to."""
+    """Whether the Hub answers, and the account of the token."""
     from huggingface_hub import HfApi, constants, get_session, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -177,7 +176,7 @@ def _asked(site: str, timeout: float) -> dict[str, Any]:
 def _cache(problems: list[str]) -> dict[str, Any]:
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
-    except Exception:  # told already
+    except Exception:  # reported already
         return {}
     folder = Path(HF_HUB_CACHE)
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -1,4 +1,4 @@
-"""`fluxion extract`: what a model was tuned to, as a LoRA."""
+"""`fluxion extract`: the difference of two checkpoints as a LoRA."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from adapters.cli.options import DTYPES, Source, as_json, check_new
 @click.argument("destination", type=click.Path(path_type=Path))
 @options.rank
 @options.energy
-@click.option("--targets", multiple=True, metavar="PATTERN", help="Which layers, by name or glob.  [default: all]")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Which layers to leave out.")
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Layers to extract, by name or glob.  [default: all]")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Layers to exclude.")
 @options.to
-@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as in TUNED]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Where chance comes from.")
+@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The dtype to write.  [default: that of TUNED]")
+@click.option("--seed", type=int, default=0, show_default=True, help="The random seed.")
 @as_json
 def extract(
     base: str,
@@ -39,12 +39,12 @@ def extract(
     """Write the difference of two checkpoints as a LoRA.
 
     BASE and TUNED are files, folders with a model or a pipeline, or places on the Hub. DESTINATION is a new folder, or
-    the name of a new .safetensors file, which only lycoris, diffusers and fluxion have.
+    the name of a new .safetensors file, for lycoris, diffusers and fluxion only.
 
-    Each layer is reduced by itself, to the rank that is given, or to the one that keeps enough; its error is printed,
-    the norm of what is missing by that of the difference. A few tensors at a time are in memory. What no LoRA can hold,
-    such as biases and norms, is told and left out. --targets and --exclude take patterns such as q_proj and
-    '**.attn.*', and can be repeated.
+    The difference of each layer is truncated to --rank, or to the lowest rank that keeps --energy, and its relative
+    error in the Frobenius norm is printed. A few tensors at a time are in memory. Tensors that no LoRA can hold, such
+    as biases and norms, are listed and left out. --targets and --exclude take patterns such as q_proj and '**.attn.*',
+    and can be repeated.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`fluxion inspect`: what an adapter file is."""
+"""`fluxion inspect`: format, methods and layers of an adapter file."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     import weights
 
 
-_MOST_VALUES = 3  # of a hyperparameter that are no numbers
+_MOST_VALUES = 3  # of a hyperparameter that is not a number
 _MOST_TAGS = 8
-_TAGS = "ss_tag_frequency"  # How often kohya's scripts have met each tag, by folder.
+_TAGS = "ss_tag_frequency"  # The number of images with each tag, by folder, in kohya's files.
 
 
 @click.command()
 @click.argument("source", type=Source())
 @as_json
 def inspect(source: str, as_json: bool) -> None:
-    """Say what an adapter is: its format, methods and layers.
+    """Print the format, methods and layers of an adapter.
 
     SOURCE is a file, a folder, or a place on the Hub such as user/repo, user/repo@revision or user/repo:folder/file.
 
@@ -92,14 +92,14 @@ def _tensors(adapter: weights.AdapterFile) -> Iterator[Tensor]:
 
 
 def _dtypes(adapter: weights.AdapterFile) -> dict[str, int]:
-    """How many numbers there are of each type."""
+    """Number of parameters by dtype."""
     count: Counter[str] = Counter()
     for tensor in _tensors(adapter):
         count[type_of(tensor)] += tensor.numel()
     return dict(count.most_common())
 
 
-# The picture
+# Printing
 
 
 def _show(console: Console, source: str, adapter: weights.AdapterFile) -> None:
@@ -134,10 +134,10 @@ def _show(console: Console, source: str, adapter: weights.AdapterFile) -> None:
 
 
 def _of_names(adapter: weights.AdapterFile) -> str:
-    """What is special about how the file names layers."""
+    """Description of unusual layer names in the file; empty for dotted paths."""
     if adapter.counted:
-        return "numbers, which only the model says the layers of"
-    return "flattened: only the base model says where there were dots" if adapter.flattened else ""
+        return "numbered: only the base model tells which layers they are"
+    return "flattened: only the base model tells where the dots were" if adapter.flattened else ""
 
 
 def _show_methods(console: Console, adapter: weights.AdapterFile) -> None:
@@ -153,7 +153,7 @@ def _show_methods(console: Console, adapter: weights.AdapterFile) -> None:
 
 
 def _span(values: Iterable[Any]) -> str:
-    """`8`, `4 to 16` for numbers that differ, or some of the values."""
+    """`8`, `4 to 16` for different numbers, or some of the values."""
     from weights.formats.common.settings import is_number
 
     found = list({str(value): value for value in values}.values())
@@ -169,14 +169,14 @@ def _show_layers(console: Console, adapter: weights.AdapterFile) -> None:
 
     console.print()
     described = {path: f"{plain(layer.method)}{_rank(layer)}" for path, layer in adapter.layers.items()}
-    if adapter.flattened:  # So that those which differ in numbers only are one.
+    if adapter.flattened:  # So that layers whose names differ in numbers only are one line.
         described = {numbers_apart(path): text for path, text in described.items()}
     for line in drawn(described).splitlines():
         console.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def _rank(layer: weights.LayerWeights) -> str:
-    """The rank of a layer, where it has one."""
+    """Rank of a layer, where it has one."""
     rank = layer.hyperparameters.get("rank")
     return f" rank {rank}" if type(rank) is int else ""
 
@@ -189,14 +189,14 @@ def _show_entries(console: Console, title: str, entries: Mapping[str, str]) -> N
 
 
 def _entries(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The entries of the metadata, of which what is said elsewhere is left out and the tags are counted."""
+    """Entries of the metadata without `format`; tags are counted."""
     for name, text in sorted(metadata.items()):
         if name != "format":
             yield name, (_tags(text) if name == _TAGS else "") or text
 
 
 def _tags(text: str) -> str:
-    """The tags that were met most often; empty where they are not to be found."""
+    """The most frequent tags; empty where the entry cannot be parsed."""
     try:
         count: Counter[str] = Counter()
         for folder in json.loads(text).values():

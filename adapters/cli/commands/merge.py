@@ -1,4 +1,4 @@
-"""`fluxion merge`: adapters folded into a checkpoint, from disk to disk."""
+"""`fluxion merge`: adapters merged into a checkpoint, from disk to disk."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """How many bytes a size has."""
+    """Number of bytes of a size such as 5GB."""
     if value is None:
         return None
     size = _SIZE.fullmatch(value.strip())
     if size is None or float(size[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no size: write it as 500MB or 5GB.")
+        raise click.BadParameter(f"{value!r} is not a size: write it as 500MB or 5GB.")
     return int(float(size[1]) * _UNITS[size[2].lower()])
 
 
@@ -41,16 +41,16 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
     callback=scaled,
     type=Source(),
     metavar="SOURCE[=SCALE]",
-    help="An adapter and how strongly it acts, 1 if that is not said. Repeat it for several, in their order.",
+    help="An adapter and its scale, by default 1. Repeat it for several, in their order.",
 )
-@click.option("--component", metavar="NAME", help="The model of a pipeline that is meant, such as unet.")
-@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The type of the numbers.  [default: as it is]")
+@click.option("--component", metavar="NAME", help="The component of a pipeline, such as unet.")
+@click.option("--dtype", "kind", type=click.Choice(DTYPES), help="The dtype to write.  [default: that of the base]")
 @click.option(
     "--max-shard-size",
     "most",
     callback=_bytes,
     metavar="SIZE",
-    help="How large a file may be, such as 5GB.  [default: the files of the base]",
+    help="The largest size of a file, such as 5GB.  [default: the files of the base]",
 )
 @as_json
 def merge(
@@ -62,16 +62,16 @@ def merge(
     most: int | None,
     as_json: bool,
 ) -> None:
-    """Fold adapters into a checkpoint, without making the model.
+    """Merge adapters into a checkpoint, without building the model.
 
     BASE is a file, a folder with a model or a pipeline, or a place on the Hub. DESTINATION is a new folder, where its
     settings and its tokenizer go too, so that it can be loaded as the base can; or the name of a new .safetensors file.
 
-    A few tensors at a time are in memory. If it is stopped, by whatever, the same command goes on where it was. The
-    destination is there when all of it is.
+    A few tensors at a time are in memory. If it is interrupted, the same command resumes. The destination appears when
+    it is complete.
 
-    --component takes the part for one model out of adapters for several. If they do not say for which model they are,
-    --component says so.
+    --component selects the part of the adapters for one component of a pipeline, or assigns adapters without components
+    to it.
 
     \b
     Examples:
@@ -98,7 +98,7 @@ def merge(
                 progress=step,
             )
     except KeyboardInterrupt:
-        click.echo("The same command goes on from here.", err=True)
+        click.echo("The same command resumes from here.", err=True)
         raise
     files = [destination] if destination.is_file() else sorted(destination.rglob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)

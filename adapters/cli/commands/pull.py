@@ -17,12 +17,12 @@ _AT_ONCE = 1 << 20  # bytes
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", metavar="REVISION", help="A branch, a tag or a commit.  [default: the main branch]")
 def pull(source: str, destination: Path | None, revision: str | None) -> None:
-    """Download from the Hub, check, and print where it is.
+    """Download from the Hub, check the hashes, and print the path.
 
-    SOURCE is user/repo, user/repo@revision, user/repo:folder/file, an hf:// URL or the address of a page. What comes is
-    safetensors and texts, no pickle unless it is named, and each file is checked against its published hash. It stays
-    in the Hub's cache, from where it is copied into the folder DESTINATION if that is given. There, files of the same
-    names are replaced, all or none.
+    SOURCE is user/repo, user/repo@revision, user/repo:folder/file, an hf:// URL or the URL of a page. safetensors and
+    text files are downloaded, pickles only by name, and each is checked against its published hash. They stay in the
+    Hub's cache, and are copied into the folder DESTINATION if it is given, where files of the same names are replaced,
+    all or none.
 
     \b
     Example:
@@ -39,7 +39,7 @@ def pull(source: str, destination: Path | None, revision: str | None) -> None:
 
 
 def _copied(path: Path, destination: Path) -> Path:
-    """Copy a file, or what is in a folder, into another folder. Returns what is there then."""
+    """Copy a file, or the files in a folder, into another folder. Returns the path of the copy."""
     from fnmatch import fnmatch
 
     from weights.disk.atomic import write_files

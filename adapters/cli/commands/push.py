@@ -17,13 +17,13 @@ from adapters.cli.options import Source, as_json
 @click.command()
 @click.argument("source", metavar="FOLDER_OR_FILE", type=Source())
 @click.argument("repo_id")
-@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--revision", metavar="BRANCH", help="The branch to commit to.  [default: the main branch]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--message", metavar="TEXT", help="What the commit says.")
+@click.option("--message", metavar="TEXT", help="The commit message.")
 @click.option("--license", "license", metavar="KEY", help="The license in the model card, such as mit.")
-@click.option("--tag", "tags", metavar="TAG", multiple=True, help="A tag in the model card; may be given repeatedly.")
-@click.option("--dry-run", is_flag=True, help="Send nothing, and print what would be sent.")
+@click.option("--tag", "tags", metavar="TAG", multiple=True, help="A tag in the model card; can be repeated.")
+@click.option("--dry-run", is_flag=True, help="Print the files that would be sent, and send nothing.")
 @as_json
 def push(
     source: str,
@@ -39,11 +39,11 @@ def push(
 ) -> None:
     """Publish an adapter on the Hub in one commit.
 
-    Prints the address of the commit.
+    Prints the URL of the commit.
 
-    A folder is published without its hidden files. An adapter without a model card, such as a lone file, gets one; a
-    card that is there gets the license and the tags. Nothing is changed on this machine. The repository and the branch
-    are made if there are none. All files are checked before, and what the Hub has is checked after.
+    A folder is published without its hidden files. An adapter without a model card, such as a lone file, gets one; an
+    existing card gets the license and the tags. Nothing changes on this machine. The repository and the branch are
+    created if they do not exist. All files are checked before the commit, and compared with the Hub's after it.
 
     \b
     Example:
@@ -70,7 +70,7 @@ def push(
 
 @contextmanager
 def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[str]) -> Iterator[Path]:
-    """A folder to publish: what is given, or a copy for a while that has a model card with the license and the tags."""
+    """Folder to publish: the source, or a temporary copy whose model card has the license and the tags."""
     import weights
     from weights.hub.card import CARD
     from weights.hub.publish import files_in
@@ -95,7 +95,7 @@ def _prepared(source: Path, repo_id: str, license: str | None, tags: Sequence[st
 
 
 def _with_fields(path: Path, license: str | None, tags: Sequence[str]) -> str:
-    """A model card with another license, and more tags."""
+    """Text of a model card with another license, and more tags."""
     from huggingface_hub import ModelCard
 
     from weights.hub.card import check_card
@@ -110,7 +110,7 @@ def _with_fields(path: Path, license: str | None, tags: Sequence[str]) -> str:
 
 
 def _belonging(file: Path, format: str) -> dict[str, Path]:
-    """A file of an adapter, and those beside it without which the format says nothing, by name."""
+    """A file of an adapter, and the settings files beside it that its format needs, by name."""
     from weights.formats import formats
 
     beside = (path for name in formats()[format].files if (path := file.with_name(name)).is_file())

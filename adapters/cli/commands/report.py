@@ -1,4 +1,4 @@
-"""`fluxion report`: a page about an adapter, or about several and what they have in common."""
+"""`fluxion report`: a page on one adapter, or on several and their overlap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adapters.cli.options import Source, as_json
     "--base",
     type=Source(),
     metavar="MODEL",
-    help="The base model, to say what would load and how large updates are in it.",
+    help="The base model, for the fit and for sizes relative to its weights.",
 )
 @click.option(
     "--output",
@@ -28,13 +28,13 @@ from adapters.cli.options import Source, as_json
 )
 @as_json
 def report(sources: tuple[str, ...], base: str | None, output: Path, as_json: bool) -> None:
-    """Show where adapters act, how strongly, and what they share.
+    """Measure adapters: the size and rank of each update, and their overlap.
 
     Each SOURCE is an adapter: a file, a folder, or a place on the Hub. The page is one HTML file that works without a
     network: a tree of the layers with the size of each update, singular values and effective ranks, the overlap of
-    several adapters, and with --base what would load into it and what would not.
+    several adapters, and with --base which layers would load into it.
 
-    A page that is there already is replaced, but no other file is. --json prints the facts and writes no page.
+    An existing report is replaced, any other file is not. --json prints the facts and writes no page.
 
     \b
     Examples:
@@ -59,10 +59,10 @@ def report(sources: tuple[str, ...], base: str | None, output: Path, as_json: bo
 
 
 def _check(path: Path) -> None:
-    """See to it that nothing but an older page is written over."""
+    """Refuse an output that is not a page, or exists and is not a report."""
     from adapters.reports.html import is_page
 
     if path.suffix not in (".html", ".htm"):
-        raise click.ClickException(f"{path} has not the name of a page: end it with .html.")
+        raise click.ClickException(f"{path} is not the name of a page: end it with .html.")
     if path.exists() and not is_page(path):
-        raise click.ClickException(f"{path} is there already, and is no report: choose another --output.")
+        raise click.ClickException(f"{path} exists and is not a report: choose another --output.")

@@ -28,13 +28,13 @@ def resize(
     form: str | None,
     as_json: bool,
 ) -> None:
-    """Make a LoRA of lower rank of an adapter, the nearest at each layer.
+    """Write the best LoRA of lower rank for an adapter, layer by layer.
 
-    SOURCE is a file, a folder, or a place on the Hub, with LoRA or, if the base is given, any other method that adds to
-    the weights. DESTINATION is a new folder, or the name of a new .safetensors file, which only lycoris, diffusers and
-    fluxion have. The error of each layer is printed, the norm of what is missing by that of its update.
+    SOURCE is a file, a folder, or a place on the Hub, with LoRA or, if the base is given, any other additive method.
+    DESTINATION is a new folder, or the name of a new .safetensors file, for lycoris, diffusers and fluxion only. The
+    relative error of each layer is printed, in the Frobenius norm.
 
-    Files of kohya's scripts have names of layers without dots. Without the base they stay so, in a .safetensors file.
+    kohya's files have layer names without dots. Without the base they stay so, in a .safetensors file.
 
     \b
     Examples:

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from weights.disk.header import TensorInfo
 
 
-_MOST_PARTS = 30  # of a name; more are one
+_MOST_PARTS = 30  # of a name; the rest is one part
 
 
 @click.command()
 @click.argument("source", type=Source())
-@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Show modules inside modules so far only.")
+@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="The number of levels to show.")
 @as_json
 def tree(source: str, depth: int | None, as_json: bool) -> None:
     """Draw the modules of a checkpoint, without downloading it.
 
     SOURCE is a safetensors file, a folder with one, with shards or with a pipeline, or a place on the Hub with one of
-    these. Only the headers of the files are read. Modules that are alike and numbered are one line.
+    these. Only the headers of the files are read. Numbered modules with equal contents are one line.
 
     \b
     Example:
@@ -58,12 +58,12 @@ def tree(source: str, depth: int | None, as_json: bool) -> None:
 
 @dataclass
 class Module:
-    """A module of a checkpoint: what the names of tensors begin with.
+    """Module of a checkpoint: a prefix of tensor names.
 
     Attributes:
         tensors: Its own tensors.
-        inside: The modules in it.
-        times: How many there are that are alike.
+        inside: Its child modules.
+        times: The number of equal modules that it stands for.
     """
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Module:
 
     @classmethod
     def of(cls, infos: Mapping[str, TensorInfo]) -> Module:
-        """The modules of some tensors, where those that are numbered and alike are one."""
+        """Module tree of tensors by name, in which equal numbered modules are one."""
         root = cls()
         for name, info in infos.items():
             *parts, last = name.split(".", _MOST_PARTS)
@@ -85,12 +85,12 @@ class Module:
 
     @property
     def parameters(self) -> int:
-        """How many there are in it."""
+        """Number of parameters in it, children included."""
         own = sum(math.prod(info.shape) for info in self.tensors.values())
         return own + sum(module.times * module.parameters for module in self.inside.values())
 
     def collapse(self) -> object:
-        """Put in order what is inside, and make one of neighbours that are alike. Equal for modules that are alike."""
+        """Sort the children and merge equal neighbours. Returns a key that is the same for equal modules."""
         from weights.hub.layer_tree import natural
 
         alike = {name: module.collapse() for name, module in self.inside.items()}
@@ -106,25 +106,25 @@ class Module:
 
 
 def _run(name: str, place: int, alike: Mapping[str, object]) -> object:
-    """Equal for neighbours that are alike and whose numbers follow each other; otherwise for none."""
+    """Key that is the same for equal modules with consecutive numbers, and unique otherwise."""
     if not (name.isascii() and name.isdecimal() and len(name) < 20):
         return name
     return int(name) - place, alike[name]
 
 
 def _rows(module: Module, depth: int | None, usual: str, indent: str | None = None) -> Iterator[tuple[str, str, str]]:
-    """The lines of a table for what is in a module.
+    """Rows of the table for the children of a module.
 
     Args:
-        module: What is to be drawn.
-        depth: How many levels of it; None is all.
-        usual: The type that is not told.
-        indent: What is before the branches; None where there are none, at the top.
+        module: The module to draw.
+        depth: The number of levels; None is all.
+        usual: The dtype that is not printed.
+        indent: The prefix of the tree's lines; None at the top, where there are none.
     """
     if indent is None and module.tensors:
         yield from _lines("(itself)", "", Module(module.tensors), usual)
     for place, (name, below) in enumerate(module.inside.items(), 1):
-        while len(below.inside) == 1 and not below.tensors and below.times == 1:  # A chain of one each is one line.
+        while len(below.inside) == 1 and not below.tensors and below.times == 1:  # Only children share a line.
             ((inner, below),) = below.inside.items()
             name = f"{name}.{inner}"
         last = place == len(module.inside)
@@ -137,7 +137,7 @@ def _rows(module: Module, depth: int | None, usual: str, indent: str | None = No
 
 
 def _lines(name: str, below: str, module: Module, usual: str) -> Iterator[tuple[str, str, str]]:
-    """The lines of a module: its name, two of its own tensors in each, and how many parameters it has."""
+    """Rows of one module: name, own tensors (two a row) and number of parameters."""
     from weights.hub.layer_tree import natural
 
     named = sorted(module.tensors.items(), key=lambda item: (item[0] != "weight", natural(item[0])))

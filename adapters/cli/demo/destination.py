@@ -1,4 +1,4 @@
-"""Where the demo publishes to: a local folder that is laid out as a repository, or a repository on the Hub."""
+"""Destination of the demo: a local folder laid out as a repository, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _VISIBLE = "[!.]*"
 
 
 class Destination(Protocol):
-    """A place for one adapter."""
+    """Place for one adapter."""
 
     @property
     def title(self) -> str:
-        """What it is, in words."""
+        """Description in words."""
 
     @property
     def source(self) -> str:
-        """What `adapters.load` is given to read the adapter back."""
+        """Source for `adapters.load` to read the adapter back."""
 
     @property
     def code(self) -> str:
         """The call that publishes."""
 
     def check(self) -> None:
-        """See to it that publishing will be possible, before the work is done.
+        """Check that publishing will be possible, before the work is done.
 
         Raises:
             click.ClickException: It will not be.
         """
 
     def publish(self, patch: Patch) -> list[str]:
-        """Publish; returns lines that say what is where."""
+        """Publish; returns lines with the files or the URL."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on this machine."""
+    """Folder on this machine."""
 
     path: Path
 
@@ -67,7 +67,7 @@ class Folder:
             if not nearest.is_dir():
                 raise click.ClickException(f"{nearest} is a file, not a folder: choose another --output.")
             with tempfile.TemporaryFile(dir=nearest):
-                pass  # Only an attempt tells whether the system lets us write.
+                pass  # Only an attempt tells whether it is writable.
             # Hidden files are left alone: a Hub repository does not get them either.
             present = {path.name for path in folder.glob(_VISIBLE)}
         except OSError as error:
@@ -76,10 +76,10 @@ class Folder:
         if foreign := sorted(present - _FILES):
             raise click.ClickException(f"{self.path} holds other files, such as {foreign[0]}: choose a new --output.")
         if present and not self._is_of_a_demo():
-            raise click.ClickException(f"{self.path} holds something else than this demo's: choose a new --output.")
+            raise click.ClickException(f"{self.path} does not hold an adapter of this demo: choose a new --output.")
 
     def _is_of_a_demo(self) -> bool:
-        """Whether the folder holds an adapter of the demo's classifier, which may be replaced by its like."""
+        """Whether the folder holds an adapter of the demo's classifier, which may be replaced."""
         import adapters
         import weights
         from adapters.cli.demo.model import load_model
@@ -97,7 +97,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository on the Hugging Face Hub."""
+    """Repository on the Hugging Face Hub."""
 
     repo_id: str
     private: bool
@@ -134,6 +134,6 @@ class HubRepo:
     def publish(self, patch: Patch) -> list[str]:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-        disable_progress_bars()  # Three small files are there before a bar can be read.
-        # Without --private it is as the account makes new ones, or as it is already.
+        disable_progress_bars()  # Three small files need no bar.
+        # Without --private the account's default applies, or the repository stays as it is.
         return [patch.push_to_hub(self.repo_id, private=self.private or None)]

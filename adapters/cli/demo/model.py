@@ -36,7 +36,7 @@ class DigitClassifier(fl.Chain):
 
 
 def load_model() -> DigitClassifier:
-    """A new classifier with the packaged weights, in evaluation mode."""
+    """New classifier with the packaged weights, in evaluation mode."""
     model = DigitClassifier()
     with as_file(files(__package__) / FILE_NAME) as path:
         model.load_state_dict(dict(weights.open(path)))

@@ -1,4 +1,4 @@
-"""The proof that a model is what it was."""
+"""Proof that ejecting restores a model: its objects, bytes, names and outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a model is at one moment: its objects, the bytes in them, their names, and what it computes."""
+    """State of a model at one moment: its objects, their bytes and names, and its outputs."""
 
     modules: Mapping[str, nn.Module]
     parameters: Mapping[str, nn.Parameter]
@@ -22,7 +22,7 @@ class Snapshot:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, images: Tensor) -> Snapshot:
-        """Look at a model, and at its outputs for some images."""
+        """Snapshot of a model, with its outputs for some images."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         return cls(
             modules=dict(model.named_modules(remove_duplicate=False)),
@@ -33,7 +33,7 @@ class Snapshot:
         )
 
     def compare(self, other: Snapshot) -> dict[str, bool]:
-        """Statements, and whether they are true of the two."""
+        """Statements, and whether they hold for the two snapshots."""
         size = sum(map(len, self.state.values()))
         return {
             "the same module objects in the same slots": _same_objects(self.modules, other.modules),
@@ -51,5 +51,5 @@ def _same_objects(one: Mapping[str, object], other: Mapping[str, object]) -> boo
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A copy of its bytes (N,): as numbers, 0 and -0 would be equal, and NaN not equal to itself."""
+    """Copy of its bytes (N,): as numbers, 0 and -0 would be equal, and NaN not equal to itself."""
     return tensor.detach().clone().contiguous().flatten().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""How the demo looks: on terminals of any width, and as plain text in a file or a pipe."""
+"""Output of the demo: on terminals of any width, and as plain text in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _BLOCKS = " ▄▀█"  # Two pixels, one above the other: none, the lower one, 
 
 
 def heading(console: Console, title: str) -> None:
-    """The title of a step."""
+    """Print the title of a step."""
     console.print()
     console.print(title, style="bold")
 
 
 def lines(console: Console, *texts: str, style: str = "") -> None:
-    """Lines below a title."""
+    """Print lines below a title."""
     for text in texts:
         console.print(_MARGIN + text, style=style, soft_wrap=True)
 
 
 def code(console: Console, *texts: str) -> None:
-    """The calls that a step is about."""
+    """Print the calls of a step."""
     lines(console, *texts, style="cyan")
 
 
 def tree(console: Console, picture: str) -> None:
-    """The picture of a Chain, what patches have added in colour. Cut at the edge: wrapped, it would be no tree."""
+    """Print a Chain, with the branches of patches in colour. Lines are truncated: wrapped, they would be no tree."""
     for text in picture.splitlines():
         style = "magenta" if "(LORA)" in text else ""
         console.print(_MARGIN + text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def digits(console: Console, images: Mapping[str, Tensor]) -> None:
-    """Images (8, 8) in 0..1 side by side, under their names."""
+    """Print images (8, 8) in 0..1 side by side, under their names."""
     lines(console, "".join(f"{name:<14}" for name in images).rstrip(), style="dim")
     for rows in zip(*map(_blocks, images.values()), strict=True):
         lines(console, "".join(f"{row:<14}" for row in rows).rstrip())
@@ -71,14 +71,14 @@ def training(console: Console) -> Progress:
 
 
 def waiting(console: Console, text: str) -> Status:
-    """A sign of life, on terminals, for work whose progress is not known."""
+    """Spinner, on terminals, for work of unknown duration."""
     return console.status(Text(text))
 
 
 def accuracies(console: Console, table: steps.Table) -> None:
-    """A row for each choice of patches, a column for each domain."""
+    """Print a row for each set of active patches, a column for each domain."""
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    grid.add_column("patches that act")
+    grid.add_column("active patches")
     for domain in DOMAINS:
         grid.add_column(f"{domain} digits", justify="right")
     for choice, row in table.items():
@@ -87,17 +87,17 @@ def accuracies(console: Console, table: steps.Table) -> None:
 
 
 def _style(choice: str, domain: str) -> str:
-    """What a patch is for is green, what the base lacks red; the rest is beside the point."""
+    """Green for a patch on its own domain, red for the base on a new one, dim otherwise."""
     if choice == domain or (choice, domain) == ("base", "upright"):
         return "bold green"
     return "red" if choice == "base" else "dim"
 
 
 def checks(console: Console, statements: Mapping[str, bool]) -> None:
-    """Statements, each with a mark that says whether it is true.
+    """Print statements, each with a mark for true or false.
 
     Raises:
-        click.ClickException: One is not.
+        click.ClickException: One is false.
     """
     for statement, true in statements.items():
         mark = ("✓", "green") if true else ("✗", "bold red")
@@ -107,11 +107,11 @@ def checks(console: Console, statements: Mapping[str, bool]) -> None:
 
 
 def summary(console: Console, text: str) -> None:
-    """The last line."""
+    """Print the last line."""
     console.print()
     console.print(text, style="bold green")
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """`92.7 %`."""
+    """Percentage such as `92.7 %`."""
     return f"{100 * share:.{decimals}f} %"

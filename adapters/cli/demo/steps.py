@@ -1,4 +1,4 @@
-"""What the demo does with the library, step by step and without output."""
+"""Steps of the demo: its calls of the library, without output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "mirrored": ("mirrored",),
     "both": ("rotated", "mirrored"),
 }
-"""The patches that act in each row of the table."""
+"""The active patches in each row of the table."""
 
 METHOD = adapters.LoRA(rank=4, alpha=8)
 TRAINING_STEPS = 400
@@ -33,7 +33,7 @@ Table = dict[str, dict[str, float]]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread in this block: how many there are changes the last bits of a sum, and so every number trained."""
+    """Block with one thread: the number of threads changes the last bits of a sum, and so every trained number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 
 def inject(model: nn.Module, name: str) -> adapters.Patch:
-    """A new patch on every layer with a weight, the output head included, as a shift changes all of them."""
+    """New patch on every layer with a weight, the output head included, as a domain shift changes all of them."""
     return adapters.inject(model, METHOD, targets=[nn.Conv2d, nn.Linear], name=name, seed=SHIFTED.index(name))
 
 
@@ -54,7 +54,7 @@ def train(model: nn.Module, patch: adapters.Patch, digits: Digits) -> Iterator[f
     generator = torch.Generator().manual_seed(0)
     for _ in range(TRAINING_STEPS):
         batch = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
-        with adapters.use(model, patch.name):  # Not the patches that are in the model already.
+        with adapters.use(model, patch.name):  # Without the other patches in the model.
             loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -69,7 +69,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def accuracies(model: nn.Module, digits: Digits) -> Table:
-    """Toggle one model between its patches, and try each choice on every domain."""
+    """Accuracies of one model with each set of active patches, on every domain."""
     table: Table = {}
     for choice, names in CHOICES.items():
         with adapters.use(model, *names):
@@ -82,7 +82,7 @@ def accuracies(model: nn.Module, digits: Digits) -> Table:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """All test digits in one batch, upright, rotated and mirrored by turns.
+    """All test digits in one mixed batch, upright, rotated and mirrored by turns.
 
     Attributes:
         images: (N, 1, 8, 8).
@@ -106,7 +106,7 @@ class MixedBatch:
         return cls(images, digits.test_labels, rows)
 
     def accuracies(self, model: nn.Module) -> tuple[float, float]:
-        """What the base model gets right of it, and what one call with a patch per row does."""
+        """Accuracy of the base model, and of one call with a patch for each row."""
         with adapters.use(model):
             base = accuracy(model, self.images, self.labels)
         with adapters.use(model, rows=self.rows):
@@ -115,12 +115,12 @@ class MixedBatch:
 
 @torch.no_grad()
 def outputs(model: nn.Module, patch: adapters.Patch, digits: Digits) -> Tensor:
-    """The logits (N, 10) of the test digits of a patch's own domain, with that patch alone."""
+    """Logits (N, 10) of the test digits in a patch's own domain, with that patch alone."""
     with adapters.use(model, patch.name):
         return model(DOMAINS[patch.name](digits.test_images))
 
 
 def load_again(source: str) -> tuple[nn.Module, adapters.Patch]:
-    """A fresh model, and the patch that was published, loaded into it."""
+    """Fresh model, and the published patch, loaded into it."""
     model = load_model()
     return model, adapters.load(model, source, name=SHIFTED[0])

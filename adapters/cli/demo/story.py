@@ -1,4 +1,4 @@
-"""The demo as it is told: `steps` says how each thing is done with the library, `show` how it looks."""
+"""Sequence of the demo: `steps` calls the library, `show` prints."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from adapters.cli.demo.model import DigitClassifier, load_model
 from adapters.cli.demo.proof import Snapshot
 
 _A_SEVEN = 22  # Its number among the test digits; it looks different in each domain.
-_LEAST_GAIN, _LARGEST_SHARE = 0.30, 0.10  # What the demo promises: of accuracy, and of the base's parameters.
+_LEAST_GAIN, _LARGEST_SHARE = 0.30, 0.10  # Promised: accuracy gained, and share of the base's parameters.
 
 
 def tell(destination: Destination) -> None:
     """Run all steps and show them.
 
     Raises:
-        click.ClickException: Something is not as the demo says.
+        click.ClickException: A promise of the demo does not hold.
     """
     started, console = time.monotonic(), make_console()
     with steps.one_thread():
@@ -44,7 +44,7 @@ def tell(destination: Destination) -> None:
 
 
 def introduce(console: Console, model: DigitClassifier, digits: Digits) -> None:
-    """The model and the domains."""
+    """Show the model and the domains."""
     show.heading(console, f"A pretrained classifier of handwritten digits: a Chain of {count(model):,} parameters")
     show.tree(console, repr(model))
     show.heading(console, "It knows upright digits. Two domains are new to it")
@@ -52,7 +52,7 @@ def introduce(console: Console, model: DigitClassifier, digits: Digits) -> None:
 
 
 def train(console: Console, model: DigitClassifier, digits: Digits, size: int) -> list[Patch]:
-    """A patch for each new domain, and what they make of a layer."""
+    """Train a patch for each new domain, and show an adapted layer."""
     show.heading(console, "A LoRA patch for each, one trained after the other, while the base is frozen")
     show.code(
         console,
@@ -74,7 +74,7 @@ def train(console: Console, model: DigitClassifier, digits: Digits, size: int) -
 
 
 def toggle(console: Console, model: DigitClassifier, digits: Digits) -> steps.Table:
-    """Every choice of patches on every domain."""
+    """Measure every set of active patches on every domain."""
     show.heading(console, f"Toggled at run time on this one model: accuracy on {len(digits.test_labels)} unseen digits")
     show.code(console, 'with adapters.use(model, "rotated"): ...')
     table = steps.accuracies(model, digits)
@@ -84,7 +84,7 @@ def toggle(console: Console, model: DigitClassifier, digits: Digits) -> steps.Ta
 
 
 def mix(console: Console, model: DigitClassifier, digits: Digits) -> None:
-    """One batch, another patch for each row."""
+    """Run a mixed batch, with a patch for each row."""
     batch = steps.MixedBatch.of(digits)
     alone, mixed = map(show.percent, batch.accuracies(model))
     show.heading(console, f"One batch of {len(batch.rows)} digits, by turns upright, rotated and mirrored")
@@ -93,7 +93,7 @@ def mix(console: Console, model: DigitClassifier, digits: Digits) -> None:
 
 
 def eject(console: Console, patches: list[Patch], model: DigitClassifier, before: Snapshot, digits: Digits) -> None:
-    """Out with the patches, and the proof that nothing is left of them."""
+    """Eject the patches, and prove that nothing is left of them."""
     show.heading(console, "Ejected without a trace: the model has what it had at the start")
     show.code(console, "rotated.eject()", "mirrored.eject()")
     for patch in patches:
@@ -102,7 +102,7 @@ def eject(console: Console, patches: list[Patch], model: DigitClassifier, before
 
 
 def publish(console: Console, patch: Patch, destination: Destination) -> None:
-    """The patch goes to where others find it."""
+    """Publish a patch."""
     with show.waiting(console, f"Publishing to {destination.title}"):
         published = destination.publish(patch)
     show.heading(console, f"Published: {destination.title}")
@@ -111,7 +111,7 @@ def publish(console: Console, patch: Patch, destination: Destination) -> None:
 
 
 def load_back(console: Console, destination: Destination, digits: Digits, answers: Tensor) -> None:
-    """What was published gives a fresh model the answers that the patch gave."""
+    """Load the published adapter into a fresh model, and compare the outputs."""
     show.code(console, f'adapters.load(fresh_model, "{destination.source}")')
     model, patch = steps.load_again(destination.source)
     same = torch.equal(steps.outputs(model, patch, digits), answers)
@@ -119,7 +119,7 @@ def load_back(console: Console, destination: Destination, digits: Digits, answer
 
 
 def conclude(console: Console, table: steps.Table, share: float, seconds: float) -> None:
-    """The numbers in one line, held against what the demo promises."""
+    """Print the results in one line, and check them against the promises."""
     results = {name: (table["base"][name], table[name][name]) for name in steps.SHIFTED}
     told = ", ".join(f"{name} {show.percent(base)} → {show.percent(own)}" for name, (base, own) in results.items())
     told += f"; {show.percent(share, 2)} trained"
@@ -129,5 +129,5 @@ def conclude(console: Console, table: steps.Table, share: float, seconds: float)
 
 
 def count(model: nn.Module) -> int:
-    """How many parameters a model has."""
+    """Number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -192,8 +192,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_home: Path) -> It
         (["--output", "file"], "place/file is a file, not a folder"),
         (["--output", "file/below"], "place/file is a file, not a folder"),
         (["--output", "notes"], r"notes holds other files, such as notes\.txt"),
-        (["--output", "other"], "other holds something else than this demo's"),
-        (["--output", "foreign"], "foreign holds something else than this demo's"),
+        (["--output", "other"], "other does not hold an adapter of this demo"),
+        (["--output", "foreign"], "foreign does not hold an adapter of this demo"),
         (["--output", "x" * 300], "cannot be written: File name too long"),
         pytest.param(
             ["--output", "/proc/demo"],

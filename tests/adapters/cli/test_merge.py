@@ -96,9 +96,9 @@ def test_bad_input_is_one_line(style: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ((), "Missing option '--adapter'"),
-        (("--adapter", "style=much"), "'much' is no scale"),
-        (("--adapter", "style", "--max-shard-size", "large"), "'large' is no size"),
-        (("--adapter", "style", "--max-shard-size", "0GB"), "'0GB' is no size"),
+        (("--adapter", "style=much"), "'much' is not a number"),
+        (("--adapter", "style", "--max-shard-size", "large"), "'large' is not a size"),
+        (("--adapter", "style", "--max-shard-size", "0GB"), "'0GB' is not a size"),
         (("--adapter", "style", "--dtype", "int8"), "int8"),
     ],
 )
@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_nothing_that_looks_whole_and_the_same_command_goes_on(sty
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
-    assert (running.returncode, said) == (130, "The same command goes on from here.\nAborted!\n")
+    assert (running.returncode, said) == (130, "The same command resumes from here.\nAborted!\n")
     assert not out.exists()
     assert (tmp_path / ".out.part").is_dir()
     done(*command)

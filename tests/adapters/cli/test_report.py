@@ -35,7 +35,7 @@ def test_an_older_page_is_replaced_and_nothing_else(style: Path, kohya: Path, pa
     assert '<h1 id="title">kohya</h1>' in page.read_text("utf-8")
     other = tmp_path / "notes.html"
     other.write_text("<html>mine</html>")
-    assert "is no report: choose another --output" in refused("report", style, "--output", other)
+    assert "is not a report: choose another --output" in refused("report", style, "--output", other)
     assert other.read_text() == "<html>mine</html>"
     assert "end it with .html" in refused("report", style, "--output", tmp_path / "style.safetensors")
 
