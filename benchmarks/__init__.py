@@ -1,1 +1,1 @@
-"""Measurements side by side with peers, in one process, told as ratios. Run `python -m benchmarks`."""
+"""Measurements side by side with peers, in one process, as ratios. Run `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""What a chain costs: calling it, building it, changing it."""
+"""Cost of a chain: calling it, building it, changing it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Make = Callable[..., Any]
 
 
 def kinds() -> dict[str, tuple[Make, Make]]:
-    """The container and the identity of each library."""
+    """Container and identity of each library."""
     found: dict[str, tuple[Make, Make]] = {
         "fluxion": (fl.Chain, fl.Identity),
         "nn.Sequential": (nn.Sequential, nn.Identity),
@@ -35,7 +35,7 @@ def kinds() -> dict[str, tuple[Make, Make]]:
 def compare(
     case: str, target: Mapping[str, float], count: int, ways: Mapping[str, Callable[[], object]], seconds: float = 1.0
 ) -> Row:
-    """One line of the table: the time of fluxion for one of `count` steps, and its ratios to the others."""
+    """Row of the table: time of fluxion for one of `count` steps, and its ratios to the others."""
     times = in_turns(ways, seconds)
     row: Row = {"case": case, "target": target, "µs each": 1e6 * median(times, "fluxion") / count}
     return row | {f"/ {name}": ratio(times, "fluxion", name) for name in ways if name != "fluxion"}
@@ -58,7 +58,7 @@ def nest(chain: Make, leaf: Make, depth: int) -> Any:
 def nested(depth: int, target: Mapping[str, float]) -> Row:
     models = {name: nest(chain, leaf, depth) for name, (chain, leaf) in kinds().items()}
     ways = {name: repeated(partial(model, X), 8) for name, model in models.items()}
-    ways["8 levels"] = repeated(partial(nest(fl.Chain, fl.Identity, 8), X), depth)  # As many levels in all.
+    ways["8 levels"] = repeated(partial(nest(fl.Chain, fl.Identity, 8), X), depth)  # As many levels in total.
     return compare(f"call {depth} levels", target, 8 * depth, ways)
 
 

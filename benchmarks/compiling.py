@@ -1,4 +1,4 @@
-"""How many graphs `torch.compile` makes anew when something is changed about patches."""
+"""Recompilations of `torch.compile` when patches change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.harness import DEVICE, Ratio, Row, report
 
 SIZE, RANK, ROWS, LAYERS = 64, 4, 4, 3
 
-# What a library does: it puts the model in some state, and calls it there. The first state of each change is known.
+# A library puts the model in a state and calls it there. The first state of each change is compiled before.
 Call = Callable[..., object]
 State = Callable[[Call], object]
 Changes = Mapping[str, Sequence[State]]
@@ -29,7 +29,7 @@ MIXED = (["one", "two"] * 2, ["two", "two", "one", "one"], ["one", "three", "thr
 
 
 class Counter:
-    """A backend of `torch.compile` that runs graphs as they are, and counts them and their runs."""
+    """Backend of `torch.compile` that runs graphs eagerly, and counts them and their runs."""
 
     def __init__(self) -> None:
         self.made = self.run = 0
@@ -50,7 +50,7 @@ def base() -> nn.Module:
 
 
 def in_thread(state: State, call: Call) -> None:
-    """A state in another thread."""
+    """State in another thread."""
     with ThreadPoolExecutor(1) as thread:
         thread.submit(state, call).result()
 
@@ -63,7 +63,7 @@ def changes(
     others: Sequence[dict[str, Tensor]],
     mixed: Callable[[Sequence[str], Call], object],
 ) -> Changes:
-    """The states of each change, by how a library is put in one."""
+    """States of each change, given how a library enters one."""
     return {
         "toggle": [partial(toggled, on) for on in (True, False, True, False)],
         "scale": [partial(scaled, scale) for scale in (1.0, 0.5, 0.25, 2.0)],
@@ -135,8 +135,7 @@ def with_peft() -> tuple[nn.Module, Changes]:
 
 
 def count(library: Callable[[], tuple[nn.Module, Changes]], change: str) -> tuple[int, float, int]:
-    """How many graphs a change takes: those that a model in a first state is divided into, those made anew for other
-    states, and states."""
+    """Counts for a change: graphs in the first state, recompiled graphs for the other states, and states."""
     torch._dynamo.reset()
     counter = Counter()
     model, states = library()
@@ -144,7 +143,7 @@ def count(library: Callable[[], tuple[nn.Module, Changes]], change: str) -> tupl
     x = torch.randn(ROWS, SIZE, device=DEVICE)
 
     def call(**kwargs: Any) -> None:
-        with torch.no_grad():  # Of this thread only.
+        with torch.no_grad():  # In this thread only.
             compiled(x, **kwargs)
 
     first, *others = states[change]
@@ -159,7 +158,7 @@ def count(library: Callable[[], tuple[nn.Module, Changes]], change: str) -> tupl
 
 
 def compare(change: str) -> Row:
-    """One line of the table."""
+    """Row of the table."""
     row: Row = {"change": change, "target": {"new graphs here": 0}}
     for name, library in (("here", here), ("PEFT", with_peft)):
         divided, made, states = count(library, change)
@@ -171,7 +170,7 @@ def compare(change: str) -> Row:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # Whatever is compiled too often is not compiled any more, which would look as if nothing were made.
+    # Above its limit of recompilations, torch falls back to eager, which would count as none.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     report(

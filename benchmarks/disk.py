@@ -20,10 +20,10 @@ import weights
 from benchmarks.harness import Row, Timed, median, ratio, report, rounds
 
 LAYERS, WIDTH, RANK = 62, 4096, 16  # 2.08 GB in half precision
-ROUNDS = 6  # each order of three ways once
+ROUNDS = 6  # each order of the three ways once
 SHARED_MEMORY = Path("/dev/shm")
 
-# In a process of its own, as what it takes stays taken: the most memory beyond that of the imports, in bytes.
+# In a separate process, as peak memory never falls: peak memory beyond that of the imports, in bytes.
 PEAK = """
 import sys, torch, adapters, benchmarks.disk as disk
 from pathlib import Path
@@ -41,7 +41,7 @@ print(status("VmHWM:") - before)
 
 
 def make(folder: Path, dtype: torch.dtype) -> None:
-    """A checkpoint of 2 GB, and LoRA for every layer of it."""
+    """Checkpoint of 2 GB, and LoRA for every layer of it."""
     generator = torch.Generator().manual_seed(0)
     count = LAYERS * 2 // dtype.itemsize
     block = torch.randn(WIDTH, WIDTH, generator=generator).to(dtype)
@@ -90,7 +90,7 @@ def measured(place: Path | None, dtype: torch.dtype, synced: bool) -> Row:
         make(folder, dtype)
 
         def until_there(way: Callable[[Path], None]) -> None:
-            """Until the file is there, on the disk if that is waited for."""
+            """Time until the file is written, and synced if that is waited for."""
             way(folder)
             if synced:
                 subprocess.run(["sync", folder / "out.safetensors"], check=True)
@@ -98,7 +98,7 @@ def measured(place: Path | None, dtype: torch.dtype, synced: bool) -> Row:
         orders = itertools.cycle(itertools.permutations((cp, here, naive)))
 
         def one_round(timed: Timed) -> None:
-            for way in next(orders):  # Memory that has just been freed, and how, takes other times to get.
+            for way in next(orders):  # The time of allocations depends on what was freed before.
                 (folder / "out.safetensors").unlink(missing_ok=True)
                 if synced:
                     subprocess.run(["sync"], check=True)

@@ -1,4 +1,4 @@
-"""What it takes to make a LoRA of the difference of two weights, or one of lower rank of a LoRA, and how near it is."""
+"""Time and error of extracting a LoRA from the difference of two weights, and of resizing a LoRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Ways = Mapping[str, Callable[[], LowRank]]
 
 
 def tuned(outputs: int, inputs: int, noise: float) -> Tensor:
-    """A difference such as training leaves: singular values that fall off, and noise below them."""
+    """Difference like that of training: decaying singular values, and noise below them."""
     size = min(outputs, inputs)
     scales = 1 / torch.arange(1, size + 1)
     falling = (torch.randn(outputs, size) * scales) @ torch.randn(size, inputs) / size
@@ -30,7 +30,7 @@ def tuned(outputs: int, inputs: int, noise: float) -> Tensor:
 
 
 def whole(matrix: Tensor, rank: int | None = None) -> LowRank:
-    """The decomposition of the whole matrix, cut off at a rank, or where the energy is kept."""
+    """Full SVD, truncated at a rank, or where the energy is kept."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         shares = s.square().cumsum(0) / s.square().sum()
@@ -39,7 +39,7 @@ def whole(matrix: Tensor, rank: int | None = None) -> LowRank:
 
 
 def kohya_extracts(matrix: Tensor) -> LowRank:
-    """As kohya's extract_lora_from_models.py does: the largest entries are cut to the quantile of all."""
+    """Extraction as in kohya's extract_lora_from_models.py: entries are clamped to the quantile of all."""
     resized = kohya_resizes(matrix, RANK)
     up, down = resized.up, resized.down
     most = torch.quantile(torch.cat([up.flatten(), down.flatten()]), QUANTILE)
@@ -47,7 +47,7 @@ def kohya_extracts(matrix: Tensor) -> LowRank:
 
 
 def kohya_resizes(matrix: Tensor, rank: int) -> LowRank:
-    """As kohya's resize_lora.py does, where not both sides are above 2048."""
+    """Resizing as in kohya's resize_lora.py, where not both sides are above 2048."""
     u, s, vt = torch.linalg.svd(matrix)
     return LowRank(u[:, :rank] @ torch.diag(s[:rank]), vt[:rank])
 
@@ -57,7 +57,7 @@ def chance() -> torch.Generator:
 
 
 def compare(what: str, matrix: Tensor, ways: Ways) -> Row:
-    """Time and error of several ways, of which the first is the one here."""
+    """Time and error of several ways, the first of which is this library's."""
     made: dict[str, LowRank] = {}
 
     def one_round(timed: Timed) -> None:

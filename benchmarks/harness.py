@@ -1,4 +1,4 @@
-"""Timing several ways to do one thing in turns, and keeping what came out as ratios."""
+"""Interleaved timing of several ways to do one thing, and ratios of the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Times = dict[str, list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """A median and its quartiles."""
+    """Median and quartiles."""
 
     median: float
     low: float
@@ -42,7 +42,7 @@ class Ratio:
 
     @classmethod
     def exact(cls, value: float) -> Ratio:
-        """For what is counted, and has no spread."""
+        """Ratio of counts, which have no spread."""
         return cls(value, value, value)
 
     def __str__(self) -> str:
@@ -51,12 +51,12 @@ class Ratio:
         )
 
 
-# A target is a mapping of columns to what they should be at most.
+# A target maps columns to their upper bounds.
 Row = dict[str, "str | float | Ratio | Mapping[str, float] | None"]
 
 
 class Timed(Protocol):
-    """What a round is given: it runs a step, keeps the time under a name, and returns the result of the step."""
+    """Argument of a round: runs a step, records its time under a name, and returns its result."""
 
     def __call__(self, name: str, run: Callable[[], T]) -> T: ...
 
@@ -68,7 +68,7 @@ def rounds(
     collect: bool = False,
     warm: bool = False,
 ) -> Times:
-    """The seconds that each step has taken in each round.
+    """Seconds of each step in each round.
 
     Args:
         one_round: Runs all steps, those to be compared in turns: what slows one down slows all of them.
@@ -108,7 +108,7 @@ def rounds(
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5) -> Times:
-    """The seconds that each way to do one thing has taken in each round.
+    """Seconds of each way to do one thing, in each round.
 
     A way that fails, as deep trees do at the recursion limit, has no times.
     """
@@ -128,7 +128,7 @@ def in_turns(ways: Mapping[str, Callable[[], object]], seconds: float = 1.0, lea
 
 
 def ratio(times: Times, name: str, other: str, factor: float = 1.0) -> Ratio | None:
-    """The time of one way as a multiple of another's: the median of the rounds' ratios, with quartiles.
+    """Time of one way relative to another's: the median of the rounds' ratios, with quartiles.
 
     Args:
         times: As of `rounds`.
@@ -142,12 +142,12 @@ def ratio(times: Times, name: str, other: str, factor: float = 1.0) -> Ratio | N
 
 
 def median(times: Times, name: str) -> float:
-    """The median time of a way, in seconds."""
+    """Median time of a way, in seconds."""
     return statistics.median(times[name])
 
 
 def repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
-    """A function that runs another one some times: what is timed should take tens of microseconds or more."""
+    """Function that calls another one several times: a timing should take tens of microseconds or more."""
 
     def run_all() -> None:
         for _ in range(times):
@@ -163,9 +163,9 @@ def synchronize() -> None:
 
 
 def report(name: str, title: str, rows: list[Row]) -> None:
-    """Print a table, and put it in `RESULTS.md` and `results.json` in place of the last one of that name.
+    """Print a table, and replace the last one of that name in `RESULTS.md` and `results.json`.
 
-    Where there are ratios, a plot of them is beside these, and in the page.
+    A plot of its ratios, if any, is saved beside them and shown in the page.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
@@ -193,7 +193,7 @@ def report(name: str, title: str, rows: list[Row]) -> None:
 
 
 def _processor() -> str:
-    about = Path("/proc/cpuinfo")  # Elsewhere Python knows the name.
+    about = Path("/proc/cpuinfo")  # On other systems Python has the name.
     lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = next(iter(names), platform.processor() or platform.machine())
@@ -209,7 +209,7 @@ def _cell(value: object) -> str:
 
 
 def _rounded(value: float) -> str:
-    """Two decimals, or more where these say little, and none for what is counted."""
+    """Number with two decimals, with more if it is small, and with none if it is a count."""
     if isinstance(value, int):
         return str(value)
     return f"{value:.2f}" if abs(value) >= 0.1 or not value else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""What LoRA costs in one linear layer, as a multiple of the frozen layer alone."""
+"""Cost of LoRA in one linear layer, relative to the frozen layer alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Layer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of `size` features, given so many tokens; the target is a multiple of the layer alone."""
+    """Layer of `size` features, with a number of tokens; the target is relative to the layer alone."""
 
     size: int
     tokens: int
@@ -63,7 +63,7 @@ GPU_CASES = [
 
 
 class Naive(nn.Module):
-    """LoRA as one writes it first."""
+    """Naive LoRA."""
 
     def __init__(self, base: nn.Linear, scale: float = 1.0) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Naive(nn.Module):
 
 
 class Fused(torch.autograd.Function):
-    """The least there is to do: two thin products, each added where its sum is kept; x and x Aᵀ are saved."""
+    """Minimal LoRA: two thin products, added in place; x and x Aᵀ are saved for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Fused(torch.autograd.Function):
 
 
 def by_hand(base: nn.Linear, rank: int) -> Layer:
-    """`Fused` with a scale that is in B, or without gradients its forward."""
+    """`Fused` with the scale in B; without gradients only its forward."""
     dtype, device = base.weight.dtype, base.weight.device
     down = nn.Parameter(torch.randn(rank, base.in_features, dtype=dtype, device=device))
     up = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
@@ -107,7 +107,7 @@ def by_hand(base: nn.Linear, rank: int) -> Layer:
 
 
 def with_peft(base: nn.Linear, count: int, autocast: bool) -> Layer:
-    """The layer that PEFT makes, whose adapters are in float32 with `autocast`, as they are by default."""
+    """PEFT's layer, whose adapters are in float32 with `autocast`, as by default."""
     model, config = nn.Sequential(base), peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
     wrapped = peft.get_peft_model(model, config, "0", autocast_adapter_dtype=autocast)
     for number in range(1, count):
@@ -132,7 +132,7 @@ def with_patches(base: nn.Linear, count: int) -> Layer:
 
 
 def layers(case: Case) -> dict[str, Layer]:
-    """The layer alone, and with LoRA in each way."""
+    """Layer alone, and with each implementation of LoRA."""
 
     def base() -> nn.Linear:
         return nn.Linear(case.size, case.size, device=DEVICE, dtype=case.dtype).requires_grad_(False)
@@ -153,7 +153,7 @@ def layers(case: Case) -> dict[str, Layer]:
 
 
 def step(case: Case, layer: Layer) -> Callable[[], None]:
-    """Run a layer, and backwards to its input if that is the case."""
+    """Run the forward pass of a layer, and the backward pass to its input if the case has one."""
     x = torch.randn(case.tokens, case.size, dtype=case.dtype, device=DEVICE, requires_grad=case.backward)
     gradient = torch.randn_like(x)
 
@@ -168,7 +168,7 @@ def step(case: Case, layer: Layer) -> Callable[[], None]:
 
 
 def compare(case: Case, seconds: float = 6.0) -> Row:
-    """One line of the table."""
+    """Row of the table."""
     runs = max(1, 20_000_000 // (case.tokens * case.size**2))
     times = in_turns({name: repeated(step(case, layer), runs) for name, layer in layers(case).items()}, seconds)
     target = {"here / by hand": 1.05} if case.patches > 1 else {"here": case.target} if case.target else None

@@ -1,4 +1,4 @@
-"""How long each method is, here and in the peers."""
+"""Lines of code of each method, here and in peers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adapters.methods import METHODS
 from adapters.methods.core.method import Method
 from benchmarks.harness import Row, report
 
-# Where a peer keeps what a method here does: folders of `peft.tuners`, and modules of `lycoris.modules`.
+# Sources of the same method in peers: folders of `peft.tuners`, and modules of `lycoris.modules`.
 PEFT = {
     "adalora": "adalora",
     "boft": "boft",
@@ -79,7 +79,7 @@ def _peer(package: str, folder: str, name: str | None, pattern: str | None) -> s
 
 
 def count(path: Path) -> int:
-    """The lines of a file."""
+    """Number of lines of a file."""
     return len(path.read_text(encoding="utf-8").splitlines())
 
 

@@ -1,4 +1,4 @@
-"""What it takes to load an adapter for 500 layers, and then many more."""
+"""Time to load an adapter for 500 layers, and then many more."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ ROUNDS, PATCHES = 7, 30
 
 
 def model() -> nn.Module:
-    """Layers without values, under names such as models have."""
+    """Skeleton of layers, under names like those of models."""
     layers = [nn.ModuleDict({"q_proj": nn.Linear(SIZE, SIZE, device="meta")}) for _ in range(LAYERS)]
     return nn.ModuleDict({"layers": nn.ModuleList(layers)}).to_empty(device="cpu")
 
 
 def by_hand(folder: Path) -> list[Tensor]:
-    """The least there is to do: every tensor in memory of its own."""
+    """Minimal loading: every tensor in its own memory."""
     return [tensor.clone() for tensor in load_file(folder / "adapter_model.safetensors").values()]
 
 
 def first(folder: Path) -> Row:
-    """One adapter, in turns."""
+    """One adapter, interleaved."""
     ours, theirs = model(), model()
 
     def one_round(timed: Timed) -> None:
@@ -51,7 +51,7 @@ def first(folder: Path) -> Row:
 
 
 def many(folder: Path) -> list[Row]:
-    """One after the other into one model, with as many kept by hand: none gets memory that is warm already."""
+    """Many adapters into one model, with as many kept by hand, so that none reuses warm memory."""
     base = model()
     held: list[object] = []
 

@@ -1,4 +1,4 @@
-"""The memory that a training step of a layer with LoRA takes, in activations: tensors of the size of its output."""
+"""Peak memory of a training step of a layer with LoRA, in tensors of the size of its output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ except ImportError:
     ancestor = None
 
 SIZE, TOKENS = 1024, 2048
-FEW, MANY = 2, 6  # What each more layer in a row takes is what it keeps for going backwards.
+FEW, MANY = 2, 6  # Each further layer adds the memory that it saves for backward.
 TARGET = 2.3
 
 Model = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ Make = Callable[[nn.Sequential], Model]
 
 
 def peak(run: Callable[[], object]) -> int:
-    """The most bytes that are allocated at one time while something runs, beyond those that were before."""
+    """Peak of allocated bytes while a function runs, beyond those allocated before."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -44,7 +44,7 @@ def peak(run: Callable[[], object]) -> int:
 
 
 def activations(make: Make, count: int, dtype: torch.dtype) -> float:
-    """The peak of a second step of layers in a row, which are given the input and the gradient of the output."""
+    """Peak of the second step of consecutive layers, given the input and the gradient of the output."""
     base = nn.Sequential(*(nn.Linear(SIZE, SIZE, device=DEVICE, dtype=dtype) for _ in range(count)))
     model = make(base.requires_grad_(False))
     x = torch.randn(TOKENS, SIZE, device=DEVICE, dtype=dtype, requires_grad=True)
@@ -99,7 +99,7 @@ def hand(base: nn.Sequential) -> Model:
 
 
 def compare(dtype: torch.dtype, dropout: float) -> list[Row]:
-    """Two lines of the table: the peak of one layer, and what each more keeps."""
+    """Two rows of the table: peak of one layer, and memory that each further layer saves."""
     makes: dict[str, Make] = {
         "nn.Linear": lambda base: base,
         "here": with_patch(dropout),

@@ -19,26 +19,26 @@ def model(dtype: torch.dtype) -> nn.Sequential:
 
 
 def products(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """B and A for each layer."""
+    """Factors B and A of each layer."""
     about = {"device": DEVICE, "dtype": dtype}
     return [(torch.zeros(SIZE, RANK, **about), torch.randn(RANK, SIZE, **about)) for _ in range(LAYERS)]
 
 
 def in_place(weights: list[Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """The least there is to do."""
+    """Minimal merging, in place."""
     for weight, (up, down) in zip(weights, pairs, strict=True):
         weight.addmm_(up, down)
 
 
 def through_float32(weights: list[Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """The same without rounding before the sum, in a buffer that all layers use."""
+    """Merging in place without rounding before the sum, in a buffer that all layers share."""
     buffer = torch.empty(SIZE, SIZE, device=DEVICE)
     for weight, (up, down) in zip(weights, pairs, strict=True):
         weight.copy_(buffer.copy_(weight).addmm_(up.float(), down.float()))
 
 
 def compare(dtype: torch.dtype, seconds: float = 15.0) -> list[Row]:
-    """The lines of a dtype."""
+    """Rows of a dtype."""
     weights, pairs = [layer.weight.data for layer in model(dtype)], products(dtype)
     ours = model(dtype)
     wrapped = peft.get_peft_model(

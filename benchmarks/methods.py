@@ -1,4 +1,4 @@
-"""What each method costs in one linear layer, here and in PEFT."""
+"""Cost of each method in one linear layer, here and in PEFT."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from benchmarks.harness import DEVICE, Row, in_turns, ratio, report
 SIZE = 1024
 TOKENS = 64
 
-# The same hyperparameters on both sides, otherwise those that PEFT has by default.
+# Equal hyperparameters on both sides, otherwise PEFT's defaults.
 PAIRS: list[tuple[Method, Callable[..., Any]]] = [
     (AdaLoRA(rank=12), partial(peft.AdaLoraConfig, init_r=12, lora_alpha=12, total_step=1)),
     (BOFT(block_size=4), partial(peft.BOFTConfig, boft_block_size=4)),
@@ -67,7 +67,7 @@ PAIRS: list[tuple[Method, Callable[..., Any]]] = [
 
 
 def compare(method: Method, configure: Callable[..., Any]) -> Row:
-    """One line of the table."""
+    """Row of the table."""
     plain = nn.Sequential(nn.Linear(SIZE, SIZE)).to(DEVICE).requires_grad_(False)
     ours, theirs = (nn.Sequential(nn.Linear(SIZE, SIZE)).to(DEVICE) for _ in range(2))
     adapters.inject(ours, method)

@@ -1,4 +1,4 @@
-"""A thousand adapters in files, of which fifty fit: what it takes to use one that is not in the model."""
+"""A thousand adapters in files, fifty of which fit the budget: time to use one that is not in the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model() -> nn.Sequential:
 
 
 def written(folder: Path) -> tuple[dict[str, Path], int]:
-    """Adapters in PEFT's files, by name, and the bytes of the tensors of each."""
+    """PEFT files of adapters by name, and the size of each one's tensors in bytes."""
     base = model()
     patch = adapters.inject(base, adapters.LoRA(rank=RANK))
     sources = {str(number): patch.save_pretrained(folder / str(number)) for number in range(COUNT)}
@@ -36,7 +36,7 @@ def written(folder: Path) -> tuple[dict[str, Path], int]:
 
 
 class Peft:
-    """The same by hand in PEFT: the adapter that came first leaves."""
+    """Paging by hand in PEFT: the oldest adapter is evicted."""
 
     def __init__(self, sources: dict[str, Path]) -> None:
         self.here = [*sources][:FITTING]
@@ -52,7 +52,7 @@ class Peft:
 
 
 def times(sources: dict[str, Path], budget: int) -> list[Row]:
-    """How long it takes to enter a block, where the adapter has to come and where it is there."""
+    """Time to enter a block, with the adapter loaded on demand and with it resident."""
     library, other, theirs = adapters.Library(model(), sources, budget=budget), model(), Peft(sources)
     here = [adapters.load(other, sources[name]) for name in [*sources][:FITTING]]
 
@@ -69,7 +69,7 @@ def times(sources: dict[str, Path], budget: int) -> list[Row]:
 
     def one_round(timed: Timed) -> None:
         absent = sources.keys() - {*library.resident, *adapters.patches(other), *theirs.here}
-        ours, loaded, theirs_next = random.sample(sorted(absent), 3)  # None finds a file that another has just read.
+        ours, loaded, theirs_next = random.sample(sorted(absent), 3)  # None reads a file that another has just cached.
         timed("absent", lambda: use(ours))
         there = random.choice(library.resident)
         timed("resident", lambda: use(there))
@@ -86,7 +86,7 @@ def times(sources: dict[str, Path], budget: int) -> list[Row]:
 
 
 def memory(sources: dict[str, Path], budget: int) -> Row:
-    """The most bytes of tensors that there are at one time."""
+    """Peak of bytes in tensors."""
     base, x = model(), torch.randn(1, SIZE)
     library = adapters.Library(base, sources, budget=budget)
 

@@ -1,4 +1,4 @@
-"""The plot of a table: for each of its rows the ratios, and their targets."""
+"""Plot of a table: the ratios of each row, and their targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch whose rows have adapters of their own, in one linear layer."""
+"""Mixed batches in one linear layer."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Way = Callable[[Tensor], Tensor]
 
 
 def spread(order: str) -> list[int]:
-    """The adapter of each row: every one has as many, one after the other or mixed."""
+    """Adapter of each row: each adapter has as many rows, grouped or shuffled."""
     numbers = torch.arange(ROWS) // (ROWS // ADAPTERS)
     return (numbers if order == "sorted" else numbers[torch.randperm(ROWS)]).tolist()
 
 
 class ByHand:
-    """The layer and its adapters in two tensors, A of shape (adapters, rank, in) and B of (adapters, rank, out).
+    """Layer with stacked adapters, A of shape (adapters, rank, in) and B of (adapters, rank, out).
 
-    What depends on the choice of rows alone is made before, once for all layers.
+    Index tensors that depend on the rows alone are made before, once for all layers.
     """
 
     def __init__(self, base: nn.Linear, choice: Sequence[int]) -> None:
@@ -51,12 +51,12 @@ class ByHand:
         return output if self.is_sorted else output.index_select(0, self.inverse)
 
     def gathered(self, x: Tensor) -> Tensor:
-        """A and B of each row are copied, for one batched product of all."""
+        """Gather A and B of each row, for one batched product."""
         down, up = self.down.index_select(0, self.numbers), self.up.index_select(0, self.numbers)
         return self.base(x).baddbmm_(x @ down.mT, up)
 
     def loop(self) -> Way:
-        """Two products for each adapter, the second one added to its part of the output."""
+        """Two products for each adapter, the second one added to its rows of the output."""
         counts = self.counts.tolist()
 
         def add(x: Tensor, output: Tensor) -> None:
@@ -67,7 +67,7 @@ class ByHand:
         return lambda x: self._sorted(add, x)
 
     def grouped(self) -> Way:
-        """Torch's product of groups of rows with matrices of their own."""
+        """Torch's grouped matrix product."""
         ends = self.counts.cumsum(0)
 
         def add(x: Tensor, output: Tensor) -> None:
@@ -86,7 +86,7 @@ def with_peft(base: nn.Linear) -> nn.Module:
 
 
 def measure(base: nn.Linear, ours: nn.Sequential, theirs: nn.Module, tokens: int, choice: list[int]) -> Times:
-    """All ways for one choice, in turns."""
+    """All ways for one assignment of rows, interleaved."""
     x = torch.randn(ROWS, tokens, SIZE, device=DEVICE, dtype=base.weight.dtype)
     hand = ByHand(base, choice)
     names = [str(number) for number in choice]
@@ -110,7 +110,7 @@ def measure(base: nn.Linear, ours: nn.Sequential, theirs: nn.Module, tokens: int
 
 
 def compare(dtype: torch.dtype) -> list[Row]:
-    """The lines of a dtype."""
+    """Rows of a dtype."""
 
     def base() -> nn.Linear:
         return nn.Linear(SIZE, SIZE, device=DEVICE, dtype=dtype).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What it takes to inject, toggle and eject adapters, for each layer of small and of very large models."""
+"""Time to inject, toggle and eject adapters, by layer, in small and very large models."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ except ImportError:
 
 SIZE, RANK = 16, 4
 COUNTS = (100, 1000, 10_000)
-PEERS_UP_TO = 1000  # They take minutes for more.
+PEERS_UP_TO = 1000  # They take minutes beyond that.
 
-# Steps, and what the time of each should be at most: a multiple of constructing the layers, or microseconds in all.
+# Steps and the upper bound of each: relative to constructing the layers, or in microseconds.
 PER_LAYER = {"inject": 1.0, "inject a second": 1.0, "eject": 0.2}
 IN_ALL = {"toggle": 50.0, "scale": 50.0, "first use": None, "use": 50.0}
 
@@ -36,7 +36,7 @@ def flat(count: int) -> nn.Module:
 
 
 def nested(count: int) -> nn.Module:
-    """Blocks of two parts with five layers each, in stages of ten blocks."""
+    """Stages of ten blocks, each with two parts of five layers."""
 
     def part() -> nn.Module:
         return nn.ModuleDict({name: nn.Linear(SIZE, SIZE) for name in ("q", "k", "v", "up", "down")})
@@ -47,7 +47,7 @@ def nested(count: int) -> nn.Module:
     return nn.ModuleList(stage() for _ in range(max(1, count // 100)))
 
 
-# How to build each, and how PEFT is told which layers.
+# Builder of each model, and PEFT's target_modules.
 LAYOUTS: dict[str, tuple[Callable[[int], nn.Module], Any]] = {
     "flat": (flat, r"\d+"),
     "nested": (nested, ["q", "k", "v", "up", "down"]),
@@ -55,7 +55,7 @@ LAYOUTS: dict[str, tuple[Callable[[int], nn.Module], Any]] = {
 
 
 class Beside(nn.Module):
-    """A layer with LoRA beside it, by hand."""
+    """Layer with a handwritten LoRA bypass."""
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Beside(nn.Module):
 
 
 def inject_by_hand(model: nn.Module) -> list[tuple[nn.Module, str, Beside]]:
-    """Every A and B in a buffer of their own, and a node in the place of each layer."""
+    """Inject by hand: every A and B in its own buffer, and a node in place of each layer."""
     gc.disable()
     try:
         slots = [
@@ -91,7 +91,7 @@ def eject_by_hand(made: list[tuple[nn.Module, str, Beside]]) -> None:
 
 
 def here(timed: Timed, build: Callable[[], nn.Module]) -> None:
-    """A round of this library."""
+    """Round of this library."""
     model = timed("constructing", build).to(DEVICE)
     one = timed("inject", lambda: adapters.inject(model, LoRA(rank=RANK), nn.Linear, name="one"))
     two = timed("inject a second", lambda: adapters.inject(model, LoRA(rank=RANK), nn.Linear, name="two"))
@@ -151,7 +151,7 @@ def with_refiners(timed: Timed, count: int) -> None:
 
 
 def measure(layout: str, count: int) -> Times:
-    """All steps for one model, in turns, and for the largest inject for ten of the smallest too."""
+    """All steps for one model, interleaved; beside the largest, also inject for ten of the smallest."""
     builder, targets = LAYOUTS[layout]
 
     def build() -> nn.Module:
@@ -181,7 +181,7 @@ def compare(layout: str, count: int) -> list[Row]:
     for step, limit in IN_ALL.items():
         row = _row(step, layout, count) | {"target": {"µs in all": limit} if limit else None}
         rows.append(row | {"µs in all": 1e6 * median(times, step)} | _ratios(times, step))
-    if "inject ten small" in times:  # 1 when a layer takes the same time in any model.
+    if "inject ten small" in times:  # 1 if the time by layer does not depend on the model.
         span = count / COUNTS[0]
         pairs = zip(times["inject"], times["inject ten small"], strict=True)
         exponent = Ratio.of([math.log(10 * large / small) / math.log(span) for large, small in pairs])

@@ -40,7 +40,7 @@ def load_base() -> tuple[nn.Module, AutoTokenizer]:
 
 
 def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """Mean of the last hidden states over the tokens, of length one: `(sentences, 384)`."""
+    """Normalised mean of the last hidden states over the tokens: `(sentences, 384)`."""
     hidden = model(**tokens).last_hidden_state
     mask = tokens["attention_mask"].unsqueeze(-1)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

@@ -4,9 +4,8 @@
     python examples/serve.py FOLDER --port 8000
     curl localhost:8000/embed --json '{"text": "Why is the sea salty?", "adapter": "qa"}'
 
-FOLDER has a folder for each adapter, as `save_pretrained` and PEFT write it. Those that are there at the start are
-known; `PUT /adapters/NAME` makes one known that was put there later, and `DELETE /adapters/NAME` makes one forgotten.
-To serve another model, change `load_base` and `Server.embed`.
+FOLDER has a folder for each adapter, as `save_pretrained` and PEFT write it. Those that exist at the start are
+registered; `PUT /adapters/NAME` registers one that was added later, and `DELETE /adapters/NAME` removes one. To serve another model, change `load_base` and `Server.embed`.
 """
 
 import argparse
@@ -32,12 +31,12 @@ from transformers import AutoModel, AutoTokenizer
 import adapters
 import weights
 
-ROWS = 32  # Of a batch, at most.
-WAIT = 0.002  # Seconds that a request waits for others to come with.
-QUEUE = 1024  # Requests that may wait.
-BODY = 64 * 1024  # Bytes of a request.
-TOKENS = 256  # Of a text; what is longer is cut.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # Of an adapter, and of its folder: it leads nowhere else.
+ROWS = 32  # Largest batch.
+WAIT = 0.002  # Seconds that a request waits for others to share its batch.
+QUEUE = 1024  # Most waiting requests.
+BODY = 64 * 1024  # Most bytes of a request.
+TOKENS = 256  # Longer texts are truncated.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # Name of an adapter and its folder: no path traversal.
 
 Name = Annotated[str, fastapi.Path(pattern=NAME)]
 STATUS = {adapters.PatchNameError: 404, adapters.PatchStateError: 409, adapters.BudgetError: 507}  # Others are 400.
@@ -61,7 +60,7 @@ def load_base() -> tuple[nn.Module, AutoTokenizer]:
 
 
 class Server:
-    """A model, its adapters, and the requests that wait for it."""
+    """Model with a library of adapters, and a queue of requests."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder = folder.resolve(strict=True)
@@ -73,14 +72,14 @@ class Server:
 
     @torch.inference_mode()
     def embed(self, texts: list[str], names: list[str | None]) -> list[list[float]]:
-        """The mean direction of the last hidden states: of length one. Each text has an adapter of its own, or None."""
+        """Normalised mean of the last hidden states of each text, with an adapter for each, or None."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
         with self.library.use(rows=names):
             hidden = self.model(**tokens).last_hidden_state
         return nn.functional.normalize((hidden * tokens["attention_mask"].unsqueeze(-1)).sum(1), dim=-1).tolist()
 
     async def run(self) -> None:
-        """Answer what waits, in batches, for ever."""
+        """Answer waiting requests in batches, for ever."""
         while True:
             batch = [await self.queue.get()]
             await asyncio.sleep(WAIT)
@@ -89,7 +88,7 @@ class Server:
             await self.answer(batch)
 
     async def answer(self, batch: list[Waiting]) -> None:
-        """Embed a batch together. If that fails, do so in halves, until what is at fault is alone with its error."""
+        """Embed a batch. If that fails, embed its halves, until the faulty request is alone with its error."""
         texts, names, answers = map(list, zip(*batch, strict=True))
         try:
             rows = await asyncio.get_running_loop().run_in_executor(self.thread, self.embed, texts, names)
@@ -104,7 +103,7 @@ class Server:
                 answer.set_result(row)
 
     async def load(self, name: str) -> None:
-        """Make an adapter known and bring it into the model, which runs on meanwhile."""
+        """Register an adapter and load it; the model runs on meanwhile."""
         path = self.folder / name
         if not path.is_dir() or path.resolve().parent != self.folder:
             raise HTTPException(404, f"There is no folder {name!r}: put the adapter's files there first.")
@@ -114,7 +113,7 @@ class Server:
         try:
             await asyncio.to_thread(self.bring, name)
         except Exception:
-            with contextlib.suppress(adapters.PatchNameError):  # Somebody has deleted it meanwhile.
+            with contextlib.suppress(adapters.PatchNameError):  # Deleted meanwhile.
                 await self.unload(name)
             raise
 
@@ -123,7 +122,7 @@ class Server:
             pass
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter: between two batches, when none is in use."""
+        """Remove an adapter, between two batches, when none is in use."""
         await asyncio.get_running_loop().run_in_executor(self.thread, self.library.remove, name)
 
     def close(self) -> None:
@@ -132,7 +131,7 @@ class Server:
 
 
 def application(folder: Path, budget: int) -> FastAPI:
-    """The server over HTTP. Its adapters in memory have so many bytes together at most."""
+    """FastAPI application of the server. `budget` is the most bytes of adapters in memory."""
     server = Server(folder, budget)
 
     @contextlib.asynccontextmanager
@@ -157,7 +156,7 @@ def application(folder: Path, budget: int) -> FastAPI:
             server.queue.put_nowait(Waiting(asked.text, asked.adapter, answer))
         except asyncio.QueueFull:
             raise HTTPException(503, f"{QUEUE} requests wait already: try again later.", {"Retry-After": "1"}) from None
-        return {"embedding": await asyncio.shield(answer)}  # Who goes away does not take it from the batch.
+        return {"embedding": await asyncio.shield(answer)}  # A client that disconnects does not cancel the batch.
 
     @app.get("/adapters")
     async def listed() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""For the reference: `Example:` in a docstring is a section of code, as `Examples:` is to the tool that reads it."""
+"""Extension of griffe: reads `Example:` in a docstring as a section of code, like its `Examples:`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Reads the one as the other."""
+    """Rewrites `Example:` to `Examples:`."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:

@@ -17,9 +17,9 @@ import adapters
 print(adapters.METHODS)
 ```
 
-Every method can be injected, switched, weighed, mixed by rows, saved and ejected in the same way, and merged where the
-table says so. At a scale `s` of a patch the weight is `W + s (W' - W)`, with `W'` as the formula says. Which to choose
-and how to train it, see [training](training.md); to add one, see [a method of your own](own_method.md).
+Every method is injected, switched, scaled, used in mixed batches, saved and ejected in the same way, and merged where
+the table says so. At the scale `s` of a patch the weight is `W + s (W' - W)`, with `W'` given by the formula. See
+[training](training.md) for the choice of a method, and [custom methods](own_method.md) for adding one.
 
 {adapters.METHODS._repr_markdown_()}
 {sections}

@@ -209,7 +209,7 @@
     Plotly.react(find("spectrum"), lines, layout({
       height: 320,
       xaxis: axis("singular value", longest < 13 ? { dtick: 1 } : {}),
-      yaxis: axis("by the largest", { type: "log", dtick: "D2", tickformat: "~g" }),
+      yaxis: axis("σᵢ/σ₁", { type: "log", dtick: "D2", tickformat: "~g" }),
     }), config);
   }
 
