@@ -5,7 +5,8 @@
     curl localhost:8000/embed --json '{"text": "Why is the sea salty?", "adapter": "qa"}'
 
 FOLDER has a folder for each adapter, as `save_pretrained` and PEFT write it. Those that exist at the start are
-registered; `PUT /adapters/NAME` registers one that was added later, and `DELETE /adapters/NAME` removes one. To serve another model, change `load_base` and `Server.embed`.
+registered; `PUT /adapters/NAME` registers one that was added later, and `DELETE /adapters/NAME` removes one. To serve
+another model, change `load_base` and `Server.embed`.
 """
 
 import argparse
