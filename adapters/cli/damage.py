@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import cache
 from importlib import metadata
 
 NAME = "fluxion-adapters"
 
 
+@cache
 def owners() -> list[str]:
     """Other installed distributions that have files in a package `adapters`, with their versions."""
     names = {*metadata.packages_distributions().get("adapters", ())} - {NAME}

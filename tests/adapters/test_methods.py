@@ -211,8 +211,8 @@ class Product:
 
 
 SUPPORTED = [(variant, kind) for variant in VARIANTS for kind in KINDS if kind in ADAPTED[variant]]
-# LoRA on all kinds of layers, every method on the first kind that it adapts, and of the rest every eighth.
-ALL = one_in(8, ((pair,) for pair in SUPPORTED), key=lambda case: case if case[0][0] == "lora" else case[0][0])
+# LoRA on all kinds of layers, every method on the first kind that it adapts, and one in fifteen of all.
+ALL = one_in(15, ((pair,) for pair in SUPPORTED), key=lambda case: case if case[0][0] == "lora" else case[0][0])
 SAMPLED = [case.values[0] for case in ALL if not case.marks]
 
 

@@ -170,11 +170,11 @@ def test_names_of_an_original_model_in_parts(tmp_path: Path) -> None:
         assert torch.equal(adapter.layers[f"transformer.{block}.{name}"].tensors["lora_B"], part)
 
 
-def test_from_the_hub_with_a_base_there(hub: HubServer, style: Path, kohya: Path, tmp_path: Path) -> None:
-    serve(hub, "someone/kohya", kohya)
-    serve(hub, "someone/model", MINILM)
+def test_from_the_hub_with_a_base_there(hub: HubServer, small: Path, tmp_path: Path) -> None:
+    serve(hub, "someone/kohya", small / "style.safetensors")
+    serve(hub, "someone/model", small / "model")
     done("convert", "someone/kohya", tmp_path / "out", "--base", "someone/model")
-    assert_same(style, tmp_path / "out")
+    assert_same(small / "style", tmp_path / "out")
     assert weights.read_adapter(tmp_path / "out").base_model == "someone/model"
     assert not any("someone--model" in str(path) and path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
 
