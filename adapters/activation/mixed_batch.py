@@ -27,10 +27,11 @@ class Rows:
 
     def __init__(self, choices: Sequence[Weights]) -> None:
         self.count = len(choices)
-        indices: dict[frozenset[tuple[Switch, float]], list[int]] = {}
+        indices: dict[frozenset[tuple[Switch, float]], tuple[Weights, list[int]]] = {}
         for index, weights in enumerate(choices):
-            indices.setdefault(frozenset(weights.items()), []).append(index)
-        found = list(indices.items())
+            # Of equal choices the first one's order counts: sums are to have the same last bits in each run.
+            indices.setdefault(frozenset(weights.items()), (dict(weights), []))[1].append(index)
+        found = list(indices.values())
         own, order = list(range(self.count)), _flat(found)
         if order != own:
             found.sort(key=lambda item: (not item[0], len(item[1])))  # Neighbours of one size are computed together.

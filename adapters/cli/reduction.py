@@ -33,5 +33,5 @@ def show(made: Reduction, as_json: bool, **more: Any) -> None:
     least, most = min(made.ranks.values()), max(made.ranks.values())
     console.print(
         f"{made.path}: {len(layers):,} {'layer' if len(layers) == 1 else 'layers'} in {made.format} format, of rank"
-        f" {least if least == most else f'{least} to {most}'}, off by {100 * off:.2f} % (root mean square)."
+        f" {least if least == most else f'{least} to {most}'}, relative error {100 * off:.2f} % (root mean square)."
     )

@@ -319,7 +319,7 @@ def test_files_that_do_not_go_together_are_refused_with_their_names(tmp_path: Pa
     with pytest.raises(AdapterError, match=r"small: .*a: lora_A"):
         adapters.combine_files(dict.fromkeys(paths[:2], 1.0), tmp_path / "out")
     base = weights.save(small["a"].state_dict(prefix="a."), tmp_path / "base.safetensors")
-    with pytest.raises(AdapterError, match="DoRA changes is no update"):
+    with pytest.raises(AdapterError, match="DoRA makes no update"):
         adapters.combine_files({paths[2]: 1.0}, tmp_path / "out", base=base)
     with pytest.raises(AdapterError, match="dora: a cannot be combined: the update by DoRA depends on the weight"):
         adapters.combine_files({paths[2]: 1.0}, tmp_path / "out")

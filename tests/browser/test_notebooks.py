@@ -50,8 +50,10 @@ def test_they_are_shown(browser: Browser, notebook: Path, width: int, scheme: st
     with opened(browser, notebook, width, scheme) as page:
         chain, patch, report = page.locator(".output_html").all()
         expect(chain.locator("summary").first).to_contain_text("(CHAIN)")
-        expect(patch.locator("p").first).to_have_text("<b>style injected · scale 1.00 · 2 layers · 88 parameters")
-        expect(patch.locator(".leaf").last).to_contain_text("LoRA(rank=2")
+        expect(patch.locator("summary")).to_have_text("Patch '<b>style': injected, scale 1")
+        patch.locator("summary").click()
+        expect(patch.locator("pre")).to_contain_text("LoRA(rank=2")
+        expect(patch.locator("pre")).to_contain_text("2 layers, 88 parameters")
         expect(report.locator("table")).to_contain_text("88")
         leaf = report.locator(".leaf .size").last
         expect(leaf).to_be_visible()

@@ -121,7 +121,7 @@ def test_only_the_name_that_peft_knows_needs_its_settings(hub: HubServer, folder
         (b"---\ntags: [a\n---\n", "sound YAML"),
         (b"---\n- a\n---\n", "sound YAML"),
         (b"---\ntags: a\n---\n", "tags is a str; make it a list"),
-        (b"---\ntags: [1]\n---\n", "tags is a list; make it a list of texts"),
+        (b"---\ntags: [1]\n---\n", "tags is a list; make it a list of strings"),
         (b"---\nlicense: 2\n---\n", "license is a int"),
         (b"---\nbase_model: {a: b}\n---\n", "base_model is a dict"),
         (b"---\nlanguage: no\n---\n", "language is a bool; make it a string or a list"),

@@ -18,7 +18,7 @@ def test_extract_says_how_well_it_did(style: Path, tuned: Path, tmp_path: Path) 
     printed = done("extract", MINILM, tuned, tmp_path / "lora", "--rank", 4)
     assert len(re.findall(r" 4 +0\.00 %", printed)) == 12
     assert printed.splitlines()[-1] == (
-        f"{tmp_path / 'lora'}: 12 layers in peft format, of rank 4, off by 0.00 % (root mean square)."
+        f"{tmp_path / 'lora'}: 12 layers in peft format, of rank 4, relative error 0.00 % (root mean square)."
     )
     found, made = weights.read_adapter(style), weights.read_adapter(tmp_path / "lora")
     assert found.layers.keys() == made.layers.keys()
