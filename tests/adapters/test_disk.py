@@ -19,7 +19,7 @@ import weights
 from adapters import AdapterError, LayerMismatchError, LoRA
 from tests.adapters.pipeline import pipeline
 from tests.adapters.pretrained import build
-from tests.adapters.test_methods import SAMPLED, Product, close, perturb
+from tests.adapters.test_methods import PAIRS, Product, close, named, perturb
 
 # Transposed weights, tied embeddings, convolutions, stacked experts, biases or none.
 MODELS = ["bert", "gpt2", "llama", "t5", "mixtral", "whisper", "clip", "unet", "flux", "sd3", "vae"]
@@ -126,8 +126,9 @@ UNKNOWN = {("ia3 of the input", "depthwise conv2d")}
 UNSAVED = "pruned adalora"
 
 
-@pytest.mark.parametrize(("variant", "kind"), [pair for pair in SAMPLED if pair[0] != UNSAVED])
-def test_methods_on_kinds_of_layers(variant: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pair", [case for case in PAIRS if case.values[0][0] != UNSAVED], ids=named)
+def test_methods_on_kinds_of_layers(pair: tuple[str, str], tmp_path: Path) -> None:
+    variant, kind = pair
     product, merged = Product(variant, kind), tmp_path / "merged.safetensors"
     base, adapter = in_files(product, tmp_path)
     computed = kind in COMPUTED and variant != "bitfit"
