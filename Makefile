@@ -17,7 +17,7 @@ test: setup
 	$(TEST)
 
 test-all: setup
-	$(TEST) -m ""
+	EXHAUSTIVE=1 $(TEST) -m ""
 
 lint: setup
 	$(BIN)/ruff check .

@@ -87,6 +87,7 @@ def namesake(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.exhaustive
 def test_a_distribution_with_the_same_import_name_is_explained(built: Path, tmp_path: Path) -> None:
     (ours,), theirs = built.glob("*.whl"), namesake(tmp_path)
     python, _ = fresh_environment(tmp_path / "env")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import hypothesis
 import pytest
 
 
 def exhaustive(*values: Any) -> Any:
     """A case that `make test` leaves out, of the values of its parameters."""
     return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+def examples(few: int, many: int, **others: Any) -> hypothesis.settings:
+    """Settings for so many random examples: `few` in `make test`, `many` in `make test-all`."""
+    return hypothesis.settings(max_examples=many if os.environ.get("EXHAUSTIVE") else few, **others)
 
 
 def one_in(

@@ -21,7 +21,7 @@ from adapters import AdapterError, LoRA, Method, Patch, PatchNameError, PatchSta
 from adapters.methods.core.formulas import Additive
 from tests.adapters.models import BUILDERS, build, perturb, snapshot
 from tests.adapters.test_layers import KINDS
-from tests.thinned import one_in
+from tests.thinned import examples, one_in
 
 PRUNINGS = ("magnitude", "ties", "dare")
 
@@ -151,7 +151,7 @@ def ranks(patch: Patch) -> dict[str, int]:
     return {path: layer.hyperparameters["rank"] for path, layer in content.items()}
 
 
-@settings(max_examples=30)
+@examples(12, 30)
 @given(sources)
 def test_exact_is_the_weighted_sum(chosen: list[Source]) -> None:
     model, weights = injected(chosen)
@@ -169,7 +169,7 @@ def test_exact_is_the_weighted_sum(chosen: list[Source]) -> None:
             assert tensor.data_ptr() == state[name].data_ptr() and torch.equal(tensor, value[name])
 
 
-@settings(max_examples=30)
+@examples(12, 30)
 @given(sources, st.none() | st.integers(1, 7))
 def test_svd_is_the_nearest_of_its_rank(chosen: list[Source], rank: int | None) -> None:
     model, weights = injected(chosen)
@@ -186,7 +186,7 @@ def test_svd_is_the_nearest_of_its_rank(chosen: list[Source], rank: int | None) 
         assert combined.errors[path] == pytest.approx(error.item(), abs=1e-9)
 
 
-@settings(max_examples=30)
+@examples(12, 30)
 @given(sources, st.sampled_from(["magnitude", "ties"]), st.floats(0.01, 1))
 def test_pruning(chosen: list[Source], how: str, density: float) -> None:
     model, weights = injected(chosen)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -25,6 +25,7 @@ from adapters import LoRA
 from adapters.methods.core.method import Branch
 from adapters.runtime.adapted_layer import AdaptedLayer
 from tests.adapters.models import perturb
+from tests.thinned import examples
 
 INPUTS, OUTPUTS = 6, 5
 
@@ -88,7 +89,7 @@ def reference(node: AdaptedLayer, x: Tensor) -> Tensor:
     return output
 
 
-@settings(max_examples=60)
+@examples(25, 60)
 @given(
     methods=st.lists(
         st.builds(LoRA, rank=st.integers(1, 4), alpha=st.sampled_from([None, 0.5, 3]), rslora=st.booleans()),
@@ -681,7 +682,7 @@ def test_merged_and_switched_off() -> None:
 CHOICES: list[Any] = [None, "a", "b", "c", ["a", "b"], {"a": 0.5}, {"a": -1.0, "c": 2.0}, "elsewhere"]
 
 
-@settings(max_examples=60)
+@examples(25, 60)
 @given(
     rows=st.lists(st.sampled_from(CHOICES), min_size=1, max_size=9),
     ordered=st.booleans(),

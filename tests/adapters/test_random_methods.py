@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ import adapters
 from adapters import Method, TargetError
 from adapters.methods import METHODS
 from tests.adapters.test_methods import perturb
+from tests.thinned import examples
 
 # What to draw a hyperparameter from, by its name, or by the key of the method and its name.
 NUMBERS: dict[str, st.SearchStrategy[Any]] = {
@@ -116,7 +117,7 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=150)
+@examples(40, 150)
 @given(methods(), nets())
 def test_starts_and_gradients(method: Method, case: tuple[nn.Module, Tensor]) -> None:
     net, x = case
@@ -130,7 +131,7 @@ def test_starts_and_gradients(method: Method, case: tuple[nn.Module, Tensor]) ->
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-@settings(max_examples=150)
+@examples(40, 150)
 @given(methods(), methods(), nets(), st.floats(-1.5, 1.5))
 def test_stacks_of_two_methods_merge_to_what_they_compute(
     first: Method, second: Method, case: tuple[nn.Module, Tensor], scale: float
@@ -156,7 +157,7 @@ def test_stacks_of_two_methods_merge_to_what_they_compute(
     assert torch.equal(net(x), base)
 
 
-@settings(max_examples=100)
+@examples(30, 100)
 @given(methods(), methods(), nets())
 def test_patterns_give_layers_their_own_numbers_and_files_keep_them(
     first: Method, second: Method, case: tuple[nn.Module, Tensor]

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,6 +20,7 @@ from adapters.methods import METHODS
 from adapters.targets.pattern import glob
 from adapters.targets.selection import select
 from tests.adapters.models import build, snapshot
+from tests.thinned import examples
 from tests.weights.fuzz import SECONDS, bounded
 
 
@@ -139,7 +140,7 @@ def means(pattern: str, path: str) -> bool:
     return rest(0, 0)
 
 
-@settings(max_examples=2000)
+@examples(500, 2000)
 @given(
     st.lists(st.sampled_from(["a", "b", ".", "*", "**", "**."]), max_size=8).map("".join), st.text("ab.", max_size=10)
 )

@@ -15,6 +15,7 @@ from torch import nn
 import adapters
 import weights
 from tests.browser.opened import assert_readable, opened
+from tests.thinned import exhaustive
 
 HOSTILE = "</script><img src=x onerror=alert(1)><b>\"'&\u202e\x00\x1b]0;x\x07"
 
@@ -69,7 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "scheme"), [("one", 390, "light"), ("three", 390, "dark"), ("three", 1280, "light")]
+    ("name", "width", "scheme"),
+    [exhaustive("one", 390, "light"), ("three", 390, "dark"), exhaustive("three", 1280, "light")],
 )
 def test_opens_without_an_error(
     browser: Browser, folder: Path, name: str, width: int, scheme: str, tmp_path: Path
@@ -102,6 +104,7 @@ def test_the_tree_opens_and_closes(browser: Browser, folder: Path) -> None:
         assert page.locator("#tree details[open]").count() == 0
 
 
+@pytest.mark.exhaustive
 def test_layers_that_are_left_alone_are_shown_on_request(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "one.html") as page:
         head = page.locator("#tree .leaf", has_text="head")
@@ -110,6 +113,7 @@ def test_layers_that_are_left_alone_are_shown_on_request(browser: Browser, folde
         expect(head).to_be_visible()
 
 
+@pytest.mark.exhaustive
 def test_sizes_are_those_of_the_report(browser: Browser, folder: Path) -> None:
     (found,) = adapters.report(folder / "style.safetensors", folder / "base.safetensors").adapters
     largest = max(found.layers, key=lambda layer: layer.relative or 0)
@@ -125,6 +129,7 @@ def column(page: Page, number: int) -> list[str]:
     return page.locator(f"#table tbody tr > :nth-child({number})").all_text_contents()
 
 
+@pytest.mark.exhaustive
 def test_sorting(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "one.html") as page:
         heads = page.locator("#table thead th")
@@ -146,6 +151,7 @@ def test_sorting(browser: Browser, folder: Path) -> None:
         assert paths.index("layers.2.q_proj") < paths.index("layers.10.q_proj")
 
 
+@pytest.mark.exhaustive
 def test_layers_without_numbers_come_last(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "three.html") as page:
         size = page.get_by_role("columnheader", name="‖ΔW‖")
@@ -157,6 +163,7 @@ def test_layers_without_numbers_come_last(browser: Browser, folder: Path) -> Non
             assert values[-2:] == ["–", "–"]
 
 
+@pytest.mark.exhaustive
 def test_filtering(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "one.html") as page:
         page.get_by_role("searchbox").fill(r"\.1\..*(q|v)_proj")
@@ -166,6 +173,7 @@ def test_filtering(browser: Browser, folder: Path) -> None:
         expect(page.locator("#count")).to_have_text("0 rows")
 
 
+@pytest.mark.exhaustive
 def test_light_and_dark(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "one.html") as page:
 
@@ -186,6 +194,7 @@ def test_light_and_dark(browser: Browser, folder: Path) -> None:
         assert ground() > 200  # What was chosen stays.
 
 
+@pytest.mark.exhaustive
 def test_charts_follow_what_is_chosen(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "three.html") as page:
         lines = page.locator("#spectrum .scatterlayer .trace")
@@ -223,6 +232,7 @@ def test_everything_is_reached_by_the_keyboard(browser: Browser, folder: Path) -
         assert len(reached) >= wanted
 
 
+@pytest.mark.exhaustive
 def test_what_does_not_fit_is_said(browser: Browser, folder: Path) -> None:
     with opened(browser, folder / "three.html") as page:
         expect(page.locator("#fit .verdict").first).to_contain_text("style: 36 of 36 layers fit, and it would load")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 
+from tests.thinned import exhaustive
+
 PAGES = ["index", "diffusion", "methods", "api/adapters", "benchmarks/RESULTS"]
 
 
@@ -29,7 +31,7 @@ def address(site: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(params=[(390, "light"), (1280, "dark")], ids=str)
+@pytest.fixture(params=[(390, "light"), exhaustive((1280, "dark"))], ids=str)
 def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Page]:
     """A window of some width, in which nothing may go wrong."""
     width, scheme = request.param

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ import adapters
 import weights
 from adapters import AdapterError, LayerMismatchError
 from tests.adapters.models import snapshot
+from tests.thinned import examples
 from weights.formats.common.gguf_file import GgufFile
 
 SIZES = {
@@ -311,7 +312,7 @@ def test_tensors_that_share_bytes_or_have_too_few(tmp_path: Path) -> None:
     refused("'x' is of I8, which is not supported", text(b"x") + struct.pack("<IQIQ", 1, 16, 24, 0))
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@examples(60, 200, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files(data: st.DataObject) -> None:
     """A typed error, or a patch that runs and leaves no trace."""

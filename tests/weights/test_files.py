@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import weights
+from tests.thinned import examples
 from weights.disk.header import DTYPES
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, -2], dtype=torch.int8)}
@@ -211,7 +212,7 @@ def test_other_kinds_of_file_are_named(tmp_path: Path, content: bytes, match: st
         weights.open(tmp_path / "t.safetensors")
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(100, 300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_damage_gets_past_the_typed_errors(tmp_path: Path, data: st.DataObject) -> None:
     path = weights.save(TENSORS, tmp_path / "t.safetensors", {"k": "v"})

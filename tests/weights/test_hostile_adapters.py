@@ -26,7 +26,7 @@ import weights
 from adapters import AdapterError, Method
 from adapters.methods import METHODS
 from tests.adapters.models import perturb, snapshot
-from tests.thinned import one_in
+from tests.thinned import examples, one_in
 from weights import WeightsError
 from weights.methods.core.patterns import PatternTable, are_quick, compiled
 
@@ -440,7 +440,7 @@ def test_patterns_that_take_forever_are_not(pattern: str) -> None:
     assert not are_quick([pattern], ["a" * 40])
 
 
-@settings(max_examples=200)
+@examples(60, 200)
 @given(st.text("aab.*+?|()[]{},1\\d", max_size=24))
 def test_what_is_taken_for_quick_is_quick(pattern: str) -> None:
     try:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import weights
+from tests.thinned import examples
 from weights.hub.card import check_card
 from weights.hub.layer_tree import drawn
 
@@ -93,7 +94,7 @@ def test_a_tree_of_anything_is_small() -> None:
 texts = st.text(st.characters(codec="utf-8") | st.sampled_from("`\n-.~|:#<>\"'{}[]&*!%@\\\t\r\u2028\x85"), max_size=30)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(50, 150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     paths=st.lists(texts, min_size=1, max_size=4, unique=True),
     method=texts,
@@ -148,7 +149,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(100, 400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=60)
     | st.lists(yaml_like | st.sampled_from(PIECES), max_size=5).map(lambda lines: "\n".join(lines).encode()),
